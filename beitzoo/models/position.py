@@ -1,0 +1,163 @@
+"""Where a token is: relative position biases, and how position parameters follow a new grid.
+
+Two tokens that are (dy, dx) apart get a learned bias per head on their attention score, looked up in a
+table of (2h - 1)(2w - 1) + 3 rows: one for each offset in a grid of h x w patches, row-major, and three
+for the class token, which has no place (to a patch, from a patch, to itself). BEiT, section 2.1;
+`modeling_finetune.py`, class `Attention`.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beitzoo.zoo.config import Pair
+
+CLASS_ROWS = 3
+
+
+def table_rows(grid: Pair) -> int:
+    """Count the rows of a bias table for a patch grid."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + CLASS_ROWS
+
+
+def relative_position_index(grid: Pair, device: torch.device) -> Tensor:
+    """Return the table row of every pair of tokens, (N, N) with N = 1 + h w; queries are rows."""
+    h, w = grid
+    y = torch.arange(h, device=device).repeat_interleave(w)
+    x = torch.arange(w, device=device).repeat(h)
+    dy = y[:, None] - y[None, :] + h - 1
+    dx = x[:, None] - x[None, :] + w - 1
+    index = F.pad(dy * (2 * w - 1) + dx, (1, 0, 1, 0))  # (N, N)
+    to_patch, from_patch, to_itself = range(table_rows(grid) - CLASS_ROWS, table_rows(grid))
+    index[0, :] = to_patch
+    index[:, 0] = from_patch
+    index[0, 0] = to_itself
+    return index
+
+
+@functools.lru_cache(maxsize=8)
+def _shared_index(grid: Pair, device: torch.device) -> Tensor:
+    # An inference tensor could not be saved for the backward of a later training step.
+    with torch.inference_mode(False):
+        return relative_position_index(grid, device).flatten()
+
+
+def _index(grid: Pair, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():  # a compiler folds the arithmetic in; it must not meet the cache
+        return relative_position_index(grid, device).flatten()
+    return _shared_index(grid, device)
+
+
+def bias(table: Tensor, grid: Pair, dtype: torch.dtype) -> Tensor:
+    """Look up the bias of every pair of tokens, (H, N, N), in a table of (rows, H).
+
+    Selecting columns of the transposed table rather than rows of the table gives the attention layout
+    at once, and its backward is a sum over columns instead of a sort.
+    """
+    tokens = 1 + grid[0] * grid[1]
+    columns = table.t().to(dtype).contiguous()  # (H, rows)
+    return columns.index_select(1, _index(grid, table.device)).view(-1, tokens, tokens)
+
+
+@dataclass(frozen=True)
+class PositionBias:
+    """What one forward pass knows about positions; made in it, handed to every block, never kept.
+
+    Attributes:
+        grid: Rows and columns of patches.
+        dtype: Of queries and keys.
+        shared: The bias that all blocks have in common, (H, N, N), or None.
+    """
+
+    grid: Pair
+    dtype: torch.dtype
+    shared: Tensor | None
+
+    def of(self, table: Tensor | None) -> Tensor | None:
+        """Return the bias of a block with this table, (H, N, N); None where there is neither kind."""
+        if table is None:
+            return self.shared
+        own = bias(table, self.grid, self.dtype)
+        return own if self.shared is None else own + self.shared
+
+
+class RelativePositionBias(nn.Module):
+    """The table that all blocks share during pretraining; a module only for the sake of its name."""
+
+    def __init__(self, grid: Pair, num_heads: int) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), num_heads))
+
+
+def resize_table(table: Tensor, source: Pair, target: Pair) -> Tensor:
+    """Fit a bias table, (rows, H), to another grid by unilm's rule (`geometric_cubic`).
+
+    Offsets near zero keep their bias; far ones are stretched, their distances growing as a geometric
+    series. Plain resizing cost BEiT's authors accuracy on dense tasks (microsoft/unilm issue 376). The
+    original evaluates SciPy's `interp2d`, since removed, on that grid; on a regular grid that is the same
+    linear map along each axis, so two small matrices say it all, and say it for oblong grids too.
+    """
+    if source == target:
+        return table
+    offsets, class_rows = table[:-CLASS_ROWS], table[-CLASS_ROWS:]
+    maps = [_axis_map(old, new).to(table.device) for old, new in zip(source, target, strict=True)]
+    squares = offsets.double().view(2 * source[0] - 1, 2 * source[1] - 1, -1)
+    resized = torch.einsum("ij,jkh,lk->ilh", maps[0], squares, maps[1]).flatten(0, 1)
+    return torch.cat([resized.to(table.dtype), class_rows])
+
+
+def resize_pos_embed(pos_embed: Tensor, source: Pair, target: Pair) -> Tensor:
+    """Fit absolute embeddings, (1, N, C), to another grid: bicubic, the class token's unchanged (unilm)."""
+    if source == target:
+        return pos_embed
+    prefix, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    maps = patches.transpose(1, 2).unflatten(2, source).float()  # (1, C, h, w)
+    resized = F.interpolate(maps, size=target, mode="bicubic", align_corners=False)
+    return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def _axis_map(old: int, new: int) -> Tensor:
+    """Return the (2 new - 1, 2 old - 1) matrix that resizes one axis of offsets."""
+    if old == new:
+        return torch.eye(2 * old - 1, dtype=torch.float64)
+    points = _geometric_offsets(old - 1, new - 1)
+    at = torch.arange(1 - new, new, dtype=torch.float64).clamp(points[0], points[-1])
+    degree = min(3, len(points) - 1)
+    # Not-a-knot: the second and the last but one point carry no knot.
+    knots = torch.cat([points[:1].expand(degree + 1), points[2:-2], points[-1:].expand(degree + 1)])
+    return _splines(knots, degree, at) @ torch.linalg.inv(_splines(knots, degree, points))
+
+
+def _geometric_offsets(count: int, reach: int) -> Tensor:
+    """Place `count` offsets on each side of 0 at 1, 1 + q, 1 + q + q^2, ... so that the last is at `reach`.
+
+    q is found by bisection in [1.01, 1.5] to 1e-6, bounds and precision as in the original: a grid that
+    shrinks ends at the lower bound, and offsets past the reach are cut.
+    """
+    low, high, ratio = 1.01, 1.5, 1.01
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio**count) / (1 - ratio) > reach:
+            high = ratio
+        else:
+            low = ratio
+    side = (ratio ** torch.arange(count, dtype=torch.float64)).cumsum(0)
+    return torch.cat([-side.flip(0), torch.zeros(1, dtype=torch.float64), side])
+
+
+def _splines(knots: Tensor, degree: int, at: Tensor) -> Tensor:
+    """Evaluate the B-splines of a clamped knot vector, (points, splines), by the Cox-de Boor recursion."""
+    spans = len(knots) - 1
+    # The last span is closed on the right, or the end point would belong to no span.
+    span = torch.searchsorted(knots, at, right=True).sub(1).clamp(degree, spans - degree - 1)
+    values = F.one_hot(span, spans).to(knots.dtype)
+    for k in range(1, degree + 1):
+        left, right = knots[: spans - k], knots[k + 1 :]
+        rise = (at[:, None] - left) / (knots[k:-1] - left)
+        fall = (right - at[:, None]) / (right - knots[1 : spans - k + 1])
+        # Repeated knots give 0/0, which the recursion defines as 0.
+        values = rise.nan_to_num(0, 0, 0) * values[:, :-1] + fall.nan_to_num(0, 0, 0) * values[:, 1:]
+    return values
