@@ -205,14 +205,11 @@ class Beit(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
         """Give the model a fresh head of `num_classes` (0 for none), and another pooling if one is named.
 
-        The trained norm stays where it is, whichever the pooling. Device and dtype are kept.
+        Device and dtype are kept.
         """
-        self.config = override(
-            self.config,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            use_fc_norm=self.config.norm_after_pooling,
-        )
+        if global_pool is not None:
+            self.set_global_pool(global_pool)
+        self.config = override(self.config, num_classes=num_classes)
         like = self.cls_token
         if num_classes:
             self.head = nn.utils.skip_init(
@@ -221,6 +218,10 @@ class Beit(nn.Module):
             self._init_head()
         else:
             self.head = nn.Identity()
+
+    def set_global_pool(self, global_pool: GlobalPool) -> None:
+        """Pool another way. The trained norm stays where it is, before or after the pooling."""
+        self.config = override(self.config, global_pool=global_pool, use_fc_norm=self.config.norm_after_pooling)
 
     def set_input_size(self, img_size: int | Pair) -> None:
         """Make the model take images of another size, fitting its position parameters to the new grid.
@@ -237,6 +238,18 @@ class Beit(nn.Module):
                     module.relative_position_bias_table = nn.Parameter(position.resize_table(table, source, target))
             if self.pos_embed is not None:
                 self.pos_embed = nn.Parameter(position.resize_pos_embed(self.pos_embed, source, target))
+
+    def set_in_chans(self, in_chans: int) -> None:
+        """Make the model take images with another number of channels.
+
+        One channel gets the sum of the weights; more get the old ones in turn, scaled so that an image of equal
+        channels looks the same as before (timm's rule). The parameter is a new object.
+        """
+        weight = self.patch_embed.proj.weight.detach()
+        self.config = self.patch_embed.config = override(self.config, in_chans=in_chans)
+        turns = torch.arange(in_chans, device=weight.device) % weight.shape[1]
+        fitted = weight.sum(1, keepdim=True) if in_chans == 1 else weight[:, turns] * (weight.shape[1] / in_chans)
+        self.patch_embed.proj.weight = nn.Parameter(fitted)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -289,11 +302,12 @@ class Beit(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Say which layer a parameter belongs to, in timm's form, for layer-wise learning-rate decay.
 
-        The shared bias table counts as the last layer, as in unilm; timm counts it to the stem.
+        What is neither stem nor block is of the last layer, like the head: the norms and, as in unilm but not in
+        timm, the shared bias table.
         """
         return {
-            "stem": r"^(cls_token|pos_embed|patch_embed)",
-            "blocks": r"^blocks" if coarse else [(r"^blocks\.(\d+)", None), (r"^(norm|rel_pos_bias)", (99999,))],
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)",
         }
 
     @property

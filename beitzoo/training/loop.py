@@ -1,0 +1,99 @@
+"""One loop: updates, a validation after each epoch, a log, and the best and the last checkpoint."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from beitzoo.training.evaluate import Accuracy, measure_accuracy
+from beitzoo.training.optim import make_optimizer, make_schedule
+from beitzoo.training.recipe import TrainSection
+
+Loaders = tuple[DataLoader[Any], DataLoader[Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes.
+
+    Attributes:
+        directory: Receives `log.jsonl`, `best/` and `last/`.
+        save: Writes the model to a folder.
+    """
+
+    directory: Path
+    save: Callable[[Any, Path], None]
+
+
+def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> Accuracy:
+    """Train on the first loader, choose the best epoch by the second; return its validation accuracy.
+
+    Of equally accurate epochs the one with the lower loss is better. Order and augmentation are drawn from
+    `recipe.seed`; on several processes (`accelerate launch`) each trains on its share of every epoch.
+    """
+    set_seed(recipe.seed)
+    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    training, validation = accelerator.prepare(loaders[0]), loaders[1]
+    optimizer = make_optimizer(model, recipe)
+    schedule = make_schedule(optimizer, recipe, steps_per_epoch=len(training))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+
+    best: Accuracy | None = None
+    update, started = 0, time.perf_counter()
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with (
+        (run.directory / "log.jsonl").open("w", encoding="utf-8") as log,
+        tqdm(total=recipe.epochs, unit="epoch", disable=None if accelerator.is_main_process else True) as bar,
+    ):
+        for epoch in range(1, recipe.epochs + 1):
+            total, images = 0.0, 0
+            prepared.train()
+            for batch in training:
+                schedule.step_update(update)
+                update += 1
+                if batch is not None:
+                    total += len(batch[1]) * _update(accelerator, prepared, optimizer, batch, recipe)
+                    images += len(batch[1])
+            accuracy = measure_accuracy(prepared, validation, accelerator.device)
+            better = best is None or (accuracy.top1, -accuracy.loss) > (best.top1, -best.loss)
+            best = accuracy if better or best is None else best
+            if accelerator.is_main_process:
+                row = {"epoch": epoch, "update": update, "train_loss": total / max(images, 1)}
+                row |= {f"val_{name}": value for name, value in asdict(accuracy).items()}
+                row["seconds"] = time.perf_counter() - started
+                print(json.dumps(row), file=log, flush=True)
+                for name in ("best", "last") if better else ("last",):
+                    run.save(accelerator.unwrap_model(prepared), run.directory / name)
+            bar.set_postfix(train_loss=f"{total / max(images, 1):.3f}", val_top1=f"{accuracy.top1:.2f}")
+            bar.update()
+    assert best is not None
+    return best
+
+
+def _update(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    recipe: TrainSection,
+) -> float:
+    """Take one step down the gradient of a batch; return its loss."""
+    with accelerator.autocast():
+        logits = model(batch[0])
+    loss = F.cross_entropy(logits.float(), batch[1], label_smoothing=recipe.label_smoothing)
+    accelerator.backward(loss)
+    if recipe.clip_grad:
+        accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()

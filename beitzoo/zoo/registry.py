@@ -1,0 +1,117 @@
+"""Questions about the two tables: split a name, look it up, list, filter, suggest the closest."""
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from beitzoo.zoo.architectures import ARCHITECTURES
+from beitzoo.zoo.config import BeitConfig, PretrainedConfig, closest, override
+from beitzoo.zoo.pretrained import PRETRAINED
+
+DEFAULT_MODEL = "beit_nano_patch4_32.digits"
+
+Patterns = str | Iterable[str]
+
+
+class UnknownModelError(ValueError):
+    """A name that is in neither table."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the tables say about one name.
+
+    Attributes:
+        name: `architecture.tag`, or the architecture alone where it has no checkpoint.
+        config: The network of the checkpoint.
+        pretrained: Its row, or None where there is none.
+    """
+
+    name: str
+    config: BeitConfig
+    pretrained: PretrainedConfig | None
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split `architecture.tag` at the first dot; the tag is empty if there is none."""
+    architecture, _, tag = name.partition(".")
+    return architecture, tag
+
+
+def find(name: str) -> Entry:
+    """Look up a model; an architecture alone stands for its default checkpoint.
+
+    Raises:
+        UnknownModelError: No such architecture or no such tag; the closest names or all its tags are named.
+    """
+    architecture, tag = split_name(name)
+    if architecture not in ARCHITECTURES:
+        raise UnknownModelError(
+            f"There is no model {name!r}; {closest(architecture, ARCHITECTURES)} "
+            "`beitzoo.list_models()` or `beitzoo list` shows all."
+        )
+    config = ARCHITECTURES[architecture]
+    tags = _tags(architecture)
+    if not tag and not tags:
+        return Entry(architecture, config, None)
+    if tag and tag not in tags:
+        has = f"it has {', '.join(tags)}" if tags else "it has none, its weights are only ever random"
+        raise UnknownModelError(f"{architecture!r} has no checkpoint {tag!r}; {has}.")
+    name = f"{architecture}.{tag or tags[0]}"
+    row = PRETRAINED[name]
+    # The table of weights says how many classes the file has; the rest is in its overrides.
+    return Entry(name, override(config, num_classes=row.num_classes, **row.overrides), row)
+
+
+def list_models(filter: Patterns = "", *, pretrained: bool = False, exclude: Patterns = ()) -> list[str]:
+    """List architectures, or with `pretrained` all checkpoints, in natural order.
+
+    Args:
+        filter: Glob, or several, of which one must match. A checkpoint also matches by its architecture.
+        pretrained: List `architecture.tag` for everything with weights.
+        exclude: Globs of names to leave out.
+    """
+    names = PRETRAINED if pretrained else ARCHITECTURES
+    wanted, unwanted = _patterns(filter), _patterns(exclude)
+    kept = [n for n in names if (not wanted or _matches(n, wanted)) and not _matches(n, unwanted)]
+    return sorted(kept, key=_natural)
+
+
+def list_pretrained(filter: Patterns = "", *, exclude: Patterns = ()) -> list[str]:
+    """List the checkpoints, `architecture.tag`."""
+    return list_models(filter, pretrained=True, exclude=exclude)
+
+
+def is_model(name: str) -> bool:
+    """Tell whether the name can be created: its architecture is known, and so is its tag if it has one."""
+    try:
+        find(name)
+    except UnknownModelError:
+        return False
+    return True
+
+
+def get_pretrained_cfg(name: str) -> PretrainedConfig | None:
+    """Return the row of a checkpoint, or of an architecture's default one; None where there is none.
+
+    Raises:
+        UnknownModelError: The name is in neither table.
+    """
+    return find(name).pretrained
+
+
+def _tags(architecture: str) -> list[str]:
+    return [tag for owner, tag in map(split_name, PRETRAINED) if owner == architecture]
+
+
+def _patterns(patterns: Patterns) -> list[str]:
+    return [p for p in ([patterns] if isinstance(patterns, str) else patterns) if p]
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(n, p) for n in (name, split_name(name)[0]) for p in patterns)
+
+
+def _natural(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
