@@ -18,7 +18,7 @@ class HasPretrainedCfg(Protocol):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's description of the checkpoint."""
+        """Describe the checkpoint in timm's form."""
 
 
 def resolve_data_config(model: HasPretrainedCfg) -> dict[str, Any]:

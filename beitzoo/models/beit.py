@@ -38,7 +38,7 @@ class PatchEmbed(nn.Module):
         expected = (self.config.in_chans, *self.config.img_size)
         if images.shape[1:] != expected:
             raise ValueError(
-                f"Got images of shape {tuple(images.shape)}; this model takes (batch, {', '.join(map(str, expected))}). "
+                f"Got images of shape {tuple(images.shape)}; this model takes {('batch', *expected)}. "
                 "Resize the images, or create the model with img_size=(height, width) and in_chans=channels."
             )
         return self.proj(images).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
@@ -233,7 +233,10 @@ class Beit(nn.Module):
         target = self.config.grid_size
         with torch.no_grad():
             for module in self.modules():
-                if isinstance(module, Attention | RelativePositionBias) and module.relative_position_bias_table is not None:
+                if (
+                    isinstance(module, Attention | RelativePositionBias)
+                    and module.relative_position_bias_table is not None
+                ):
                     table = module.relative_position_bias_table
                     module.relative_position_bias_table = nn.Parameter(position.resize_table(table, source, target))
             if self.pos_embed is not None:
@@ -334,7 +337,7 @@ class Beit(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's description of the checkpoint, with the size and channels this model has now."""
+        """Describe the checkpoint in timm's form, with the size and channels this model has now."""
         return self.pretrained.to_timm(self.config)
 
     default_cfg = pretrained_cfg

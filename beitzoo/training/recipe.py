@@ -47,7 +47,7 @@ class DataSection(_Section):
 
     source: Literal["digits", "folder"]
     path: Path | None = None
-    test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     split_seed: int = 0
     workers: Annotated[int, Field(ge=0)] = 0

@@ -1,35 +1,21 @@
-"""From a recipe to a model, its data and a finished run."""
+"""From a recipe to a finished run."""
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
-from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 from beitzoo.factory import create_model, save_pretrained
-from beitzoo.images.datasets import ImageSet, LabelledImages, collate, digits, labelled_folder
-from beitzoo.images.transforms import Transform, create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
-from beitzoo.training.evaluate import Accuracy, measure_accuracy
+from beitzoo.training.data import evaluation_loader, load_images, split_images, training_loader
+from beitzoo.training.evaluate import evaluate
 from beitzoo.training.loop import Run, fit
 from beitzoo.training.optim import spread_bias_tables
-from beitzoo.training.recipe import AffineAugment, DataSection, Recipe, RecipeError, dump_recipe
+from beitzoo.training.recipe import Recipe, dump_recipe
 from beitzoo.weights.checkpoint import write_atomically
-
-
-@dataclass(frozen=True)
-class Split:
-    """Indices into an `ImageSet`; every class has the same share in each."""
-
-    train: list[int]
-    val: list[int]
-    test: list[int]
 
 
 def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
@@ -44,6 +30,7 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
 
     Raises:
         FileExistsError: The folder holds a finished run.
+        RecipeError: The data cannot be found or split as the recipe says.
     """
     if (directory / "metrics.json").exists():
         raise FileExistsError(f"{directory} holds a finished run; choose another folder with --out.")
@@ -51,19 +38,11 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
     split = split_images(images, recipe.data)
     set_seed(recipe.train.seed)
     model = _make_model(recipe, images.names)
-    write_atomically(directory / "recipe.json", lambda path: path.write_text(dump_recipe(recipe), encoding="utf-8"))
+    _write(directory / "recipe.json", dump_recipe(recipe))
 
     started = time.perf_counter()
-    train = LabelledImages(images, split.train, _train_transform(model, recipe), model.config.in_chans)
     loaders = (
-        DataLoader(
-            train,
-            recipe.train.batch_size,
-            shuffle=True,
-            drop_last=len(train) > recipe.train.batch_size,
-            num_workers=recipe.data.workers,
-            collate_fn=collate,
-        ),
+        training_loader(model, images, split.train, recipe),
         evaluation_loader(model, images, split.val, recipe.data.workers),
     )
     best = fit(model, loaders, recipe.train, Run(directory, save_pretrained))
@@ -81,70 +60,19 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
         "split_seed": recipe.data.split_seed,
         "train_seconds": seconds,
     }
-    text = json.dumps(metrics, indent=2) + "\n"
-    write_atomically(directory / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
+    _write(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
-
-
-def evaluate(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> Accuracy:
-    """Measure the accuracy of a classifier on some images of a set, in the model's precision."""
-    return measure_accuracy(model, evaluation_loader(model, images, indices, workers), model.cls_token.device)
-
-
-def evaluation_loader(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> DataLoader[Any]:
-    """Load images in order, prepared as the model expects them."""
-    transform = create_transform(**resolve_data_config(model))
-    dataset = LabelledImages(images, indices, transform, model.config.in_chans)
-    return DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=collate)
-
-
-def load_images(data: DataSection) -> ImageSet:
-    """Find the images of a recipe."""
-    if data.source == "digits":
-        return digits()
-    if data.path is None:
-        raise RecipeError("data.source is 'folder', but data.path is missing; name the folder of class folders.")
-    return labelled_folder(data.path)
-
-
-def split_images(images: ImageSet, data: DataSection) -> Split:
-    """Draw the held-out and the validation images, evenly from all classes."""
-    labels = torch.tensor(images.labels)
-    everything = list(range(len(labels)))
-    rest, test = _draw(everything, labels, data.test_fraction, data.split_seed)
-    train, val = _draw(rest, labels[rest], data.val_fraction, data.split_seed)
-    return Split(train, val, test)
-
-
-def _draw(indices: list[int], labels: torch.Tensor, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    count = round(len(indices) * fraction)
-    try:
-        kept, drawn = train_test_split(indices, test_size=count, stratify=labels.numpy(), random_state=seed)
-    except ValueError as error:
-        raise RecipeError(f"{len(indices)} images cannot be split with a fraction of {fraction}: {error}") from error
-    return kept, drawn
 
 
 def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     section = recipe.model
-    model = create_model(section.name, section.pretrained, **{**section.overrides, "num_classes": len(names)})
+    overrides: dict[str, Any] = {**section.overrides, "num_classes": len(names)}
+    model = create_model(section.name, section.pretrained, **overrides)
     model.pretrained = replace(model.pretrained, sources=(), num_classes=len(names), labels=names)
     if recipe.train.bias_init_std:
         spread_bias_tables(model, recipe.train.bias_init_std)
     return model
 
 
-def _train_transform(model: Beit, recipe: Recipe) -> Transform:
-    config, augment = resolve_data_config(model), recipe.augment
-    if not isinstance(augment, AffineAugment):
-        options = augment.model_dump(exclude={"kind"})
-        return create_transform(is_training=True, **{**config, **options, "auto_augment": augment.auto_augment or None})
-    affine = v2.RandomAffine(
-        degrees=augment.rotate,
-        translate=(augment.translate, augment.translate),
-        scale=(1 - augment.scale, 1 + augment.scale),
-        shear=(-augment.shear, augment.shear, -augment.shear, augment.shear),
-        interpolation=v2.InterpolationMode.BILINEAR,
-    )
-    resize, *crop_to_tensor = create_transform(**config).transforms  # type: ignore[attr-defined]
-    return v2.Compose([resize, affine, *crop_to_tensor])
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

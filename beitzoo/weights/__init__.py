@@ -1,0 +1,1 @@
+"""From a source to a strict state dict, and back out."""

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import RevisionResolutionError
 from huggingface_hub.utils import httpx
 
 from beitzoo.zoo.config import HubFile, LocalFile, PackageFile, Source
 
 PACKAGE = Path(__file__).parents[1]
 
-_NOT_FETCHED = (httpx.HTTPError, OSError, ValueError, RevisionResolutionError)
+_NOT_FETCHED = (httpx.HTTPError, OSError, ValueError)
 
 
 class DownloadError(OSError):
@@ -61,10 +60,14 @@ def _download(source: HubFile, cache_dir: Path | None) -> Path:
     except _NOT_FETCHED as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise DownloadError(
-            f"Could not get {where} from {constants.ENDPOINT} or from the cache in {cache_dir or constants.HF_HUB_CACHE}: "
-            f"{reason} Check the connection, or give a file with checkpoint_path=."
+            f"Could not get {where} from {constants.ENDPOINT} or from the cache in "
+            f"{cache_dir or constants.HF_HUB_CACHE}: {reason} Check the connection, or give checkpoint_path=."
         ) from error
-    _prove(path, source.sha256 or _stated_hash(path), "Delete it and try again; if that does not help, its host is damaged.")
+    _prove(
+        path,
+        source.sha256 or _stated_hash(path),
+        "Delete it and try again; if that does not help, its host is damaged.",
+    )
     return path
 
 

@@ -1,0 +1,1 @@
+"""Facts about models, and questions about facts; no torch."""

@@ -7,12 +7,8 @@ ARCHITECTURES: dict[str, BeitConfig] = {
     "beit_base_patch16_224": BeitConfig(),
     "beit_base_patch16_384": BeitConfig(img_size=(384, 384)),
     "beit_large_patch16_224": BeitConfig(embed_dim=1024, depth=24, num_heads=16, init_values=1e-5),
-    "beit_large_patch16_384": BeitConfig(
-        img_size=(384, 384), embed_dim=1024, depth=24, num_heads=16, init_values=1e-5
-    ),
-    "beit_large_patch16_512": BeitConfig(
-        img_size=(512, 512), embed_dim=1024, depth=24, num_heads=16, init_values=1e-5
-    ),
+    "beit_large_patch16_384": BeitConfig(img_size=(384, 384), embed_dim=1024, depth=24, num_heads=16, init_values=1e-5),
+    "beit_large_patch16_512": BeitConfig(img_size=(512, 512), embed_dim=1024, depth=24, num_heads=16, init_values=1e-5),
     # BEiT v2: https://arxiv.org/abs/2208.06366
     "beitv2_base_patch16_224": BeitConfig(init_values=1e-5),
     "beitv2_large_patch16_224": BeitConfig(embed_dim=1024, depth=24, num_heads=16, init_values=1e-5),

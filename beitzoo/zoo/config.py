@@ -1,6 +1,7 @@
 """Frozen records: what is built, what it is fed, and where its weights come from."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -69,11 +70,23 @@ class BeitConfig:
     head_init_scale: float = 0.001
 
     def __post_init__(self) -> None:
-        for name in ("in_chans", "embed_dim", "depth", "num_heads"):
-            _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}; it must be at least 1.")
+        for name in ("img_size", "patch_size"):
+            _check(_is_pair(getattr(self, name)), f"{name}={getattr(self, name)!r}; it must be a pair (height, width).")
+        for name, least in (("in_chans", 1), ("num_classes", 0), ("embed_dim", 1), ("depth", 1), ("num_heads", 1)):
+            value = getattr(self, name)
+            _check(_is_whole(value) and value >= least, f"{name}={value!r}; it must be a whole number from {least} up.")
         for name in ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
-            _check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}; it must be in [0, 1).")
-        _check(self.num_classes >= 0, f"num_classes={self.num_classes}; 0 is no head, N a head of N classes.")
+            value = getattr(self, name)
+            _check(_is_number(value) and 0 <= value < 1, f"{name}={value!r}; it must be a number in [0, 1).")
+        for name in ("mlp_ratio", "init_values", "norm_eps", "head_init_scale"):
+            value = getattr(self, name)
+            _check(_is_number(value) and value >= 0, f"{name}={value!r}; it must be a number from 0 up.")
+        for name in ("qkv_bias", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"):
+            _check(isinstance(getattr(self, name), bool), f"{name}={getattr(self, name)!r}; it must be True or False.")
+        _check(
+            self.use_fc_norm in (None, True, False),
+            f"use_fc_norm={self.use_fc_norm!r}; it must be True, False or None.",
+        )
         _check(
             self.global_pool in ("avg", "token", ""),
             f"global_pool={self.global_pool!r}; BEiT pools by 'avg', 'token' or '' (not at all).",
@@ -83,8 +96,6 @@ class BeitConfig:
             f"embed_dim={self.embed_dim} cannot be split over num_heads={self.num_heads}; choose a divisor.",
         )
         _check(self.hidden_dim >= 1, f"mlp_ratio={self.mlp_ratio} leaves the MLP without a hidden channel.")
-        _check(self.init_values >= 0, f"init_values={self.init_values}; it must be positive, or 0 for no layer scale.")
-        _check(self.norm_eps > 0, f"norm_eps={self.norm_eps}; it must be positive.")
         _check_divisible(self.img_size, self.patch_size)
 
     @property
@@ -210,9 +221,9 @@ class PretrainedConfig:
         """Return timm's `pretrained_cfg` dict for a network of this config, at its current size."""
         data = self.data.fitted_to(config)
         names = {name: getattr(data, name) for name in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
-        hub = {"hf_hub_id": s.repo_id for s in self.sources[:1] if isinstance(s, HubFile)}
+        hub = [source.repo_id for source in self.sources if isinstance(source, HubFile)]
         return {
-            **hub,
+            **({"hf_hub_id": hub[0]} if hub else {}),
             "input_size": data.input_size,
             "fixed_input_size": True,
             **names,
@@ -238,7 +249,8 @@ def override(config: BeitConfig, **overrides: Any) -> BeitConfig:
         raise TypeError(f"{name!r} is not an option of a BEiT; {closest(name, known)}")
     given = {name: value for name, value in overrides.items() if value is not None}
     for name in given.keys() & {"img_size", "patch_size"}:
-        given[name] = _pair(name, given[name])
+        side = given[name]
+        given[name] = (side, side) if isinstance(side, int) else tuple(side) if isinstance(side, list) else side
     return replace(config, **given)
 
 
@@ -248,11 +260,16 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, matches))}?" if matches else f"there are {', '.join(sorted(known))}."
 
 
-def _pair(name: str, value: Any) -> Pair:
-    sides = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        raise ValueError(f"{name}={value!r}; give one whole number or a pair (height, width).")
-    return sides[0], sides[1]
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_whole(side) and side >= 1 for side in value)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -262,7 +279,6 @@ def _check(condition: bool, message: str) -> None:
 
 def _check_divisible(img_size: Pair, patch_size: Pair) -> None:
     for side, patch in zip(img_size, patch_size, strict=True):
-        _check(patch >= 1 and side >= 1, f"img_size={img_size}, patch_size={patch_size}; both must be positive.")
         lower = side // patch * patch
         nearest = f"{lower} or {lower + patch}" if lower else f"{patch}"
         _check(side == lower, f"img_size={img_size} is not a multiple of patch_size={patch_size}; use {nearest}.")

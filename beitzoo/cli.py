@@ -1,0 +1,196 @@
+"""The commands. Heavy rooms are imported by the command that needs them."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from beitzoo.factory import create_model
+from beitzoo.images.datasets import find_images
+from beitzoo.predict import Prediction, predict
+from beitzoo.zoo import costs
+from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, Source
+from beitzoo.zoo.registry import DEFAULT_MODEL, find, list_models
+
+app = typer.Typer(
+    help="BEiT: every checkpoint by name.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+_out = Console()
+
+ModelName = Annotated[str, typer.Option("--model", "-m", help="Model name, or local-dir:FOLDER.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Run a command; what the user got wrong is one message and exit code 2, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Glob, such as 'beitv2*'.")] = "",
+    pretrained: Annotated[bool, typer.Option(help="List checkpoints rather than architectures.")] = False,
+) -> None:
+    """List the models of the zoo."""
+    for name in list_models(pattern, pretrained=pretrained):
+        print(name)
+
+
+@app.command()
+def info(name: str, as_json: AsJson = False) -> None:
+    """Say what a model is: size, cost, where its weights are, how images are prepared, licence."""
+    facts = _facts(name)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), _plain(value))
+    _out.print(table)
+
+
+@app.command("predict")
+def predict_(
+    images: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
+    model: ModelName = DEFAULT_MODEL,
+    topk: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 16,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Classify images. An unreadable one is a row with the reason, and exit code 1 at the end."""
+    paths = find_images(images)
+    network = create_model(model, pretrained=True, device=device)
+    predictions = list(
+        tqdm(predict(network, paths, topk=topk, batch_size=batch_size), total=len(paths), unit="image", disable=None)
+    )
+    if as_json:
+        print(json.dumps([_row(prediction) for prediction in predictions], indent=2))
+    else:
+        _out.print(_prediction_table(predictions))
+    failed = sum(prediction.error is not None for prediction in predictions)
+    if failed:
+        print(f"{failed} of {len(predictions)} images could not be read.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file, such as configs/finetune/digits.toml.")],
+    out: Annotated[Path, typer.Option(help="Receives checkpoints, log and metrics.json.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
+) -> None:
+    """Train a classifier by a recipe and measure it once on held-out images."""
+    _need("train", "accelerate", "sklearn")
+    from beitzoo.training import tasks
+    from beitzoo.training.recipe import load_recipe
+
+    metrics = tasks.finetune(load_recipe(recipe, settings or ()), out)
+    print(json.dumps(metrics, indent=2))
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model names, or local-dir:FOLDER.")],
+    data: Annotated[str, typer.Option(help="'digits' (its held-out third), or a folder of class folders (all).")],
+    split_seed: Annotated[int, typer.Option(help="Which held-out third of the digits.")] = 0,
+    results_file: Annotated[Path | None, typer.Option(help="Append a row per model to this CSV.")] = None,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure top-1 and top-5 accuracy; of several models also mean and standard deviation."""
+    _need("train", "accelerate", "sklearn")
+    from beitzoo.measure.results import append_row
+    from beitzoo.training.evaluate import accuracy_row, summarise
+
+    rows = []
+    for name in tqdm(models, unit="model", disable=None):
+        row = accuracy_row(name, data, split_seed, device)
+        if results_file is not None:
+            append_row(results_file, row)
+        rows.append(row)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("model", "top1", "top5", "images")
+    for row in rows:
+        table.add_row(str(row["model"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}", str(row["count"]))
+    _out.print(table)
+    if len(rows) > 1:
+        _out.print(summarise(rows))
+
+
+def _need(extra: str, *modules: str) -> None:
+    """Say which extra to install before a command fails half-way for want of it."""
+    from importlib.util import find_spec
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"This command needs {', '.join(missing)}; install it with: pip install 'beitzoo[{extra}]'")
+
+
+def _facts(name: str) -> dict[str, Any]:
+    entry = find(name)
+    config, row = entry.config, entry.pretrained
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in create_model(name).parameters())
+    data = (row.data if row else DataConfig()).fitted_to(config)
+    return {
+        "model": entry.name,
+        "parameters": parameters,
+        "gmacs": round(costs.macs(config) / 1e9, 2),
+        "activations_millions": round(costs.activations(config) / 1e6, 1),
+        "classes": config.num_classes,
+        "input_size": list(data.input_size),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "interpolation": data.interpolation,
+        "crop_pct": data.crop_pct,
+        "weights": [] if row is None else [_where(source) for source in row.sources],
+        "license": row and row.license,
+        "paper": row and row.paper,
+    }
+
+
+def _plain(value: object) -> str:
+    """Write a fact as a person would."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else "none" if value is None else str(value)
+
+
+def _where(source: Source) -> str:
+    match source:
+        case HubFile(repo_id, filename, revision):
+            return f"hub {repo_id}/{filename} at {revision or 'main'}"
+        case PackageFile(path):
+            return f"package {path}"
+        case LocalFile(path):
+            return str(path)
+
+
+def _row(prediction: Prediction) -> dict[str, Any]:
+    return {**asdict(prediction), "path": str(prediction.path)}
+
+
+def _prediction_table(predictions: list[Prediction]) -> Table:
+    table = Table("image", "label", "probability", "next")
+    for prediction in predictions:
+        if prediction.error is not None:
+            table.add_row(str(prediction.path), f"[red]{prediction.error}[/red]")
+            continue
+        first, *others = prediction.answers
+        rest = ", ".join(f"{answer.label} {answer.probability:.1%}" for answer in others)
+        table.add_row(str(prediction.path), first.label, f"{first.probability:.1%}", rest)
+    return table

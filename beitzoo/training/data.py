@@ -1,0 +1,89 @@
+"""From the data section of a recipe to loaders: which images, how they are split, how they are augmented."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from beitzoo.images.datasets import ImageSet, LabelledImages, collate, digits, labelled_folder
+from beitzoo.images.transforms import Transform, create_transform, resolve_data_config
+from beitzoo.models.beit import Beit
+from beitzoo.training.recipe import AffineAugment, CropAugment, DataSection, Recipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into an `ImageSet`; every class has the same share in each."""
+
+    train: list[int]
+    val: list[int]
+    test: list[int]
+
+
+def load_images(data: DataSection) -> ImageSet:
+    """Find the images of a recipe."""
+    if data.source == "digits":
+        return digits()
+    if data.path is None:
+        raise RecipeError("data.source is 'folder', but data.path is missing; name the folder of class folders.")
+    return labelled_folder(data.path)
+
+
+def split_images(images: ImageSet, data: DataSection) -> Split:
+    """Draw the held-out and the validation images, evenly from all classes."""
+    everything = list(range(len(images.labels)))
+    rest, test = _draw(everything, images.labels, data.test_fraction, data.split_seed)
+    train, val = _draw(rest, images.labels, data.val_fraction, data.split_seed)
+    return Split(train, val, test)
+
+
+def training_loader(model: Beit, images: ImageSet, indices: list[int], recipe: Recipe) -> DataLoader[Any]:
+    """Load images shuffled and augmented; an incomplete last batch is left out unless it is the only one."""
+    dataset = LabelledImages(images, indices, training_transform(model, recipe.augment), model.config.in_chans)
+    size = recipe.train.batch_size
+    return DataLoader(
+        dataset,
+        size,
+        shuffle=True,
+        drop_last=len(dataset) > size,
+        num_workers=recipe.data.workers,
+        collate_fn=collate,
+    )
+
+
+def evaluation_loader(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> DataLoader[Any]:
+    """Load images in order, prepared as the model expects them."""
+    transform = create_transform(**resolve_data_config(model))
+    dataset = LabelledImages(images, indices, transform, model.config.in_chans)
+    return DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=collate)
+
+
+def training_transform(model: Beit, augment: AffineAugment | CropAugment) -> Transform:
+    """Build the augmentation of a recipe, ending in the model's own size and normalisation."""
+    config = resolve_data_config(model)
+    if isinstance(augment, CropAugment):
+        options = augment.model_dump(exclude={"kind"})
+        return create_transform(is_training=True, **{**config, **options, "auto_augment": augment.auto_augment or None})
+    affine = v2.RandomAffine(
+        degrees=augment.rotate,
+        translate=(augment.translate, augment.translate),
+        scale=(1 - augment.scale, 1 + augment.scale),
+        shear=(-augment.shear, augment.shear, -augment.shear, augment.shear),
+        interpolation=v2.InterpolationMode.BILINEAR,
+    )
+    evaluation: Any = create_transform(**config)
+    resize, *crop_and_normalise = evaluation.transforms
+    return v2.Compose([resize, affine, *crop_and_normalise])
+
+
+def _draw(indices: list[int], labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    classes = [labels[index] for index in indices]
+    count = round(len(indices) * fraction)
+    try:
+        kept, drawn = train_test_split(indices, test_size=count, stratify=classes, random_state=seed)
+    except ValueError as error:
+        raise RecipeError(f"{len(indices)} images cannot be split with a fraction of {fraction}: {error}") from error
+    return kept, drawn

@@ -1,0 +1,131 @@
+"""From files to tensors: the right pixels, or an error with the file's name on it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import beitzoo
+from beitzoo.images.datasets import (
+    ImageError,
+    ImageSet,
+    LabelledImages,
+    collate,
+    find_images,
+    labelled_folder,
+    open_image,
+)
+from beitzoo.zoo.pretrained import PRETRAINED
+
+PHOTO = Path("beitzoo/assets/samples/chelsea.jpg")
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_transform_is_timms(name: str) -> None:
+    model = beitzoo.create_model(name, device="meta")
+    image = open_image(PHOTO, model.config.in_chans)
+    ours = beitzoo.create_transform(**beitzoo.resolve_data_config(model))(image)
+    theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(image)
+    assert torch.equal(ours, theirs)
+    assert ours.shape == model.pretrained_cfg["input_size"]
+
+
+def test_transform_resizes_as_published() -> None:
+    """Sizes from timm: 224 at 0.9 resizes to 248, 384 at 1.0 to 384, 224 at 0.95 to 235."""
+    sizes = {"beit_base_patch16_224": 248, "beit_base_patch16_384": 384, "beitv2_large_patch16_224": 235}
+    for name, size in sizes.items():
+        config = beitzoo.resolve_data_config(beitzoo.create_model(name, device="meta"))
+        assert f"size={size}" in repr(beitzoo.create_transform(**config))
+
+
+def test_transform_follows_the_size_of_the_model() -> None:
+    model = beitzoo.create_model("test_beit", img_size=(48, 80))
+    assert beitzoo.create_transform(**beitzoo.resolve_data_config(model))(open_image(PHOTO)).shape == (3, 48, 80)
+    model.set_input_size(32)
+    assert beitzoo.create_transform(**beitzoo.resolve_data_config(model))(open_image(PHOTO)).shape == (3, 32, 32)
+
+
+def test_training_transform_is_random() -> None:
+    config = beitzoo.resolve_data_config(beitzoo.create_model("test_beit", device="meta"))
+    transform = beitzoo.create_transform(is_training=True, **config)
+    image = open_image(PHOTO)
+    assert not torch.equal(transform(image), transform(image))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode_opens_as_grey_or_rgb(mode: str, tmp_path: Path) -> None:
+    value = {"I;16": 128 * 256, "1": 255}.get(mode, 128)
+    image = Image.fromarray(np.full((4, 6), value, np.uint16)) if mode == "I;16" else Image.new("L", (6, 4), value)
+    if mode == "P":
+        image = image.quantize()
+    elif mode != "I;16":
+        image = (image if mode == "LA" else image.convert("RGB")).convert(mode)
+    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    image.save(path)
+    grey, colour = open_image(path, 1), open_image(path, 3)
+    assert (grey.mode, colour.mode, grey.size) == ("L", "RGB", (6, 4))
+    assert grey.getpixel((0, 0)) == pytest.approx(255 if mode == "1" else 128, abs=2)
+
+
+def test_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (6, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == (4, 6)
+
+
+def test_unreadable_files_are_named_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = PHOTO.read_bytes()
+    cases = {
+        "empty.jpg": (b"", "not an image"),
+        "text.png": (b"hello", "not an image"),
+        "cut.jpg": (whole[:2000], "damaged or unreadable"),
+        "disguised.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match=message):
+            open_image(tmp_path / name)
+    with pytest.raises(ImageError, match="no such file"):
+        open_image(tmp_path / "absent.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="damaged or unreadable.*pixels"):
+        open_image(PHOTO)
+
+
+def test_places_become_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "a.JPG", "notes.txt", "sub/c.webp"):
+        (tmp_path / name).touch()
+    a, b, c = tmp_path / "a.JPG", tmp_path / "b.png", tmp_path / "sub" / "c.webp"
+    assert find_images([str(tmp_path)]) == [a, b, c]
+    assert find_images([str(tmp_path / "*.png"), str(tmp_path / "notes.txt")]) == [b, tmp_path / "notes.txt"]
+    assert find_images([str(tmp_path / "absent.png")]) == [tmp_path / "absent.png"]
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    for name in ("dog/1.png", "cat/2.png", "cat/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    images = labelled_folder(tmp_path)
+    assert images.names == ("cat", "dog")
+    assert images.labels == [0, 0, 1]
+    with pytest.raises(FileNotFoundError, match="CLASS/IMAGE"):
+        labelled_folder(tmp_path / "cat")
+
+
+def test_a_broken_image_leaves_the_batch_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no")
+    images = ImageSet([Image.new("RGB", (2, 2), "red"), broken, Image.new("RGB", (2, 2), "blue")], [7, 8, 9], ())
+    dataset = LabelledImages(images, [2, 1, 0], lambda image: torch.tensor(image.getpixel((0, 0))), 3)
+    batch = collate([dataset[i] for i in range(3)])
+    assert batch is not None
+    assert batch[0].tolist() == [[0, 0, 255], [255, 0, 0]]
+    assert batch[1].tolist() == [9, 7]
+    assert "broken.png: not an image" in caplog.text
+    assert collate([dataset[1]]) is None

@@ -1,0 +1,113 @@
+"""The commands: what they print, and how they fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import beitzoo
+from beitzoo.cli import app
+
+SAMPLES = Path("beitzoo/assets/samples")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_list() -> None:
+    assert run("list").stdout.split() == beitzoo.list_models()
+    assert run("list", "beitv2*", "--pretrained").stdout.split() == beitzoo.list_pretrained("beitv2*")
+
+
+def test_info() -> None:
+    facts = json.loads(run("info", "beit_base_patch16_224", "--json").stdout)
+    assert facts == {
+        "model": "beit_base_patch16_224.in22k_ft_in22k_in1k",
+        "parameters": 86_530_984,
+        "gmacs": 17.56,
+        "activations_millions": 23.9,
+        "classes": 1000,
+        "input_size": [3, 224, 224],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "weights": ["hub timm/beit_base_patch16_224.in22k_ft_in22k_in1k/model.safetensors at main"],
+        "license": "MIT",
+        "paper": "https://arxiv.org/abs/2106.08254",
+    }
+    table = run("info", "beit_base_patch16_224").stdout
+    assert "86,530,984" in table
+    assert "17.56" in table
+
+
+def test_info_of_an_architecture_without_weights() -> None:
+    facts = json.loads(run("info", "test_beit", "--json").stdout)
+    assert (facts["weights"], facts["license"]) == ([], None)
+    assert "none" in run("info", "test_beit").stdout
+
+
+def test_predict_as_json() -> None:
+    result = run("predict", str(SAMPLES / "*.png"), "--json", "--topk", "2")
+    rows = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert [row["answers"][0]["label"] for row in rows] == list("0123456789")
+    assert all(len(row["answers"]) == 2 and row["error"] is None for row in rows)
+
+
+def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"")
+    result = run("predict", str(SAMPLES / "digit_3.png"), str(tmp_path / "broken.png"), "--json")
+    rows = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert rows[0]["answers"][0]["label"] == "3"
+    assert rows[1]["error"].startswith("not an image")
+    assert rows[1]["answers"] == []
+    assert "1 of 2 images could not be read" in result.stderr
+    table = run("predict", str(SAMPLES / "digit_3.png"), str(tmp_path / "broken.png"))
+    assert "not an image" in table.stdout
+
+
+def test_evaluate_prints_and_appends_rows(tmp_path: Path) -> None:
+    model, table = "beit_nano_patch4_32.digits", tmp_path / "r.csv"
+    result = run("evaluate", model, model, "--data", "digits", "--results-file", str(table))
+    assert result.exit_code == 0
+    assert "± 0.00 (mean ± sd of 2)" in result.stdout
+    assert len(table.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "beit_bas_patch16_224"], "did you mean 'beit_base_patch16_224'"),
+        (["predict", "x.png", "--model", "local-dir:/absent"], "config.json"),
+        (["finetune", "absent.toml", "--out", "/tmp/absent"], "There is no recipe absent.toml"),
+        (["finetune", "configs/finetune/digits.toml", "--out", "x", "--set", "train.lr=-1"], "train.lr"),
+        (["evaluate", "beit_nano_patch4_32.digits", "--data", "/absent"], "CLASS/IMAGE"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_two(arguments: list[str], message: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "beitzoo", *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_options_are_frozen() -> None:
+    """A new option is a decision; it shows up here."""
+    from typer.main import get_command
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    options = {name: sorted(p.name for p in command.params) for name, command in commands.items()}
+    assert options == {
+        "list": ["pattern", "pretrained"],
+        "info": ["as_json", "name"],
+        "predict": ["as_json", "batch_size", "device", "images", "model", "topk"],
+        "finetune": ["out", "recipe", "settings"],
+        "evaluate": ["as_json", "data", "device", "models", "results_file", "split_seed"],
+    }

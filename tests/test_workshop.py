@@ -1,0 +1,83 @@
+"""The repository keeps its own promises: tools are clean, the README runs, continuous integration is the README."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path("README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def tool(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"]],
+    ids=lambda command: " ".join(command),
+)
+def test_tools_are_clean(command: list[str]) -> None:
+    result = subprocess.run([tool(command[0]), *command[1:]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_readme_is_short_and_starts_with_its_two_commands() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    commands = [line for line in lines[:12] if line.startswith("pip install")]
+    assert commands == [
+        "pip install -e . && beitzoo predict beitzoo/assets/samples/*.png",
+        "pip install -e '.[test]' && pytest",
+    ]
+    first_python = next(number for number, line in enumerate(lines, 1) if line.startswith("```python"))
+    assert first_python < 20
+
+
+def test_continuous_integration_runs_the_readmes_test_command() -> None:
+    assert "pip install -e '.[test]' && pytest" in Path(".ci/run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("code", [body for language, body in BLOCKS if language == "python"])
+def test_readme_python_runs(code: str, tmp_path: Path) -> None:
+    exec(compile(code.replace("runs/", f"{tmp_path}/"), "README.md", "exec"), {})
+
+
+def readme_commands() -> list[str]:
+    lines = [line for language, body in BLOCKS if language == "bash" for line in body.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("#")[0].split("&&")]
+    return [part for part in parts if part.startswith(("beitzoo ", "python "))]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_run(command: str, tmp_path: Path) -> None:
+    """Each as written; training for one epoch only, and files of a run from a run of this test."""
+    if command.startswith("beitzoo finetune"):
+        command += " --set train.epochs=1"
+    if "local-dir:runs/" in command:
+        pytest.skip("needs the run that another line of the README makes")
+    if command.startswith("python benchmark.py"):
+        command = command.replace("beit_base_patch16_224", "test_beit") + " --num-warm-iter 0 --num-bench-iter 1"
+    command = command.replace("runs/", f"{tmp_path}/").replace("results/", f"{tmp_path}/")
+    program, *arguments = shlex.split(command)
+    program = sys.executable if program == "python" else tool(program)
+    shell = " ".join([shlex.quote(program), *(a if "*" in a else shlex.quote(a) for a in arguments)])
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_nothing_of_one_machine_is_in_the_repository() -> None:
+    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True).stdout.splitlines()
+    texts = [Path(name) for name in files if Path(name).suffix in {".py", ".md", ".toml", ".csv", ".json"}]
+    found = [str(path) for path in texts if re.search(r"(?<![\w.])/(root|home/\w+)/", path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_shipped_files_are_small() -> None:
+    weights = list(Path("beitzoo/assets").glob("*.safetensors"))
+    assert weights
+    assert all(path.stat().st_size < 2_000_000 for path in weights)

@@ -1,0 +1,243 @@
+"""Recipes are closed records; parameters learn as fast as they say; a run leaves what it promises."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import beitzoo
+from beitzoo.training.data import Split, load_images, split_images, training_transform
+from beitzoo.training.evaluate import accuracy_row, measure_accuracy, summarise
+from beitzoo.training.optim import make_optimizer, make_schedule, parameter_groups, spread_bias_tables
+from beitzoo.training.recipe import (
+    AffineAugment,
+    CropAugment,
+    DataSection,
+    Recipe,
+    RecipeError,
+    TrainSection,
+    dump_recipe,
+    load_recipe,
+)
+from beitzoo.training.tasks import finetune
+
+RECIPES = sorted(Path("configs").rglob("*.toml"))
+DIGITS = Path("configs/finetune/digits.toml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_every_recipe_describes_a_run(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert Recipe.model_validate_json(dump_recipe(recipe)) == recipe
+    model = beitzoo.create_model(recipe.model.name, **recipe.model.overrides)
+    assert make_optimizer(model, recipe.train).param_groups
+    assert training_transform(model, recipe.augment)(Image.new("L", (8, 8))).shape == (1, 32, 32)
+
+
+def test_settings_change_a_recipe() -> None:
+    recipe = load_recipe(DIGITS, ["data.split_seed=7", "train.lr=1e-3", "model.overrides.drop_path_rate=0.1"])
+    assert recipe.data.split_seed == 7
+    assert recipe.train.lr == 1e-3
+    assert recipe.model.overrides == {"drop_path_rate": 0.1}
+    assert load_recipe(DIGITS, ["data.source=folder"]).data.source == "folder"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.leraning_rate=1", "train.leraning_rate: Extra inputs are not permitted"),
+        ("train.lr=fast", "train.lr: Input should be a valid number"),
+        ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1"),
+        ("augment.kind=none", "augment: Input tag 'none'"),
+        ("train.lr", "'train.lr' sets nothing; write section.key=value"),
+        ("lr=1", "'lr=1' sets nothing"),
+        ("train.lr.max=1", "'train.lr.max=1': lr is a value, not a section"),
+    ],
+)
+def test_a_wrong_setting_is_named(setting: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(DIGITS, [setting])
+
+
+def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[model\n")
+    with pytest.raises(RecipeError, match=r"a\.toml is not TOML"):
+        load_recipe(tmp_path / "a.toml")
+    with pytest.raises(RecipeError, match=r"There is no recipe .*b\.toml"):
+        load_recipe(tmp_path / "b.toml")
+
+
+def test_bias_tables_learn_at_their_own_rate() -> None:
+    model = beitzoo.create_model("test_beit")
+    recipe = TrainSection(epochs=1, batch_size=1, lr=1.0, layer_decay=0.5, bias_lr_scale=10, weight_decay=0.1)
+    scales = {id(p): (g["lr_scale"], g["weight_decay"]) for g in parameter_groups(model, recipe) for p in g["params"]}
+    by_name = {name: scales[id(p)] for name, p in model.named_parameters()}
+    assert by_name["blocks.1.attn.relative_position_bias_table"] == (5, 0)
+    assert by_name["blocks.0.attn.relative_position_bias_table"] == (2.5, 0)
+    assert by_name["blocks.1.attn.qkv.weight"] == (0.5, 0.1)
+    assert by_name["head.weight"] == (1, 0.1)
+    assert by_name["cls_token"] == (0.125, 0)
+
+
+def test_bias_tables_are_spread_and_nothing_else() -> None:
+    model = beitzoo.create_model("beit_nano_patch4_32")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    spread_bias_tables(model, 0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            assert parameter.detach().std() == pytest.approx(0.5, rel=0.15)
+        else:
+            assert torch.equal(parameter, before[name])
+
+
+def test_schedule_rises_then_falls_to_its_end() -> None:
+    recipe = TrainSection(epochs=10, batch_size=1, lr=2.0, min_lr=0.5, warmup_epochs=2)
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=recipe.lr)
+    schedule = make_schedule(optimizer, recipe, steps_per_epoch=5)
+    rates = []
+    for update in range(50):
+        schedule.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    cosine = [0.5 + 0.75 * (1 + math.cos(math.pi * t / 40)) for t in range(40)]
+    assert rates == pytest.approx([0.5 * r for r in [*(0.2 * t for t in range(10)), *cosine]], rel=1e-6)
+
+
+def test_splits_are_even_disjoint_and_drawn_by_the_seed() -> None:
+    data = DataSection(source="digits")
+    images = load_images(data)
+    split = split_images(images, data)
+    assert (len(images.images), len(split.test)) == (1797, 599)
+    assert sorted(split.train + split.val + split.test) == list(range(1797))
+    for part in (split.train, split.val, split.test):
+        counts = torch.bincount(torch.tensor([images.labels[i] for i in part]))
+        assert (counts / len(part) - 0.1).abs().max() < 0.02
+    assert split_images(images, data) == split
+    other = split_images(images, DataSection(source="digits", split_seed=7))
+    assert isinstance(other, Split)
+    assert set(other.test) != set(split.test)
+
+
+def test_digits_are_sixteen_levels_of_ink() -> None:
+    image = load_images(DataSection(source="digits")).images[0]
+    assert isinstance(image, Image.Image)
+    assert image.size == (8, 8)
+    assert set(image.tobytes()) <= {round(level * 255 / 16) for level in range(17)}
+
+
+def test_a_folder_without_a_path_or_with_too_few_images_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"data\.path is missing"):
+        load_images(DataSection(source="folder"))
+    images = load_images(DataSection(source="digits"))
+    with pytest.raises(RecipeError, match="1797 images cannot be split with a fraction of 0.001"):
+        split_images(images, DataSection(source="digits", test_fraction=0.001))
+
+
+def test_crop_augmentation_passes_its_options_on() -> None:
+    model = beitzoo.create_model("test_beit")
+    transform = training_transform(model, CropAugment(hflip=0, re_prob=0.25, auto_augment="rand-m9-mstd0.5-inc1"))
+    text = repr(transform)
+    assert "RandAugment" in text
+    assert "RandomErasing(p=0.25" in text
+    assert "HorizontalFlip" not in text
+
+
+def test_affine_augmentation_without_range_is_the_evaluation_transform() -> None:
+    model = beitzoo.create_model("beit_nano_patch4_32")
+    image = load_images(DataSection(source="digits")).images[3]
+    plain = beitzoo.create_transform(**beitzoo.resolve_data_config(model))(image)
+    assert torch.equal(training_transform(model, AffineAugment(kind="affine"))(image), plain)
+    assert not torch.equal(training_transform(model, AffineAugment(kind="affine", rotate=30))(image), plain)
+
+
+def test_accuracy_counts_what_is_right() -> None:
+    logits = torch.eye(8)[:6] * 4
+    batches = [(logits[:4], torch.tensor([0, 1, 2, 7])), None, (logits[4:], torch.tensor([4, 0]))]
+    model = nn.Identity().train()
+    accuracy = measure_accuracy(model, batches, torch.device("cpu"))
+    right = math.log(math.exp(4) + 7) - 4
+    assert accuracy.count == 6
+    assert accuracy.top1 == pytest.approx(100 * 4 / 6)
+    assert accuracy.top5 == pytest.approx(100 * 5 / 6)
+    assert accuracy.loss == pytest.approx(right + 4 * 2 / 6)
+    assert model.training
+    with pytest.raises(ValueError, match="no readable image"):
+        measure_accuracy(model, [None], torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on a folder of three colours with one broken image in it."""
+    root = tmp_path_factory.mktemp("run")
+    data = root / "colours"
+    for index, colour in enumerate(("blue", "green", "red")):
+        (data / colour).mkdir(parents=True)
+        for number in range(12):
+            shade = [40 + 5 * number] * 3
+            shade[2 - index] = 255
+            Image.new("RGB", (40, 40), tuple(shade)).save(data / colour / f"{number}.png")
+    (data / "red" / "0.png").write_bytes(b"broken")
+    (root / "recipe.toml").write_text(
+        '[model]\nname="test_beit"\n[data]\nsource="folder"\nval_fraction=0.25\n'
+        '[augment]\nkind="crop"\nscale=[0.5, 1.0]\ncolor_jitter=0.0\n'
+        "[train]\nepochs=5\nbatch_size=6\nlr=2e-3\nwarmup_epochs=1\nclip_grad=1.0\n"
+    )
+    recipe = load_recipe(root / "recipe.toml", [f"data.path={data}"])
+    finetune(recipe, root / "out")
+    return root / "out"
+
+
+def test_a_run_leaves_what_it_promises(run: Path) -> None:
+    assert {p.name for p in run.iterdir()} == {"best", "last", "log.jsonl", "metrics.json", "recipe.json"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test_count"] in (11, 12)
+    assert metrics["test_top1"] > 90
+    assert metrics["seed"] == metrics["split_seed"] == 0
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [1, 2, 3, 4, 5]
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    best = max(log, key=lambda row: (row["val_top1"], -row["val_loss"]))
+    assert metrics["val_top1"] == best["val_top1"]
+
+
+def test_a_trained_model_knows_its_classes(run: Path) -> None:
+    model = beitzoo.create_model(f"local-dir:{run / 'best'}", pretrained=True)
+    assert model.pretrained.labels == ("blue", "green", "red")
+    assert model.num_classes == 3
+
+
+def test_a_finished_run_is_not_overwritten(run: Path) -> None:
+    recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        finetune(recipe, run)
+
+
+def test_the_same_seed_gives_the_same_run(run: Path, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
+    metrics = finetune(recipe, tmp_path / "again")
+    first = json.loads((run / "metrics.json").read_text())
+    assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {
+        k: v for k, v in first.items() if k != "train_seconds"
+    }
+
+
+def test_evaluating_on_other_classes_is_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match="tells 3 classes apart, the data has 10"):
+        accuracy_row(f"local-dir:{run / 'best'}", "digits", 0, "cpu")
+
+
+def test_shipped_model_reaches_what_the_results_say() -> None:
+    row = accuracy_row("beit_nano_patch4_32.digits", "digits", 0, "cpu")
+    assert row["count"] == 599
+    assert isinstance(row["top1"], float)
+    assert row["top1"] >= 97.5
+    assert row["top1_err"] == pytest.approx(100 - row["top1"])
+
+
+def test_summary_is_mean_and_sample_deviation() -> None:
+    assert summarise([{"top1": 97.0}, {"top1": 98.0}, {"top1": 99.0}]) == "top1 98.00 ± 1.00 (mean ± sd of 3)"

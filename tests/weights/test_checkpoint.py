@@ -1,0 +1,94 @@
+"""Tensors go in strictly and come out whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import randomise
+from safetensors.torch import save_file
+
+from beitzoo import Beit, CheckpointError
+from beitzoo.weights import checkpoint
+from beitzoo.zoo.architectures import ARCHITECTURES
+
+
+@pytest.fixture
+def model() -> Beit:
+    network = Beit(ARCHITECTURES["test_beit"])
+    randomise(network)
+    return network
+
+
+def test_saved_tensors_come_back_bit_equal(model: Beit, tmp_path: Path) -> None:
+    checkpoint.save(model.state_dict(), tmp_path / "a" / "w.safetensors")
+    state = checkpoint.read(tmp_path / "a" / "w.safetensors")
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["w.safetensors"]
+
+
+def test_a_model_on_meta_takes_tensors_over(model: Beit) -> None:
+    with torch.device("meta"):
+        empty = Beit(model.config)
+    state = model.state_dict()
+    checkpoint.load(empty, state, "the file")
+    assert empty.head.weight.data_ptr() == state["head.weight"].data_ptr()
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(empty.eval()(x), model.eval()(x))
+    assert all(p.requires_grad and p.is_leaf for p in empty.parameters())
+
+
+def test_mismatch_lists_what_differs_and_changes_nothing(model: Beit) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    del state["blocks.1.attn.q_bias"]
+    state["norm.weight"] = torch.zeros(64)
+    state["head.weight"] = torch.zeros(7, 64)
+    state["cls_token"] = torch.zeros(1, 1, 64, dtype=torch.int64)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(model, state, "some.safetensors")
+    message = str(caught.value)
+    assert message.startswith("some.safetensors is not a checkpoint of this network")
+    for line in (
+        "  - blocks.1.attn.q_bias (64,)",
+        "  + norm.weight (64,)",
+        "  ~ head.weight: (7, 64), expected (10, 64)",
+        "  ~ cls_token: torch.int64, expected floating point",
+    ):
+        assert line in message.splitlines()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_long_list_is_cut_and_counted(model: Beit) -> None:
+    with pytest.raises(CheckpointError, match=r"\.\.\. and 19 more"):
+        checkpoint.load(model, {}, "empty")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, b"PK\x03\x04 a zip"])
+def test_a_file_of_another_kind_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"w\.safetensors is not a readable safetensors file"):
+        checkpoint.read(path)
+
+
+def test_a_truncated_file_is_named(model: Beit, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(model.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"w\.safetensors is not a readable"):
+        checkpoint.read(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
