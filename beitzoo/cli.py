@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -143,8 +142,7 @@ def _need(extra: str, *modules: str) -> None:
 def _facts(name: str) -> dict[str, Any]:
     entry = find(name)
     config, row = entry.config, entry.pretrained
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in create_model(name).parameters())
+    parameters = sum(p.numel() for p in create_model(name, device="meta").parameters())
     data = (row.data if row else DataConfig()).fitted_to(config)
     return {
         "model": entry.name,

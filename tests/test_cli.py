@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import beitzoo
-from beitzoo.cli import app
+from beitzoo.cli import app, main
 
 SAMPLES = Path("beitzoo/assets/samples")
 
@@ -90,12 +90,21 @@ def test_evaluate_prints_and_appends_rows(tmp_path: Path) -> None:
         (["evaluate", "beit_nano_patch4_32.digits", "--data", "/absent"], "CLASS/IMAGE"),
     ],
 )
-def test_a_users_mistake_is_one_message_and_exit_code_two(arguments: list[str], message: str) -> None:
-    result = subprocess.run([sys.executable, "-m", "beitzoo", *arguments], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith("Error: ")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_users_mistake_is_one_message_and_exit_code_two(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["beitzoo", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert message in error
+
+
+def test_the_package_is_a_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "beitzoo", "list", "test*"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "test_beit\n")
 
 
 def test_the_options_are_frozen() -> None:

@@ -115,8 +115,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(dim, config.norm_eps)
         self.mlp = Mlp(config)
-        self.gamma_1 = nn.Parameter(torch.full((dim,), config.init_values)) if config.init_values else None
-        self.gamma_2 = nn.Parameter(torch.full((dim,), config.init_values)) if config.init_values else None
+        self.gamma_1 = nn.Parameter(torch.full((dim,), float(config.init_values))) if config.init_values else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), float(config.init_values))) if config.init_values else None
         self.drop_path = DropPath(config.drop_path_rate * index / max(config.depth - 1, 1))
 
     def forward(self, x: Tensor, bias: PositionBias) -> Tensor:

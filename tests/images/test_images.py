@@ -93,7 +93,7 @@ def test_unreadable_files_are_named_errors(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ImageError, match="no such file"):
         open_image(tmp_path / "absent.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match="damaged or unreadable.*pixels"):
+    with pytest.raises(ImageError, match=r"damaged or unreadable.*pixels"):
         open_image(PHOTO)
 
 

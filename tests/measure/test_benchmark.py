@@ -36,7 +36,7 @@ def test_a_run_appends_its_row(tmp_path: Path) -> None:
         result = bench("--model", "test_beit", "-b", "2", "--img-size", size, "--results-file", str(table))
         assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout.partition("--result\n")[2])
-    rows = list(csv.DictReader(table.open()))
+    rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["infer_img_size"] for row in rows] == ["64", "48"]
     assert {key: str(value) for key, value in printed.items()} == rows[1]
     assert set(TIMM_COLUMNS) <= set(rows[0])

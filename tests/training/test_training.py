@@ -134,7 +134,7 @@ def test_a_folder_without_a_path_or_with_too_few_images_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.path is missing"):
         load_images(DataSection(source="folder"))
     images = load_images(DataSection(source="digits"))
-    with pytest.raises(RecipeError, match="1797 images cannot be split with a fraction of 0.001"):
+    with pytest.raises(RecipeError, match=r"1797 images cannot be split with a fraction of 0.001"):
         split_images(images, DataSection(source="digits", test_fraction=0.001))
 
 

@@ -141,14 +141,14 @@ def test_unknown_name_says_the_closest_and_how_to_see_all() -> None:
 
 
 def test_unknown_tag_says_those_there_are() -> None:
-    with pytest.raises(beitzoo.UnknownModelError, match="'in22k'.*in22k_ft_in22k_in1k, in22k_ft_in22k"):
+    with pytest.raises(beitzoo.UnknownModelError, match=r"'in22k'.*in22k_ft_in22k_in1k, in22k_ft_in22k"):
         beitzoo.create_model("beit_base_patch16_224.in22k")
     with pytest.raises(beitzoo.UnknownModelError, match="only ever random"):
         beitzoo.create_model("test_beit.in22k")
 
 
 def test_unknown_option_says_the_closest() -> None:
-    with pytest.raises(TypeError, match="'drop_path'.*'drop_path_rate'"):
+    with pytest.raises(TypeError, match=r"'drop_path'.*'drop_path_rate'"):
         override(BeitConfig(), drop_path=0.1)
 
 
