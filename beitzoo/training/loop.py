@@ -42,7 +42,7 @@ def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> A
     `recipe.seed`; on several processes (`accelerate launch`) each trains on its share of every epoch.
     """
     set_seed(recipe.seed)
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    accelerator = Accelerator()
     training, validation = accelerator.prepare(loaders[0]), loaders[1]
     optimizer = make_optimizer(model, recipe)
     schedule = make_schedule(optimizer, recipe, steps_per_epoch=len(training))
@@ -88,7 +88,8 @@ def _update(
     recipe: TrainSection,
 ) -> float:
     """Take one step down the gradient of a batch; return its loss."""
-    with accelerator.autocast():
+    # Not Accelerate's own autocast: it is one setting for the life of the process, and would hold in validation too.
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         logits = model(batch[0])
     loss = F.cross_entropy(logits.float(), batch[1], label_smoothing=recipe.label_smoothing)
     accelerator.backward(loss)

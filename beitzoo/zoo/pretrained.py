@@ -121,7 +121,12 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         origin="beitv2_large_patch16_224_pt1k_ft21k.pth",
     ),
     "beit_nano_patch4_32.digits": PretrainedConfig(
-        sources=(PackageFile("assets/beit_nano_patch4_32.digits.safetensors", sha256="SHA"),),
+        sources=(
+            PackageFile(
+                "assets/beit_nano_patch4_32.digits.safetensors",
+                sha256="c0cf78017b2b108e1fc890d0e708a4dc0b5d27c320a078e7f4b157ded21bc052",
+            ),
+        ),
         num_classes=10,
         data=DataConfig(input_size=(1, 32, 32), mean=(0.305,), std=(0.376,), crop_pct=1.0),
         labels="digits",

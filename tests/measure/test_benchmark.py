@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import beitzoo
-from beitzoo.measure.benchmark import benchmark_inference, inference_row
+from beitzoo.measure.benchmark import benchmark_inference, inference_row, main
 from beitzoo.measure.results import append_row, environment
 
 TIMM_COLUMNS = [
@@ -46,18 +46,35 @@ def test_a_run_appends_its_row(tmp_path: Path) -> None:
     assert float(rows[0]["infer_samples_per_sec"]) == pytest.approx(rate, rel=0.01)
 
 
-def test_a_foreign_results_file_is_refused_before_the_run(tmp_path: Path) -> None:
+def test_a_foreign_results_file_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("a,b\n1,2\n")
-    result = bench("--model", "test_beit", "--results-file", str(table))
-    assert result.returncode != 0
-    assert "['a', 'b']" in result.stderr
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--model", "test_beit", "--results-file", str(table)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "['a', 'b']" in capsys.readouterr().err
     assert table.read_text() == "a,b\n1,2\n"
 
 
-def test_mistakes_are_named() -> None:
-    assert "did you mean 'test_beit'" in bench("--model", "tset_beit").stderr
-    assert "float32, bfloat16" in bench("--model", "test_beit", "--precision", "int4").stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "tset_beit"], "did you mean 'test_beit'"),
+        (["--model", "test_beit", "--precision", "int4"], "float32, bfloat16"),
+        (["--model", "test_beit", "--img-size", "65"], "use 64 or 80"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_row_has_timms_figures() -> None:
