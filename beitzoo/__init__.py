@@ -1,6 +1,6 @@
 """The one place for BEiT: every checkpoint by name, exact, fast, trainable."""
 
-from beitzoo.factory import create_model, save_pretrained
+from beitzoo.factory import create_model, save_pretrained, save_transformers, save_unilm
 from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.weights.checkpoint import CheckpointError
@@ -24,4 +24,6 @@ __all__ = [
     "list_pretrained",
     "resolve_data_config",
     "save_pretrained",
+    "save_transformers",
+    "save_unilm",
 ]

@@ -15,7 +15,7 @@ from beitzoo.factory import create_model
 from beitzoo.images.datasets import find_images
 from beitzoo.predict import Prediction, predict
 from beitzoo.zoo import costs
-from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, Source
+from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
 from beitzoo.zoo.registry import DEFAULT_MODEL, find, list_models
 
 app = typer.Typer(
@@ -142,7 +142,7 @@ def _need(extra: str, *modules: str) -> None:
 def _facts(name: str) -> dict[str, Any]:
     entry = find(name)
     config, row = entry.config, entry.pretrained
-    parameters = sum(p.numel() for p in create_model(name, device="meta").parameters())
+    parameters = sum(p.numel() for p in create_model(name, device="meta", num_classes=config.num_classes).parameters())
     data = (row.data if row else DataConfig()).fitted_to(config)
     return {
         "model": entry.name,
@@ -172,6 +172,8 @@ def _where(source: Source) -> str:
     match source:
         case HubFile(repo_id, filename, revision):
             return f"hub {repo_id}/{filename} at {revision or 'main'}"
+        case ReleaseFile():
+            return source.url
         case PackageFile(path):
             return f"package {path}"
         case LocalFile(path):

@@ -1,81 +1,191 @@
 """The one place where a name, a network, its weights and its head meet."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
 
 from beitzoo.models.beit import Beit
-from beitzoo.weights import checkpoint, folder, hub
-from beitzoo.zoo.config import BeitConfig, LocalFile, override
+from beitzoo.models.features import BeitFeatures
+from beitzoo.models.position import relative_position_index
+from beitzoo.weights import checkpoint, folder, hub, layouts
+from beitzoo.weights.files import write_text
+from beitzoo.zoo.config import BeitConfig, HubFile, LocalFile, Source, override
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
+
+_FEATURE_OPTIONS = ("out_indices", "norm", "output_fmt", "pyramid")
+
+
+@overload
+def create_model(
+    model_name: str = ...,
+    pretrained: bool = ...,
+    *,
+    features_only: Literal[False] = ...,
+    checkpoint_path: str | Path | None = ...,
+    cache_dir: str | Path | None = ...,
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | None = ...,
+    **overrides: Any,
+) -> Beit: ...
+
+
+@overload
+def create_model(
+    model_name: str = ...,
+    pretrained: bool = ...,
+    *,
+    features_only: Literal[True],
+    checkpoint_path: str | Path | None = ...,
+    cache_dir: str | Path | None = ...,
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | None = ...,
+    **overrides: Any,
+) -> BeitFeatures: ...
 
 
 def create_model(
     model_name: str = DEFAULT_MODEL,
     pretrained: bool = False,
     *,
+    features_only: bool = False,
     checkpoint_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **overrides: Any,
-) -> Beit:
+) -> Beit | BeitFeatures:
     """Create a model by name, in training mode, as timm does.
 
     Args:
-        model_name: `architecture`, `architecture.tag`, or `local-dir:` and a folder written by
-            `save_pretrained` or by timm. Without a name, the small model that comes with the package.
+        model_name: `architecture`, `architecture.tag`, or a folder in the form of timm or transformers:
+            `local-dir:PATH` or `hf-hub:owner/name@revision`. Without a name, the small model of the package.
         pretrained: Load the weights of the tag; otherwise they are random.
-        checkpoint_path: Load this safetensors file of the same network instead of the tag's weights.
+        features_only: Return feature maps of chosen blocks; `out_indices`, `norm`, `output_fmt` and `pyramid` are
+            then options, see `BeitFeatures`.
+        checkpoint_path: Load this file of the same network instead, in any format and layout.
         cache_dir: Where downloads are kept; the hub's own cache if None.
         device: Where the parameters live; PyTorch's default device if None.
         dtype: Of the parameters; that of the weights, or float32, if None.
         **overrides: Fields of `BeitConfig`, in timm's spellings. A loaded model is fitted to another
-            `img_size`, `in_chans`, `num_classes` (a fresh head; 0 for none) or `global_pool`.
+            `img_size`, `patch_size`, `in_chans`, `num_classes` (a fresh head; 0 for none) or `global_pool`.
+            A masked image model with `num_classes=0` is the network as pretrained; with N classes it is prepared
+            for fine-tuning as unilm does (shared bias table copied to the blocks, fresh `fc_norm` and head).
 
     Raises:
         UnknownModelError: The name is unknown; the closest are named.
         TypeError: An override is unknown; the closest is named.
         ValueError: An override is out of range, or the weights are of another network.
+        NotImplementedError: The checkpoint's own head is not for classes, and no `num_classes` was given.
         DownloadError: The weights cannot be had.
     """
-    entry = _look_up(model_name)
-    config = override(entry.config, **overrides)
+    directory = None if cache_dir is None else Path(cache_dir)
+    entry = _look_up(model_name, directory)
+    options = {name: overrides.pop(name) for name in _FEATURE_OPTIONS if features_only and name in overrides}
+    if features_only:
+        overrides["num_classes"] = 0
+    stored = _config_of_use(entry, overrides)
+    config = override(stored, **overrides)
     if pretrained or checkpoint_path is not None:
-        path = _weights(entry, checkpoint_path, cache_dir)
-        model = _load(path, entry.config, config)
+        path = hub.fetch(_sources(entry, checkpoint_path), directory)
+        model = _load(path, entry, stored, config)
     else:
         model = _initialise(config, torch.get_default_device() if device is None else device)
     if entry.pretrained is not None:
         model.pretrained = entry.pretrained
-    return model.to(device=device, dtype=dtype)
+    result = BeitFeatures(model, **options) if features_only else model
+    return result.to(device=device, dtype=dtype)
 
 
 def save_pretrained(model: Beit, directory: str | Path) -> None:
-    """Save weights and config to a folder that `create_model('local-dir:...')` reads, here and in timm."""
-    directory = Path(directory)
-    checkpoint.save(model.state_dict(), directory / folder.WEIGHTS_NAME)
-    folder.write_config(directory, model.config, model.pretrained)
+    """Save weights and config to a folder that `create_model('local-dir:...')` reads, here and in timm.
+
+    timm refuses the few oblong grids whose bias tables it would scramble ("Unknown model").
+    """
+    config = folder.timm_form.dump(model.config, model.pretrained)
+    checkpoint.save(model.state_dict(), Path(directory) / folder.WEIGHTS[0])
+    write_text(Path(directory) / folder.CONFIG, config)
 
 
-def _look_up(name: str) -> Entry:
+def save_transformers(model: Beit, directory: str | Path) -> None:
+    """Save to a folder that transformers loads as `BeitForImageClassification`, or without a head as `BeitModel`.
+
+    Raises:
+        ValueError: transformers cannot build this network; says why.
+    """
+    config, preprocessor = folder.transformers_form.dump(model.config, model.pretrained)
+    tensors = layouts.to_transformers(model.state_dict(), prefix="beit." if model.num_classes else "")
+    checkpoint.save(tensors, Path(directory) / folder.WEIGHTS[0])
+    write_text(Path(directory) / folder.CONFIG, config)
+    write_text(Path(directory) / folder.PREPROCESSOR, preprocessor)
+
+
+def save_unilm(model: Beit, path: str | Path) -> None:
+    """Save to a `.pth` file with the key `model`, as the original's scripts load it."""
+    index = relative_position_index(model.config.grid_size, torch.device("cpu"))
+    checkpoint.save_pickle({"model": layouts.to_unilm(model.state_dict(), index)}, Path(path))
+
+
+def _look_up(name: str, cache_dir: Path | None) -> Entry:
     if name.startswith("local-dir:"):
         return folder.read(Path(name.removeprefix("local-dir:")).expanduser())
+    if name.startswith("hf-hub:"):
+        return _look_up_on_hub(name, cache_dir)
     if {"/", "\\", ":"} & set(name):
-        raise UnknownModelError(f"{name!r} is no model name; a folder is given as 'local-dir:{name}'.")
+        raise UnknownModelError(
+            f"{name!r} is no model name; a folder is given as 'local-dir:{name}', a repository as 'hf-hub:{name}'."
+        )
     return find(name)
 
 
-def _weights(entry: Entry, checkpoint_path: str | Path | None, cache_dir: str | Path | None) -> Path:
+def _look_up_on_hub(name: str, cache_dir: Path | None) -> Entry:
+    repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
+
+    def file(filename: str) -> HubFile:
+        return HubFile(repo_id, filename, revision or None)
+
+    config = hub.fetch([file(folder.CONFIG)], cache_dir).read_bytes()
+    preprocessor = None
+    if folder.needs_preprocessor(config):
+        preprocessor = hub.fetch([file(folder.PREPROCESSOR)], cache_dir).read_bytes()
+    return folder.parse(name, config, preprocessor, tuple(file(weights) for weights in folder.WEIGHTS))
+
+
+def _config_of_use(entry: Entry, overrides: Mapping[str, Any]) -> BeitConfig:
+    """Return the network of a checkpoint for the use it is asked for: its own, or as a start for fine-tuning."""
+    head = "classify" if entry.pretrained is None else entry.pretrained.head
+    classes = overrides.get("num_classes")
+    if head == "classify":
+        return entry.config
+    if classes is None:
+        raise NotImplementedError(
+            f"{entry.name} was trained with a head for {'visual tokens' if head == 'mim' else 'segmentation'}, which "
+            "is not built here. Give num_classes=0 for its features, num_classes=N for a classifier to fine-tune, or "
+            "features_only=True for maps."
+        )
+    return _for_finetuning(entry.config) if head == "mim" and classes else entry.config
+
+
+def _for_finetuning(config: BeitConfig) -> BeitConfig:
+    """Describe the network into which `layouts.for_finetuning` turns a pretrained one."""
+    return replace(
+        config,
+        use_rel_pos_bias=config.use_rel_pos_bias or config.use_shared_rel_pos_bias,
+        use_shared_rel_pos_bias=False,
+        use_fc_norm=True,
+        use_mask_token=False,
+    )
+
+
+def _sources(entry: Entry, checkpoint_path: str | Path | None) -> tuple[Source, ...]:
     if checkpoint_path is not None:
-        sources: tuple[Any, ...] = (LocalFile(Path(checkpoint_path)),)
-    elif entry.pretrained is not None:
-        sources = entry.pretrained.sources
-    else:
+        return (LocalFile(Path(checkpoint_path)),)
+    if entry.pretrained is None:
         raise UnknownModelError(f"{entry.name!r} has no pretrained weights; create it with pretrained=False.")
-    return hub.fetch(sources, None if cache_dir is None else Path(cache_dir))
+    return entry.pretrained.sources
 
 
 def _initialise(config: BeitConfig, device: torch.device | str) -> Beit:
@@ -86,21 +196,23 @@ def _initialise(config: BeitConfig, device: torch.device | str) -> Beit:
     return model
 
 
-def _load(path: Path, stored: BeitConfig, wanted: BeitConfig) -> Beit:
+def _load(path: Path, entry: Entry, stored: BeitConfig, wanted: BeitConfig) -> Beit:
     """Build the network of the file, load it strictly, then fit it to what was asked for."""
+    state = _state_for(stored, entry, checkpoint.read(path))
     with torch.device("meta"):
         model = Beit(
             replace(
                 wanted,
                 img_size=stored.img_size,
+                patch_size=stored.patch_size,
                 in_chans=stored.in_chans,
                 num_classes=stored.num_classes,
                 global_pool=stored.global_pool,
             )
         )
-    checkpoint.load(model, checkpoint.read(path), origin=str(path))
-    if wanted.img_size != stored.img_size:
-        model.set_input_size(wanted.img_size)
+    checkpoint.load(model, state, origin=str(path))
+    if (wanted.img_size, wanted.patch_size) != (stored.img_size, stored.patch_size):
+        model.set_input_size(wanted.img_size, wanted.patch_size)
     if wanted.in_chans != stored.in_chans:
         model.set_in_chans(wanted.in_chans)
     if wanted.global_pool != stored.global_pool:
@@ -108,3 +220,14 @@ def _load(path: Path, stored: BeitConfig, wanted: BeitConfig) -> Beit:
     if wanted.num_classes != stored.num_classes:
         model.reset_classifier(wanted.num_classes)
     return model
+
+
+def _state_for(stored: BeitConfig, entry: Entry, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out of a file what its row says is of another head, and add what is meant to be fresh."""
+    head = "classify" if entry.pretrained is None else entry.pretrained.head
+    state = layouts.without_head(state, head)
+    if head == "mim" and stored != entry.config:
+        return layouts.for_finetuning(state, stored.depth)
+    if head == "segment":
+        return layouts.with_fresh_norm(state)
+    return state

@@ -36,13 +36,23 @@ def test_info() -> None:
         "std": [0.5, 0.5, 0.5],
         "interpolation": "bicubic",
         "crop_pct": 0.9,
-        "weights": ["hub timm/beit_base_patch16_224.in22k_ft_in22k_in1k/model.safetensors at main"],
+        "weights": [
+            "hub timm/beit_base_patch16_224.in22k_ft_in22k_in1k/model.safetensors at main",
+            "hub microsoft/beit-base-patch16-224/model.safetensors at main",
+            "hub microsoft/beit-base-patch16-224/pytorch_model.bin at main",
+            "https://github.com/addf400/files/releases/download/v1.0/beit_base_patch16_224_pt22k_ft22kto1k.pth",
+        ],
         "license": "MIT",
         "paper": "https://arxiv.org/abs/2106.08254",
     }
     table = run("info", "beit_base_patch16_224").stdout
     assert "86,530,984" in table
     assert "17.56" in table
+
+
+def test_info_of_a_pretrained_backbone() -> None:
+    facts = json.loads(run("info", "beitv2_large_patch16_224.mim_in1k", "--json").stdout)
+    assert (facts["parameters"], facts["classes"]) == (303_137_216, 0)
 
 
 def test_info_of_an_architecture_without_weights() -> None:

@@ -12,3 +12,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float 
     """
     mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Return softmax(q k^T / sqrt(D) + bias), (B, H, N, N): what `attend` mixes values by."""
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    return (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1)

@@ -11,16 +11,20 @@ a head, h w patch grid. Parameter names are unilm's and timm's; they are a publi
 """
 
 import math
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from beitzoo.models import position
-from beitzoo.models.attention import attend
+from beitzoo.models.attention import attend, attention_weights
 from beitzoo.models.position import PositionBias, RelativePositionBias
-from beitzoo.zoo.config import BeitConfig, GlobalPool, Pair, PretrainedConfig, override
+from beitzoo.zoo.config import BeitConfig, GlobalPool, Pair, PretrainedConfig, check_divisible, override
+
+FeatureFormat = Literal["NCHW", "NLC"]
 
 
 class PatchEmbed(nn.Module):
@@ -33,15 +37,38 @@ class PatchEmbed(nn.Module):
             config.in_chans, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, in_chans, *img_size) to patches (B, h w, C)."""
-        expected = (self.config.in_chans, *self.config.img_size)
-        if images.shape[1:] != expected:
+    def forward(self, images: Tensor) -> tuple[Tensor, Pair]:
+        """Map images (B, in_chans, height, width) to patches (B, h w, C) and their grid (h, w)."""
+        images = self._fit(images)
+        maps = self.proj(images)
+        return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])  # (B, C, h, w) -> (B, h w, C)
+
+    def resample(self, patch_size: Pair) -> None:
+        """Fit the kernel to another patch size."""
+        from timm.layers import resample_patch_embed  # late: importing timm costs seconds
+
+        fitted = resample_patch_embed(self.proj.weight.detach(), list(patch_size))
+        self.proj.weight = nn.Parameter(fitted)
+        self.proj.kernel_size = self.proj.stride = patch_size
+
+    def _fit(self, images: Tensor) -> Tensor:
+        """Pad images if that was asked for; refuse those that the network was not made for."""
+        config = self.config
+        _, channels, height, width = images.shape
+        if config.dynamic_img_pad:
+            ph, pw = config.patch_size
+            images = F.pad(images, (0, -width % pw, 0, -height % ph))
+        elif config.dynamic_img_size:
+            check_divisible((height, width), config.patch_size)
+        fixed = not (config.dynamic_img_size or config.dynamic_img_pad)
+        if channels != config.in_chans or (fixed and (height, width) != config.img_size):
+            size = config.img_size if fixed else ("height", "width")
             raise ValueError(
-                f"Got images of shape {tuple(images.shape)}; this model takes {('batch', *expected)}. "
-                "Resize the images, or create the model with img_size=(height, width) and in_chans=channels."
+                f"Got images of shape {tuple(images.shape)}; this model takes {('batch', config.in_chans, *size)}. "
+                "Resize the images, or create the model with img_size=(height, width), in_chans=channels or "
+                "dynamic_img_size=True."
             )
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
+        return images
 
 
 class Attention(nn.Module):
@@ -66,13 +93,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.q_bias is not None and self.v_bias is not None:
-            q, v = q + self.q_bias.to(q.dtype), v + self.v_bias.to(v.dtype)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = self._project(x)
         dropout = self.attn_drop if self.training else 0.0
         x = attend(q, k, v, bias.of(self.relative_position_bias_table), dropout)  # (B, H, N, D)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def weights(self, x: Tensor, bias: PositionBias) -> Tensor:
+        """Return how much each token (query, rows) takes from each (key, columns), (B, H, N, N)."""
+        q, k, _ = self._project(x)
+        return attention_weights(q, k, bias.of(self.relative_position_bias_table))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.q_bias is not None and self.v_bias is not None:
+            q, v = q + self.q_bias.to(q.dtype), v + self.v_bias.to(v.dtype)
+        heads = (self.num_heads, self.head_dim)
+        q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in (q, k, v))  # (B, N, C) -> (B, H, N, D)
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -139,11 +176,12 @@ class Beit(nn.Module):
         super().__init__()
         self.config = config
         self.pretrained = PretrainedConfig(num_classes=config.num_classes)
-        self.grad_checkpointing = False
+        self.checkpointed_blocks: frozenset[int] = frozenset()
         dim = config.embed_dim
 
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.use_mask_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim)) if config.use_abs_pos_emb else None
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
         self.rel_pos_bias = (
@@ -163,26 +201,17 @@ class Beit(nn.Module):
         """Map images (B, in_chans, *img_size) to logits (B, num_classes), or features (B, C) without a head."""
         return self.forward_head(self.forward_features(images))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Map images to tokens (B, N, C): normed if the model has `norm`, raw if it norms after pooling."""
-        patches = self.patch_embed(images)
-        bias = self.position_bias(self.config.grid_size, patches.dtype)
-        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
-        x = self.pos_drop(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, use_reentrant=False)
-            else:
-                x = block(x, bias)
-        return self.norm(x)
+    def forward_features(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        """Map images to tokens (B, N, C): normed if the model has `norm`, raw if it norms after pooling.
 
-    def position_bias(self, grid: Pair, dtype: torch.dtype) -> PositionBias:
-        """Gather what the blocks of one forward pass need to know about positions in this grid."""
-        shared = self.rel_pos_bias
-        table = None if shared is None else shared.relative_position_bias_table
-        return PositionBias(grid, dtype, None if table is None else position.bias(table, grid, dtype))
+        Args:
+            images: (B, in_chans, height, width).
+            bool_masked_pos: (B, h w) or (B, h, w); True patches are replaced by the mask token.
+        """
+        x, bias = self._embed(images, bool_masked_pos)
+        for index in range(len(self.blocks)):
+            x = self._run_block(index, x, bias)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, N, C) to logits, or with `pre_logits` to features (B, C) before the head.
@@ -195,6 +224,102 @@ class Beit(nn.Module):
             x = x[:, 0]
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: FeatureFormat = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return what comes out of chosen blocks; arguments and result are timm's.
+
+        Args:
+            x: Images, (B, in_chans, height, width).
+            indices: The last n blocks, or these blocks (negative from the end), or all.
+            return_prefix_tokens: Pair each map with its class token, (B, 1, C).
+            norm: Apply the trained norm, wherever the model has it.
+            stop_early: Leave out the blocks behind the last chosen one.
+            output_fmt: Maps (B, C, h, w), or patches (B, h w, C).
+            intermediates_only: Return the list alone, not `(tokens, list)`.
+        """
+        if output_fmt not in get_args(FeatureFormat):
+            raise ValueError(f"output_fmt={output_fmt!r}; there are {', '.join(get_args(FeatureFormat))}.")
+        chosen = take_indices(indices, len(self.blocks))
+        tokens, bias = self._embed(x)
+        found = []
+        for index in range(max(chosen) + 1 if stop_early else len(self.blocks)):
+            tokens = self._run_block(index, tokens, bias)
+            if index in chosen:
+                found.append(self._trained_norm(tokens) if norm else tokens)
+        prefixes = [t[:, : self.num_prefix_tokens] for t in found]
+        patches = [t[:, self.num_prefix_tokens :] for t in found]
+        if output_fmt == "NCHW":
+            patches = [t.transpose(1, 2).unflatten(2, bias.grid).contiguous() for t in patches]
+        intermediates = list(zip(patches, prefixes, strict=True)) if return_prefix_tokens else patches
+        return intermediates if intermediates_only else (self.norm(tokens), intermediates)
+
+    def attention_maps(self, images: Tensor, blocks: Sequence[int] | None = None) -> Tensor:
+        """Return the attention weights of chosen blocks, (B, blocks, H, N, N); rows are queries and sum to 1.
+
+        Other blocks run as always, and the result is what the fused kernels compute without showing it.
+
+        Args:
+            images: (B, in_chans, height, width).
+            blocks: These blocks, negative from the end; all if None.
+        """
+        chosen = take_indices(blocks, len(self.blocks))
+        x, bias = self._embed(images)
+        maps = {}
+        for index in range(max(chosen) + 1):
+            block = self.blocks[index]
+            if index in chosen:
+                assert isinstance(block, Block)
+                maps[index] = block.attn.weights(block.norm1(x), bias)
+            x = self._run_block(index, x, bias)
+        return torch.stack([maps[index] for index in chosen], dim=1)
+
+    def position_bias(self, grid: Pair, dtype: torch.dtype) -> PositionBias:
+        """Gather what the blocks of one forward pass need to know about positions in this grid."""
+        config = self.config
+        own = PositionBias(grid, config.grid_size, config.resize_rule, dtype)
+        if self.rel_pos_bias is None:
+            return own
+        shared = own.of(self.rel_pos_bias.relative_position_bias_table)
+        return PositionBias(grid, config.grid_size, config.resize_rule, dtype, shared)
+
+    def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
+        patches, grid = self.patch_embed(images)
+        bias = self.position_bias(grid, patches.dtype)
+        if bool_masked_pos is not None:
+            patches = self._mask(patches, bool_masked_pos)
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
+        if self.pos_embed is not None:
+            x = x + position.resize_pos_embed(self.pos_embed, self.config.grid_size, grid)
+        return self.pos_drop(x), bias
+
+    def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
+        masked = bool_masked_pos.flatten(1)
+        if self.mask_token is None:
+            raise ValueError("This model has no mask token; create it with use_mask_token=True.")
+        if masked.dtype != torch.bool or masked.shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos is {bool_masked_pos.dtype} of shape {tuple(bool_masked_pos.shape)}; "
+                f"it must be torch.bool of shape {tuple(patches.shape[:2])}, True where a patch is masked."
+            )
+        return torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
+
+    def _run_block(self, index: int, x: Tensor, bias: PositionBias) -> Tensor:
+        block = self.blocks[index]
+        if index in self.checkpointed_blocks and torch.is_grad_enabled():
+            return checkpoint(block, x, bias, use_reentrant=False)
+        return block(x, bias)
+
+    def _trained_norm(self, x: Tensor) -> Tensor:
+        return self.fc_norm(x) if self.config.norm_after_pooling else self.norm(x)
 
     # ---- changing a built model ---------------------------------------------------------------------
 
@@ -223,23 +348,25 @@ class Beit(nn.Module):
         """Pool another way. The trained norm stays where it is, before or after the pooling."""
         self.config = override(self.config, global_pool=global_pool, use_fc_norm=self.config.norm_after_pooling)
 
-    def set_input_size(self, img_size: int | Pair) -> None:
-        """Make the model take images of another size, fitting its position parameters to the new grid.
+    def set_input_size(self, img_size: int | Pair | None = None, patch_size: int | Pair | None = None) -> None:
+        """Make the model take images of another size or cut them into other patches.
 
-        The parameters are new objects: make an optimizer after this, not before.
+        Position parameters are fitted to the new grid, the patch projection to the new patch (FlexiViT's
+        resampling, timm's code). All are new objects: make an optimizer after this, not before.
         """
-        source = self.config.grid_size
-        self.config = self.patch_embed.config = override(self.config, img_size=img_size)
-        target = self.config.grid_size
+        before = self.config
+        self.config = self.patch_embed.config = override(before, img_size=img_size, patch_size=patch_size)
+        source, target = before.grid_size, self.config.grid_size
         with torch.no_grad():
+            if self.config.patch_size != before.patch_size:
+                self.patch_embed.resample(self.config.patch_size)
             for module in self.modules():
-                if (
-                    isinstance(module, Attention | RelativePositionBias)
-                    and module.relative_position_bias_table is not None
-                ):
+                if isinstance(module, Attention | RelativePositionBias):
                     table = module.relative_position_bias_table
-                    module.relative_position_bias_table = nn.Parameter(position.resize_table(table, source, target))
-            if self.pos_embed is not None:
+                    if table is not None and source != target:
+                        fitted = position.resize_table(table, source, target, self.config.resize_rule)
+                        module.relative_position_bias_table = nn.Parameter(fitted)
+            if self.pos_embed is not None and source != target:
                 self.pos_embed = nn.Parameter(position.resize_pos_embed(self.pos_embed, source, target))
 
     def set_in_chans(self, in_chans: int) -> None:
@@ -254,9 +381,28 @@ class Beit(nn.Module):
         fitted = weight.sum(1, keepdim=True) if in_chans == 1 else weight[:, turns] * (weight.shape[1] / in_chans)
         self.patch_embed.proj.weight = nn.Parameter(fitted)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what is not needed for `forward_intermediates` of these blocks; return their indices from the start."""
+        chosen = take_indices(indices, len(self.blocks))
+        self.blocks = self.blocks[: max(chosen) + 1]
+        self.config = override(self.config, depth=len(self.blocks))
+        if prune_norm:
+            self.norm = self.fc_norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return chosen
+
+    def set_grad_checkpointing(self, enable: bool = True, blocks: Collection[int] | None = None) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            enable: Recompute, or keep everything.
+            blocks: Only these blocks; all if None.
+        """
+        chosen = range(len(self.blocks)) if blocks is None else take_indices(list(blocks), len(self.blocks))
+        self.checkpointed_blocks = frozenset(chosen) if enable else frozenset()
 
     # ---- initialisation -----------------------------------------------------------------------------
 
@@ -284,9 +430,9 @@ class Beit(nn.Module):
                     nn.init.constant_(gamma, self.config.init_values)
             block.attn.proj.weight.div_(math.sqrt(2 * layer))
             block.mlp.fc2.weight.div_(math.sqrt(2 * layer))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.mask_token, self.pos_embed):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
         self._init_head()
 
     @torch.no_grad()
@@ -309,7 +455,7 @@ class Beit(nn.Module):
         timm, the shared bias table.
         """
         return {
-            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "stem": r"^(?:cls_token|mask_token|pos_embed|patch_embed)",
             "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)",
         }
 
@@ -331,6 +477,23 @@ class Beit(nn.Module):
         return 1
 
     @property
+    def in_chans(self) -> int:
+        """Colour channels of the images."""
+        return self.config.in_chans
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether any block is recomputed in the backward pass."""
+        return bool(self.checkpointed_blocks)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Describe the output of each block as timm does: its module, channels and stride."""
+        stride = max(self.config.patch_size)
+        channels = self.num_features
+        return [{"module": f"blocks.{i}", "num_chs": channels, "reduction": stride} for i in range(len(self.blocks))]
+
+    @property
     def global_pool(self) -> GlobalPool:
         """How tokens become one feature."""
         return self.config.global_pool
@@ -341,6 +504,16 @@ class Beit(nn.Module):
         return self.pretrained.to_timm(self.config)
 
     default_cfg = pretrained_cfg
+
+
+def take_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
+    """Turn the last n, these (negative from the end) or None (all) of `count` blocks into indices from the start."""
+    if indices is None:
+        return list(range(count))
+    given = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+    if not given or not all(-count <= index < count for index in given):
+        raise ValueError(f"indices={indices}; there are {count} blocks, 0 to {count - 1} or {-count} to -1.")
+    return [index % count for index in given]
 
 
 def _init_linear(linear: nn.Linear) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitzoo.zoo.config import Pair
+from beitzoo.zoo.config import Pair, ResizeRule
 
 CLASS_ROWS = 3
 
@@ -67,20 +67,24 @@ class PositionBias:
     """What one forward pass knows about positions; made in it, handed to every block, never kept.
 
     Attributes:
-        grid: Rows and columns of patches.
+        grid: Rows and columns of patches of these images.
+        table_grid: Those that the tables are made for.
+        rule: How a table is fitted from one to the other.
         dtype: Of queries and keys.
         shared: The bias that all blocks have in common, (H, N, N), or None.
     """
 
     grid: Pair
+    table_grid: Pair
+    rule: ResizeRule
     dtype: torch.dtype
-    shared: Tensor | None
+    shared: Tensor | None = None
 
     def of(self, table: Tensor | None) -> Tensor | None:
         """Return the bias of a block with this table, (H, N, N); None where there is neither kind."""
         if table is None:
             return self.shared
-        own = bias(table, self.grid, self.dtype)
+        own = bias(resize_table(table, self.table_grid, self.grid, self.rule), self.grid, self.dtype)
         return own if self.shared is None else own + self.shared
 
 
@@ -92,18 +96,23 @@ class RelativePositionBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), num_heads))
 
 
-def resize_table(table: Tensor, source: Pair, target: Pair) -> Tensor:
-    """Fit a bias table, (rows, H), to another grid by unilm's rule (`geometric_cubic`).
+def resize_table(table: Tensor, source: Pair, target: Pair, rule: ResizeRule = "geometric_cubic") -> Tensor:
+    """Fit a bias table, (rows, H), to another grid; the three rows of the class token stay.
 
-    Offsets near zero keep their bias; far ones are stretched, their distances growing as a geometric
-    series. Plain resizing cost BEiT's authors accuracy on dense tasks (microsoft/unilm issue 376). The
-    original evaluates SciPy's `interp2d`, since removed, on that grid; on a regular grid that is the same
-    linear map along each axis, so two small matrices say it all, and say it for oblong grids too.
+    All rules are linear along each axis, so two small matrices say it all, for oblong grids too:
+
+    - `geometric_cubic` (unilm): offsets near zero keep their bias, far ones are stretched, their distances
+      growing as a geometric series; between them a cubic spline. The original evaluates SciPy's `interp2d`,
+      since removed. Plain resizing cost BEiT's authors accuracy on dense tasks (microsoft/unilm issue 376).
+      An axis that keeps its size keeps its values.
+    - `geometric_linear` (timm): the same offsets with straight lines between them; an axis that keeps its
+      size is stretched too if the other changes.
+    - `bilinear` (transformers): the table as an image.
     """
     if source == target:
         return table
     offsets, class_rows = table[:-CLASS_ROWS], table[-CLASS_ROWS:]
-    maps = [_axis_map(old, new).to(table.device) for old, new in zip(source, target, strict=True)]
+    maps = [_axis_map(old, new, rule).to(table.device) for old, new in zip(source, target, strict=True)]
     squares = offsets.double().view(2 * source[0] - 1, 2 * source[1] - 1, -1)
     resized = torch.einsum("ij,jkh,lk->ilh", maps[0], squares, maps[1]).flatten(0, 1)
     return torch.cat([resized.to(table.dtype), class_rows])
@@ -119,15 +128,19 @@ def resize_pos_embed(pos_embed: Tensor, source: Pair, target: Pair) -> Tensor:
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 
-def _axis_map(old: int, new: int) -> Tensor:
+def _axis_map(old: int, new: int, rule: ResizeRule) -> Tensor:
     """Return the (2 new - 1, 2 old - 1) matrix that resizes one axis of offsets."""
-    if old == new:
-        return torch.eye(2 * old - 1, dtype=torch.float64)
+    identity = torch.eye(2 * old - 1, dtype=torch.float64)
+    if rule == "bilinear":
+        return F.interpolate(identity[None], size=2 * new - 1, mode="linear", align_corners=False)[0].t()
+    if rule == "geometric_cubic" and old == new:
+        return identity
     points = _geometric_offsets(old - 1, new - 1)
     at = torch.arange(1 - new, new, dtype=torch.float64).clamp(points[0], points[-1])
-    degree = min(3, len(points) - 1)
-    # Not-a-knot: the second and the last but one point carry no knot.
-    knots = torch.cat([points[:1].expand(degree + 1), points[2:-2], points[-1:].expand(degree + 1)])
+    degree = min(1 if rule == "geometric_linear" else 3, len(points) - 1)
+    # A cubic is not-a-knot: its second and last but one point carry no knot.
+    inner = points[1:-1] if degree == 1 else points[2:-2]
+    knots = torch.cat([points[:1].expand(degree + 1), inner, points[-1:].expand(degree + 1)])
     return _splines(knots, degree, at) @ torch.linalg.inv(_splines(knots, degree, points))
 
 

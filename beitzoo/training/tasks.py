@@ -15,7 +15,7 @@ from beitzoo.training.evaluate import evaluate
 from beitzoo.training.loop import Run, fit
 from beitzoo.training.optim import spread_bias_tables
 from beitzoo.training.recipe import Recipe, dump_recipe
-from beitzoo.weights.checkpoint import write_atomically
+from beitzoo.weights.files import write_text
 
 
 def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
     split = split_images(images, recipe.data)
     set_seed(recipe.train.seed)
     model = _make_model(recipe, images.names)
-    _write(directory / "recipe.json", dump_recipe(recipe))
+    write_text(directory / "recipe.json", dump_recipe(recipe))
 
     started = time.perf_counter()
     loaders = (
@@ -60,7 +60,7 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
         "split_seed": recipe.data.split_seed,
         "train_seconds": seconds,
     }
-    _write(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -72,7 +72,3 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     if recipe.train.bias_init_std:
         spread_bias_tables(model, recipe.train.bias_init_std)
     return model
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,13 +1,22 @@
 """Tensors in and out of files: read safely, load strictly, save atomically. No sockets, no model names."""
 
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+import argparse
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from beitzoo.weights.files import write_atomically
+from beitzoo.weights.layouts import LayoutError, to_ours
+
+_ZIP = b"PK\x03\x04"
+_LONGEST_PICKLE = 16 * 2**20
+# Where the state dict of a checkpoint lies: unilm's, DeepSpeed's, and others'.
+_CONTAINERS = ("model", "module", "state_dict")
 
 
 class CheckpointError(ValueError):
@@ -15,17 +24,72 @@ class CheckpointError(ValueError):
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. The tensors are views of the mapped file until something writes to them.
+    """Read the tensors of a checkpoint, under our names, whichever file format and layout it has.
+
+    Safetensors and PyTorch's zipped pickles are told apart by content. Tensors are views of the mapped file until
+    something writes to them. A pickle is read with PyTorch's restricted unpickler, which runs no code of the file.
 
     Raises:
-        CheckpointError: The file is missing, damaged or of another kind.
+        CheckpointError: Names the file and why it is not a checkpoint of a BEiT.
     """
     try:
-        return load_file(path)
+        with path.open("rb") as file:
+            start = file.read(4)
+        tensors = _read_pickle(path) if start == _ZIP else _read_safetensors(path, start)
+        _check_tensors(tensors, path.stat().st_size)
+        return to_ours(tensors)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint {path}.") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+    except (LayoutError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
+    if start[:1] == b"\x80":
+        raise LayoutError(
+            "it is a pickle in the form of PyTorch before 1.6, which is not read; "
+            "load it with torch.load(..., weights_only=True) and save it again with torch.save."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise LayoutError(f"it is not a readable safetensors file: {error}.") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        # PyTorch stores tensors as they are; a compressed entry could unfold to any size.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise LayoutError("it is a compressed zip file, which PyTorch does not write.")
+        if any(entry.file_size > _LONGEST_PICKLE for entry in entries if entry.filename.endswith(".pkl")):
+            raise LayoutError("its pickle is too long to be that of a checkpoint.")
+        # The original's checkpoints hold the arguments of their run.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except LayoutError:
+        raise
+    except Exception as error:  # whatever a broken or hostile pickle makes the unpickler raise
+        raise LayoutError(f"it is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from error
+    for key in _CONTAINERS:
+        if isinstance(document, dict) and isinstance(document.get(key), dict):
+            document = document[key]
+            break
+    if not isinstance(document, dict) or not all(isinstance(name, str) for name in document):
+        raise LayoutError(f"it holds no state dict, alone or under {', '.join(_CONTAINERS)}.")
+    return document
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
+    """Refuse what no checkpoint has: other objects, tensors that claim more than the file holds, infinite numbers."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise LayoutError(f"{name!r} is no plain tensor.")
+        if tensor.numel() * tensor.element_size() > size:
+            raise LayoutError(f"{name!r} of shape {tuple(tensor.shape)} is larger than the file.")
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise LayoutError(f"{name!r} has numbers that are not finite.")
 
 
 def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str) -> None:
@@ -65,21 +129,12 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str) -> Non
     model.load_state_dict(state_dict, strict=True, assign=True)
 
 
+def save_pickle(document: Mapping[str, object], path: Path) -> None:
+    """Write a PyTorch file in one step."""
+    write_atomically(path, lambda temporary: torch.save(dict(document), temporary))
+
+
 def save(state_dict: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file in one step: readers see the old file or the new one, never a part."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import httpx
 
-from beitzoo.zoo.config import HubFile, LocalFile, PackageFile, Source
+from beitzoo.weights.files import write_atomically
+from beitzoo.zoo.config import HubFile, LocalFile, PackageFile, ReleaseFile, Source
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -51,6 +52,8 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
             return path
         case HubFile():
             return _download(source, cache_dir)
+        case ReleaseFile():
+            return _download_release(source, cache_dir)
 
 
 def _download(source: HubFile, cache_dir: Path | None) -> Path:
@@ -69,6 +72,30 @@ def _download(source: HubFile, cache_dir: Path | None) -> Path:
         "Delete it and try again; if that does not help, its host is damaged.",
     )
     return path
+
+
+def _download_release(source: ReleaseFile, cache_dir: Path | None) -> Path:
+    """Get a release file once; nobody states its hash, so its size is all that can be compared."""
+    path = (cache_dir or Path(constants.HF_HOME) / "beitzoo") / source.release / source.filename
+    if not path.exists():
+        if constants.is_offline_mode():
+            raise DownloadError(f"{source.url} is not in {path.parent}, and the hub client is set to be offline.")
+        try:
+            write_atomically(path, lambda temporary: _stream(source.url, temporary))
+        except _NOT_FETCHED as error:
+            raise DownloadError(f"Could not get {source.url}: {error}. Check the connection.") from error
+    _prove(path, source.sha256, "Delete it and try again.")
+    return path
+
+
+def _stream(url: str, path: Path) -> None:
+    with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response, path.open("wb") as file:
+        response.raise_for_status()
+        for chunk in response.iter_raw():
+            file.write(chunk)
+        stated = response.headers.get("content-length")
+    if stated is not None and path.stat().st_size != int(stated):
+        raise OSError(f"{path.stat().st_size} bytes came, {stated} were announced")
 
 
 def _stated_hash(path: Path) -> str | None:

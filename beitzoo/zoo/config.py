@@ -5,11 +5,22 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Pair = tuple[int, int]
 GlobalPool = Literal["avg", "token", ""]
+ResizeRule = Literal["geometric_cubic", "geometric_linear", "bilinear"]
 CropMode = Literal["center", "squash", "border"]
+
+_FLAGS = (
+    "qkv_bias",
+    "use_abs_pos_emb",
+    "use_rel_pos_bias",
+    "use_shared_rel_pos_bias",
+    "use_mask_token",
+    "dynamic_img_size",
+    "dynamic_img_pad",
+)
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,6 +48,11 @@ class BeitConfig:
         use_shared_rel_pos_bias: One such table for all blocks, as in pretraining; adds to the blocks' own.
         use_fc_norm: Put the last norm behind the pooling (`fc_norm`) instead of on the tokens (`norm`).
             None means: when pooling is the mean, which is what the fine-tuned checkpoints have.
+        use_mask_token: Have a learned token that stands in for masked patches, as in pretraining.
+        dynamic_img_size: Take images of any size that is a multiple of the patch size; positions are fitted on
+            every call. `set_input_size` does it once and is faster for one size.
+        dynamic_img_pad: Pad images with zeros on the right and at the bottom to the next such multiple.
+        resize_rule: How bias tables follow a new grid, see `models.position.resize_table`; the default is unilm's.
         norm_eps: Epsilon of every LayerNorm; 1e-6 in unilm and timm.
         drop_rate: Dropout before the head.
         pos_drop_rate: Dropout after the embeddings.
@@ -61,6 +77,10 @@ class BeitConfig:
     use_rel_pos_bias: bool = True
     use_shared_rel_pos_bias: bool = False
     use_fc_norm: bool | None = None
+    use_mask_token: bool = False
+    dynamic_img_size: bool = False
+    dynamic_img_pad: bool = False
+    resize_rule: ResizeRule = "geometric_cubic"
     norm_eps: float = 1e-6
     drop_rate: float = 0.0
     pos_drop_rate: float = 0.0
@@ -81,7 +101,7 @@ class BeitConfig:
         for name in ("mlp_ratio", "init_values", "norm_eps", "head_init_scale"):
             value = getattr(self, name)
             _check(_is_number(value) and value >= 0, f"{name}={value!r}; it must be a number from 0 up.")
-        for name in ("qkv_bias", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"):
+        for name in _FLAGS:
             _check(isinstance(getattr(self, name), bool), f"{name}={getattr(self, name)!r}; it must be True or False.")
         _check(
             self.use_fc_norm in (None, True, False),
@@ -92,11 +112,15 @@ class BeitConfig:
             f"global_pool={self.global_pool!r}; BEiT pools by 'avg', 'token' or '' (not at all).",
         )
         _check(
+            self.resize_rule in get_args(ResizeRule),
+            f"resize_rule={self.resize_rule!r}; there are {', '.join(get_args(ResizeRule))}.",
+        )
+        _check(
             self.embed_dim % self.num_heads == 0,
             f"embed_dim={self.embed_dim} cannot be split over num_heads={self.num_heads}; choose a divisor.",
         )
         _check(self.hidden_dim >= 1, f"mlp_ratio={self.mlp_ratio} leaves the MLP without a hidden channel.")
-        _check_divisible(self.img_size, self.patch_size)
+        check_divisible(self.img_size, self.patch_size)
 
     @property
     def grid_size(self) -> Pair:
@@ -176,6 +200,20 @@ class HubFile:
 
 
 @dataclass(frozen=True)
+class ReleaseFile:
+    """A file of the authors' releases (addf400/files on GitHub)."""
+
+    release: str
+    filename: str
+    sha256: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the file is."""
+        return f"https://github.com/addf400/files/releases/download/{self.release}/{self.filename}"
+
+
+@dataclass(frozen=True)
 class PackageFile:
     """A file that is installed with beitzoo, relative to the package."""
 
@@ -190,7 +228,8 @@ class LocalFile:
     path: Path
 
 
-Source = HubFile | PackageFile | LocalFile
+Source = HubFile | ReleaseFile | PackageFile | LocalFile
+Head = Literal["classify", "mim", "segment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,22 +238,22 @@ class PretrainedConfig:
 
     Attributes:
         sources: Places that have the weights, tried in this order. All hold the same tensors.
-        num_classes: Classes of the head in the file.
+        head: What the file was trained for: classes, masked patches (visual tokens) or pixels.
+        num_classes: Classes of that head.
         data: The images it was trained on.
         labels: The set of class names of the head (see `zoo.labels`), or the names themselves.
         license: Of the weights, as their authors state it.
         paper: Where the training is described.
-        origin: The file name under which the authors released it.
         overrides: Fields of `BeitConfig` in which the file differs from its architecture.
     """
 
     sources: tuple[Source, ...] = ()
+    head: Head = "classify"
     num_classes: int = 1000
     data: DataConfig = field(default_factory=DataConfig)
     labels: str | tuple[str, ...] | None = None
     license: str | None = None
     paper: str | None = None
-    origin: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def to_timm(self, config: BeitConfig) -> dict[str, Any]:
@@ -225,9 +264,9 @@ class PretrainedConfig:
         return {
             **({"hf_hub_id": hub[0]} if hub else {}),
             "input_size": data.input_size,
-            "fixed_input_size": True,
+            "fixed_input_size": not config.dynamic_img_size,
             **names,
-            "num_classes": self.num_classes,
+            "num_classes": self.num_classes if self.head == "classify" else 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -277,7 +316,8 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_divisible(img_size: Pair, patch_size: Pair) -> None:
+def check_divisible(img_size: Pair, patch_size: Pair) -> None:
+    """Refuse a size that is no whole number of patches, and name the two nearest that are."""
     for side, patch in zip(img_size, patch_size, strict=True):
         lower = side // patch * patch
         nearest = f"{lower} or {lower + patch}" if lower else f"{patch}"

@@ -60,8 +60,8 @@ def find(name: str) -> Entry:
         raise UnknownModelError(f"{architecture!r} has no checkpoint {tag!r}; {has}.")
     name = f"{architecture}.{tag or tags[0]}"
     row = PRETRAINED[name]
-    # The table of weights says how many classes the file has; the rest is in its overrides.
-    return Entry(name, override(config, num_classes=row.num_classes, **row.overrides), row)
+    classes = row.num_classes if row.head == "classify" else 0
+    return Entry(name, override(config, num_classes=classes, **row.overrides), row)
 
 
 def list_models(filter: Patterns = "", *, pretrained: bool = False, exclude: Patterns = ()) -> list[str]:

@@ -25,7 +25,7 @@ PHOTO = Path("beitzoo/assets/samples/chelsea.jpg")
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_transform_is_timms(name: str) -> None:
-    model = beitzoo.create_model(name, device="meta")
+    model = beitzoo.create_model(name, device="meta", num_classes=0)
     image = open_image(PHOTO, model.config.in_chans)
     ours = beitzoo.create_transform(**beitzoo.resolve_data_config(model))(image)
     theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(image)

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.interpolate import RectBivariateSpline
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models.beit import gen_relative_position_index
+from transformers import BeitConfig
+from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from beitzoo.models import position
 
@@ -80,3 +83,23 @@ def test_absolute_embeddings_resize_like_an_image_and_keep_the_class_token() -> 
     assert resized.shape == (1, 31, 2)
     assert resized[0, 0].tolist() == [5, 5]
     torch.testing.assert_close(resized[0, 1:], torch.ones(30, 2))
+
+
+@pytest.mark.parametrize(("old", "new"), [((14, 14), (24, 24)), ((4, 4), (6, 3)), ((3, 5), (5, 5)), ((6, 6), (4, 4))])
+def test_linear_rule_is_timms(old: tuple[int, int], new: tuple[int, int]) -> None:
+    table = torch.randn(position.table_rows(old), 2)
+    theirs = resize_rel_pos_bias_table(table, new, (position.table_rows(new), 2), old)
+    torch.testing.assert_close(position.resize_table(table, old, new, "geometric_linear"), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 6), (6, 4), (14, 24), (1, 3)])
+def test_bilinear_rule_is_transformers(old: int, new: int) -> None:
+    table = torch.randn(position.table_rows((old, old)), 3)
+    config = BeitConfig(hidden_size=6, num_attention_heads=3, image_size=old * 16, use_relative_position_bias=True)
+    module = BeitRelativePositionBias(config, (old, old))
+    with torch.no_grad():
+        module.relative_position_bias_table.copy_(table)
+    theirs = module((new * 16, new * 16), interpolate_pos_encoding=True)
+    theirs = theirs.reshape(3, 1 + new * new, 1 + new * new)
+    fitted = position.resize_table(table, (old, old), (new, new), "bilinear")
+    torch.testing.assert_close(position.bias(fitted, (new, new), torch.float32), theirs, atol=1e-5, rtol=1e-5)

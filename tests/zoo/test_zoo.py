@@ -13,7 +13,7 @@ import beitzoo
 from beitzoo import BeitConfig, DataConfig
 from beitzoo.zoo import costs
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.config import HubFile, override
+from beitzoo.zoo.config import HubFile, ReleaseFile, override
 from beitzoo.zoo.labels import label_names
 from beitzoo.zoo.pretrained import PRETRAINED
 from beitzoo.zoo.registry import find
@@ -21,7 +21,8 @@ from beitzoo.zoo.registry import find
 TIMM = timm.list_models(module="beit")
 TIMM_PRETRAINED = timm.list_pretrained("beit_*") + timm.list_pretrained("beitv2_*")
 
-# Parameters by model name: architecture's default head, then the 21,841-class heads.
+# Parameters by model name: classifiers as published; of the others the backbone alone, from published totals less
+# their heads (base MIM 91,965,776 - 8192 * 769) or, where none is published, from the base classifier's by hand.
 COUNTS = {
     "beit_base_patch16_224.in22k_ft_in22k_in1k": 86_530_984,
     "beit_base_patch16_384.in22k_ft_in22k_in1k": 86_744_104,
@@ -36,6 +37,23 @@ COUNTS = {
     "beit_large_patch16_224.in22k_ft_in22k": 325_792_593,
     "beitv2_base_patch16_224.in1k_ft_in22k": 102_557_713,
     "beitv2_large_patch16_224.in1k_ft_in22k": 325_792_593,
+    "beit_base_patch16_224.in22k_ft_in1k": 86_530_984,
+    "beit_large_patch16_224.in22k_ft_in1k": 304_430_568,
+    "beitv2_base_patch16_224.in1k_300e_ft_in1k": 86_530_984,
+    "beitv2_large_patch16_224.in1k_300e_ft_in1k": 304_430_568,
+    "beit_base_patch16_224.mim_in22k": 91_965_776 - 8192 * 769,
+    "beit_large_patch16_224.mim_in22k": 311_534_016 - 8192 * 1025,
+    "beitv2_base_patch16_224.mim_in1k": 91_965_776 - 8192 * 769,
+    "beitv2_base_patch16_224.mim_in1k_300e": 91_965_776 - 8192 * 769,
+    "beitv2_large_patch16_224.mim_in1k": 311_534_016 - 8192 * 1025,
+    "beitv2_large_patch16_224.mim_in1k_300e": 311_534_016 - 8192 * 1025,
+    "beit_base_patch16_224.mim_in1k_800e": 86_530_984 - 769_000 - 12 * (732 * 12 + 2 * 768) + 197 * 768 + 768,
+    "beit_base_patch16_640.in22k_ft_in22k_ade20k": 86_530_984 - 769_000 + 12 * 12 * (6244 - 732),
+    "beit_large_patch16_640.in22k_ft_in22k_ade20k": 304_430_568 - 1_025_000 + 24 * 16 * (6244 - 732),
+    "beitv2_base_patch16_512.in1k_ade20k": 86_530_984 - 769_000 + 12 * 12 * (3972 - 732),
+    "beitv2_base_patch16_512.in1k_ft_in22k_ade20k": 86_530_984 - 769_000 + 12 * 12 * (3972 - 732),
+    "beitv2_large_patch16_512.in1k_ade20k": 304_430_568 - 1_025_000 + 24 * 16 * (3972 - 732),
+    "beitv2_large_patch16_512.in1k_ft_in22k_ade20k": 304_430_568 - 1_025_000 + 24 * 16 * (3972 - 732),
     "beit_nano_patch4_32.digits": 453_370,
 }
 # Millions of activations as in timm's result files; GMACs of linears, patch projection and attention products.
@@ -53,23 +71,36 @@ def test_every_row_is_counted() -> None:
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_row_builds_the_network_it_says(name: str) -> None:
-    model = beitzoo.create_model(name, device="meta")
     row = PRETRAINED[name]
+    model = beitzoo.create_model(name, device="meta", num_classes=row.num_classes if row.head == "classify" else 0)
     assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
-    assert model.num_classes == row.num_classes
     assert (model.config.in_chans, *model.config.img_size) == row.data.input_size
     assert row.sources
     assert row.license
     names = label_names(row)
-    assert names is not None
-    assert len(names) == row.num_classes
+    assert (names is None) == (row.head != "classify")
+    assert names is None or len(names) == row.num_classes
 
 
-def test_names_are_timms_and_our_own() -> None:
-    assert set(TIMM) | {"beit_nano_patch4_32", "test_beit"} == set(beitzoo.list_models())
-    assert set(TIMM_PRETRAINED) | {"beit_nano_patch4_32.digits"} == set(beitzoo.list_pretrained())
+def test_timms_names_are_all_here() -> None:
     assert len(TIMM) == 7
     assert len(TIMM_PRETRAINED) == 13
+    assert set(TIMM) <= set(beitzoo.list_models())
+    assert set(TIMM_PRETRAINED) <= set(beitzoo.list_pretrained())
+
+
+def test_every_release_file_is_a_source_of_one_row() -> None:
+    files = [s.url for row in PRETRAINED.values() for s in row.sources if isinstance(s, ReleaseFile)]
+    assert len(files) == len(set(files)) == len(PRETRAINED) - 1
+    assert files[0].startswith("https://github.com/addf400/files/releases/download/v1.0/beit_base_patch16_224_")
+
+
+@pytest.mark.parametrize("name", [name for name, row in PRETRAINED.items() if row.head != "classify"])
+def test_another_head_is_refused_plainly_and_the_backbone_is_there(name: str) -> None:
+    with pytest.raises(NotImplementedError, match="not built here. Give num_classes=0 for its features"):
+        beitzoo.create_model(name, device="meta")
+    assert beitzoo.create_model(name, device="meta", num_classes=3).num_classes == 3
+    assert beitzoo.create_model(name, device="meta", features_only=True).feature_info.channels()[0] >= 768
 
 
 @pytest.mark.parametrize("name", TIMM_PRETRAINED)
@@ -107,15 +138,15 @@ def test_cost_formula_agrees_with_torchs_counter(fields: dict[str, object]) -> N
 
 
 def test_lists_filter_exclude_and_sort_naturally() -> None:
-    assert beitzoo.list_models("beitv2*") == ["beitv2_base_patch16_224", "beitv2_large_patch16_224"]
+    assert beitzoo.list_models("beitv2*_224") == ["beitv2_base_patch16_224", "beitv2_large_patch16_224"]
     assert beitzoo.list_models(["*_512", "test_*"]) == ["beit_large_patch16_512", "test_beit"]
-    assert beitzoo.list_models("beit_*", exclude=["*large*", "*nano*"]) == [
+    assert beitzoo.list_models("beit_*", exclude=["*large*", "*_640", "*nano*", "*tiny*", "*small*"]) == [
         "beit_base_patch16_224",
         "beit_base_patch16_384",
     ]
-    by_architecture = beitzoo.list_models("beitv2_base_patch16_224", pretrained=True)
+    by_architecture = beitzoo.list_models("beit_large_patch16_224", pretrained=True)
     assert by_architecture == [
-        f"beitv2_base_patch16_224.{t}" for t in ("in1k_ft_in1k", "in1k_ft_in22k", "in1k_ft_in22k_in1k")
+        f"beit_large_patch16_224.{t}" for t in ("in22k_ft_in1k", "in22k_ft_in22k", "in22k_ft_in22k_in1k", "mim_in22k")
     ]
     assert beitzoo.list_pretrained("*in22k_ft_in22k") == beitzoo.list_models("*in22k_ft_in22k", pretrained=True)
     assert beitzoo.list_models("resnet*") == []
@@ -131,7 +162,12 @@ def test_is_model_looks_at_the_tag_too() -> None:
 def test_get_pretrained_cfg() -> None:
     row = beitzoo.get_pretrained_cfg("beit_large_patch16_512")
     assert row is not None
-    assert row.sources == (HubFile("timm/beit_large_patch16_512.in22k_ft_in22k_in1k"),)
+    assert row.sources == (
+        HubFile("timm/beit_large_patch16_512.in22k_ft_in22k_in1k"),
+        HubFile("microsoft/beit-large-patch16-512"),
+        HubFile("microsoft/beit-large-patch16-512", "pytorch_model.bin"),
+        ReleaseFile("v1.0", "beit_large_patch16_512_pt22k_ft22kto1k.pth"),
+    )
     assert beitzoo.get_pretrained_cfg("test_beit") is None
 
 
