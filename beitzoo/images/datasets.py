@@ -32,22 +32,38 @@ def open_image(path: Path, in_chans: int = 3) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip to 8
-                upright = upright.point(lambda value: value / 256).convert("L")
-            return upright.convert("L" if in_chans == 1 else "RGB")
+            return _eight_bit(_upright(image, path)).convert("L" if in_chans == 1 else "RGB")
     except FileNotFoundError as error:
         raise ImageError("there is no such file") from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"not an image that can be read ({', '.join(FORMATS)})") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"damaged or unreadable: {error}") from error
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        raise ImageError(f"damaged or unreadable: {error or type(error).__name__}") from error
+
+
+def _upright(image: Image.Image, path: Path) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # damaged notes about an image do not make its pixels unreadable
+        _logger.warning("The EXIF data of %s is damaged, so it is not turned: %s.", path, error)
+        return image
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8; `convert` would clip it."""
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode in ("I", "F"):
+        raise ImageError("its pixels are 32-bit numbers of unknown range; convert it to 8 or 16 bits")
+    return image
 
 
 def find_images(places: Iterable[str]) -> list[Path]:
     """Turn files, folders (searched through) and globs into image paths, in order.
 
-    A file or a glob is taken at its word; of a folder, the files that look like images. A place where there is
+    A file is taken at its word; of a folder, the files that look like images. A place where there is
     nothing stays in the list, so that it is reported and not passed over.
     """
     paths: list[Path] = []
@@ -56,7 +72,8 @@ def find_images(places: Iterable[str]) -> list[Path]:
         if path.is_dir():
             found = _images_below(path)
         else:
-            found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+            matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+            found = [file for match in matches for file in (_images_below(match) if match.is_dir() else [match])]
         paths.extend(found or [path])
     return paths
 
@@ -125,12 +142,11 @@ class LabelledImages(Dataset[tuple[Tensor, int] | None]):
         return self.transform(image), self.images.labels[index]
 
 
-def collate(samples: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
-    """Stack the readable samples to images (B, C, H, W) and labels (B,); None if there are none."""
+def collate(samples: Sequence[tuple[Tensor, int] | None], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Stack the readable samples of one shape (C, H, W) to images (B, C, H, W) and labels (B,); B may be 0."""
     readable = [sample for sample in samples if sample is not None]
-    if not readable:
-        return None
-    return torch.stack([image for image, _ in readable]), torch.tensor([label for _, label in readable])
+    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0, *shape)
+    return images, torch.tensor([label for _, label in readable], dtype=torch.int64)
 
 
 def _images_below(folder: Path) -> list[Path]:

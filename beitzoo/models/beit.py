@@ -12,6 +12,7 @@ a head, h w patch grid. Parameter names are unilm's and timm's; they are a publi
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,7 +49,7 @@ class PatchEmbed(nn.Module):
         from timm.layers import resample_patch_embed  # late: importing timm costs seconds
 
         fitted = resample_patch_embed(self.proj.weight.detach(), list(patch_size))
-        self.proj.weight = nn.Parameter(fitted)
+        self.proj.weight = _like(self.proj.weight, fitted)
         self.proj.kernel_size = self.proj.stride = patch_size
 
     def _fit(self, images: Tensor) -> Tensor:
@@ -95,13 +96,13 @@ class Attention(nn.Module):
         """Map tokens (B, N, C) to tokens (B, N, C)."""
         q, k, v = self._project(x)
         dropout = self.attn_drop if self.training else 0.0
-        x = attend(q, k, v, bias.of(self.relative_position_bias_table), dropout)  # (B, H, N, D)
+        x = attend(q, k, v, bias.of(self.relative_position_bias_table, q.dtype), dropout)  # (B, H, N, D)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor, bias: PositionBias) -> Tensor:
         """Return how much each token (query, rows) takes from each (key, columns), (B, H, N, N)."""
         q, k, _ = self._project(x)
-        return attention_weights(q, k, bias.of(self.relative_position_bias_table))
+        return attention_weights(q, k, bias.of(self.relative_position_bias_table, q.dtype))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -282,18 +283,18 @@ class Beit(nn.Module):
             x = self._run_block(index, x, bias)
         return torch.stack([maps[index] for index in chosen], dim=1)
 
-    def position_bias(self, grid: Pair, dtype: torch.dtype) -> PositionBias:
+    def position_bias(self, grid: Pair) -> PositionBias:
         """Gather what the blocks of one forward pass need to know about positions in this grid."""
         config = self.config
-        own = PositionBias(grid, config.grid_size, config.resize_rule, dtype)
+        own = PositionBias(grid, config.grid_size, config.resize_rule)
         if self.rel_pos_bias is None:
             return own
-        shared = own.of(self.rel_pos_bias.relative_position_bias_table)
-        return PositionBias(grid, config.grid_size, config.resize_rule, dtype, shared)
+        table = self.rel_pos_bias.relative_position_bias_table
+        return PositionBias(grid, config.grid_size, config.resize_rule, own.of(table, table.dtype))
 
     def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
         patches, grid = self.patch_embed(images)
-        bias = self.position_bias(grid, patches.dtype)
+        bias = self.position_bias(grid)
         if bool_masked_pos is not None:
             patches = self._mask(patches, bool_masked_pos)
         x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
@@ -330,11 +331,13 @@ class Beit(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
         """Give the model a fresh head of `num_classes` (0 for none), and another pooling if one is named.
 
-        Device and dtype are kept.
+        Device and dtype are kept; the names of the classes are not, as they were of the old head.
         """
+        config = replace(self.config, num_classes=num_classes)
         if global_pool is not None:
-            self.set_global_pool(global_pool)
-        self.config = override(self.config, num_classes=num_classes)
+            config = replace(config, global_pool=global_pool, use_fc_norm=config.norm_after_pooling)
+        self.config = config
+        self.pretrained = replace(self.pretrained, labels=None)
         like = self.cls_token
         if num_classes:
             self.head = nn.utils.skip_init(
@@ -346,7 +349,7 @@ class Beit(nn.Module):
 
     def set_global_pool(self, global_pool: GlobalPool) -> None:
         """Pool another way. The trained norm stays where it is, before or after the pooling."""
-        self.config = override(self.config, global_pool=global_pool, use_fc_norm=self.config.norm_after_pooling)
+        self.config = replace(self.config, global_pool=global_pool, use_fc_norm=self.config.norm_after_pooling)
 
     def set_input_size(self, img_size: int | Pair | None = None, patch_size: int | Pair | None = None) -> None:
         """Make the model take images of another size or cut them into other patches.
@@ -354,20 +357,21 @@ class Beit(nn.Module):
         Position parameters are fitted to the new grid, the patch projection to the new patch (FlexiViT's
         resampling, timm's code). All are new objects: make an optimizer after this, not before.
         """
-        before = self.config
-        self.config = self.patch_embed.config = override(before, img_size=img_size, patch_size=patch_size)
-        source, target = before.grid_size, self.config.grid_size
-        with torch.no_grad():
-            if self.config.patch_size != before.patch_size:
-                self.patch_embed.resample(self.config.patch_size)
+        config = override(self.config, img_size=img_size, patch_size=patch_size)
+        source, target = self.config.grid_size, config.grid_size
+        if config.patch_size != self.config.patch_size:
+            self.patch_embed.resample(config.patch_size)
+        if source != target:
             for module in self.modules():
                 if isinstance(module, Attention | RelativePositionBias):
                     table = module.relative_position_bias_table
-                    if table is not None and source != target:
-                        fitted = position.resize_table(table, source, target, self.config.resize_rule)
-                        module.relative_position_bias_table = nn.Parameter(fitted)
-            if self.pos_embed is not None and source != target:
-                self.pos_embed = nn.Parameter(position.resize_pos_embed(self.pos_embed, source, target))
+                    if table is not None:
+                        fitted = position.resize_table(table.detach(), source, target, config.resize_rule)
+                        module.relative_position_bias_table = _like(table, fitted)
+            if self.pos_embed is not None:
+                fitted = position.resize_pos_embed(self.pos_embed.detach(), source, target)
+                self.pos_embed = _like(self.pos_embed, fitted)
+        self.config = self.patch_embed.config = config
 
     def set_in_chans(self, in_chans: int) -> None:
         """Make the model take images with another number of channels.
@@ -375,11 +379,13 @@ class Beit(nn.Module):
         One channel gets the sum of the weights; more get the old ones in turn, scaled so that an image of equal
         channels looks the same as before (timm's rule). The parameter is a new object.
         """
+        config = replace(self.config, in_chans=in_chans)
         weight = self.patch_embed.proj.weight.detach()
-        self.config = self.patch_embed.config = override(self.config, in_chans=in_chans)
         turns = torch.arange(in_chans, device=weight.device) % weight.shape[1]
         fitted = weight.sum(1, keepdim=True) if in_chans == 1 else weight[:, turns] * (weight.shape[1] / in_chans)
-        self.patch_embed.proj.weight = nn.Parameter(fitted)
+        self.patch_embed.proj.weight = _like(self.patch_embed.proj.weight, fitted)
+        self.patch_embed.proj.in_channels = in_chans
+        self.config = self.patch_embed.config = config
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -504,6 +510,11 @@ class Beit(nn.Module):
         return self.pretrained.to_timm(self.config)
 
     default_cfg = pretrained_cfg
+
+
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+    """Make the successor of a parameter: one that was frozen stays frozen."""
+    return nn.Parameter(new, requires_grad=old.requires_grad)
 
 
 def take_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:

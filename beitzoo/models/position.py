@@ -55,11 +55,13 @@ def bias(table: Tensor, grid: Pair, dtype: torch.dtype) -> Tensor:
     """Look up the bias of every pair of tokens, (H, N, N), in a table of (rows, H).
 
     Selecting columns of the transposed table rather than rows of the table gives the attention layout
-    at once, and its backward is a sum over columns instead of a sort.
+    at once, and its backward is a sum over columns instead of a sort. That sum has one term for every pair with
+    the same offset, too many for half precision: where a gradient is wanted, the result is cast, not the table.
     """
     tokens = 1 + grid[0] * grid[1]
-    columns = table.t().to(dtype).contiguous()  # (H, rows)
-    return columns.index_select(1, _index(grid, table.device)).view(-1, tokens, tokens)
+    trained = torch.is_grad_enabled() and table.requires_grad
+    columns = (table if trained else table.to(dtype)).t().contiguous()  # (H, rows)
+    return columns.index_select(1, _index(grid, table.device)).view(-1, tokens, tokens).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -70,22 +72,21 @@ class PositionBias:
         grid: Rows and columns of patches of these images.
         table_grid: Those that the tables are made for.
         rule: How a table is fitted from one to the other.
-        dtype: Of queries and keys.
         shared: The bias that all blocks have in common, (H, N, N), or None.
     """
 
     grid: Pair
     table_grid: Pair
     rule: ResizeRule
-    dtype: torch.dtype
     shared: Tensor | None = None
 
-    def of(self, table: Tensor | None) -> Tensor | None:
-        """Return the bias of a block with this table, (H, N, N); None where there is neither kind."""
+    def of(self, table: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias of a block with this table for queries of a dtype, (H, N, N); None if there is none."""
+        shared = None if self.shared is None else self.shared.to(dtype)
         if table is None:
-            return self.shared
-        own = bias(resize_table(table, self.table_grid, self.grid, self.rule), self.grid, self.dtype)
-        return own if self.shared is None else own + self.shared
+            return shared
+        own = bias(resize_table(table, self.table_grid, self.grid, self.rule), self.grid, dtype)
+        return own if shared is None else own + shared
 
 
 class RelativePositionBias(nn.Module):
@@ -112,8 +113,9 @@ def resize_table(table: Tensor, source: Pair, target: Pair, rule: ResizeRule = "
     if source == target:
         return table
     offsets, class_rows = table[:-CLASS_ROWS], table[-CLASS_ROWS:]
-    maps = [_axis_map(old, new, rule).to(table.device) for old, new in zip(source, target, strict=True)]
-    squares = offsets.double().view(2 * source[0] - 1, 2 * source[1] - 1, -1)
+    wide = torch.float32 if table.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    maps = [_axis_map(old, new, rule).to(table.device, wide) for old, new in zip(source, target, strict=True)]
+    squares = offsets.to(wide).view(2 * source[0] - 1, 2 * source[1] - 1, -1)
     resized = torch.einsum("ij,jkh,lk->ilh", maps[0], squares, maps[1]).flatten(0, 1)
     return torch.cat([resized.to(table.dtype), class_rows])
 
@@ -130,13 +132,13 @@ def resize_pos_embed(pos_embed: Tensor, source: Pair, target: Pair) -> Tensor:
 
 def _axis_map(old: int, new: int, rule: ResizeRule) -> Tensor:
     """Return the (2 new - 1, 2 old - 1) matrix that resizes one axis of offsets."""
-    identity = torch.eye(2 * old - 1, dtype=torch.float64)
+    identity = torch.eye(2 * old - 1, dtype=torch.float64, device="cpu")
     if rule == "bilinear":
         return F.interpolate(identity[None], size=2 * new - 1, mode="linear", align_corners=False)[0].t()
     if rule == "geometric_cubic" and old == new:
         return identity
     points = _geometric_offsets(old - 1, new - 1)
-    at = torch.arange(1 - new, new, dtype=torch.float64).clamp(points[0], points[-1])
+    at = torch.arange(1 - new, new, dtype=torch.float64, device="cpu").clamp(points[0], points[-1])
     degree = min(1 if rule == "geometric_linear" else 3, len(points) - 1)
     # A cubic is not-a-knot: its second and last but one point carry no knot.
     inner = points[1:-1] if degree == 1 else points[2:-2]
@@ -157,8 +159,8 @@ def _geometric_offsets(count: int, reach: int) -> Tensor:
             high = ratio
         else:
             low = ratio
-    side = (ratio ** torch.arange(count, dtype=torch.float64)).cumsum(0)
-    return torch.cat([-side.flip(0), torch.zeros(1, dtype=torch.float64), side])
+    side = (ratio ** torch.arange(count, dtype=torch.float64, device="cpu")).cumsum(0)
+    return torch.cat([-side.flip(0), side.new_zeros(1), side])
 
 
 def _splines(knots: Tensor, degree: int, at: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """From the data section of a recipe to loaders: which images, how they are split, how they are augmented."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -50,7 +52,7 @@ def training_loader(model: Beit, images: ImageSet, indices: list[int], recipe: R
         shuffle=True,
         drop_last=len(dataset) > size,
         num_workers=recipe.data.workers,
-        collate_fn=collate,
+        collate_fn=_collate(model),
     )
 
 
@@ -58,7 +60,7 @@ def evaluation_loader(model: Beit, images: ImageSet, indices: list[int], workers
     """Load images in order, prepared as the model expects them."""
     transform = create_transform(**resolve_data_config(model))
     dataset = LabelledImages(images, indices, transform, model.config.in_chans)
-    return DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=collate)
+    return DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=_collate(model))
 
 
 def training_transform(model: Beit, augment: AffineAugment | CropAugment) -> Transform:
@@ -77,6 +79,10 @@ def training_transform(model: Beit, augment: AffineAugment | CropAugment) -> Tra
     evaluation: Any = create_transform(**config)
     resize, *crop_and_normalise = evaluation.transforms
     return v2.Compose([resize, affine, *crop_and_normalise])
+
+
+def _collate(model: Beit) -> Callable[[Sequence[tuple[Tensor, int] | None]], tuple[Tensor, Tensor]]:
+    return functools.partial(collate, shape=(model.config.in_chans, *model.config.img_size))
 
 
 def _draw(indices: list[int], labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

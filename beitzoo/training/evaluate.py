@@ -37,9 +37,7 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def measure_accuracy(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None], device: torch.device
-) -> Accuracy:
+def measure_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Accuracy:
     """Classify batches of images (B, C, H, W) with labels (B,); the model's mode is kept.
 
     Raises:
@@ -49,9 +47,9 @@ def measure_accuracy(
     model.eval()
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     for batch in batches:
-        if batch is None:
-            continue
         images, labels = (t.to(device) for t in batch)
+        if not len(labels):
+            continue
         logits = model(images).float()
         ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -1,6 +1,7 @@
 """One loop: updates, a validation after each epoch, a log, and the best and the last checkpoint."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -41,8 +42,8 @@ def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> A
     Of equally accurate epochs the one with the lower loss is better. Order and augmentation are drawn from
     `recipe.seed`; on several processes (`accelerate launch`) each trains on its share of every epoch.
     """
-    set_seed(recipe.seed)
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no")  # whatever its launcher says, the recipe decides
+    set_seed(recipe.seed, device_specific=True)
     training, validation = accelerator.prepare(loaders[0]), loaders[1]
     optimizer = make_optimizer(model, recipe)
     schedule = make_schedule(optimizer, recipe, steps_per_epoch=len(training))
@@ -50,9 +51,8 @@ def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> A
 
     best: Accuracy | None = None
     update, started = 0, time.perf_counter()
-    run.directory.mkdir(parents=True, exist_ok=True)
     with (
-        (run.directory / "log.jsonl").open("w", encoding="utf-8") as log,
+        (run.directory / "log.jsonl" if accelerator.is_main_process else Path(os.devnull)).open("w") as log,
         tqdm(total=recipe.epochs, unit="epoch", disable=None if accelerator.is_main_process else True) as bar,
     ):
         for epoch in range(1, recipe.epochs + 1):
@@ -61,12 +61,11 @@ def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> A
             for batch in training:
                 schedule.step_update(update)
                 update += 1
-                if batch is not None:
-                    total += len(batch[1]) * _update(accelerator, prepared, optimizer, batch, recipe)
-                    images += len(batch[1])
+                total += len(batch[1]) * _update(accelerator, prepared, optimizer, batch, recipe)
+                images += len(batch[1])
             accuracy = measure_accuracy(prepared, validation, accelerator.device)
             better = best is None or (accuracy.top1, -accuracy.loss) > (best.top1, -best.loss)
-            best = accuracy if better or best is None else best
+            best = accuracy if better else best
             if accelerator.is_main_process:
                 row = {"epoch": epoch, "update": update, "train_loss": total / max(images, 1)}
                 row |= {f"val_{name}": value for name, value in asdict(accuracy).items()}
@@ -76,6 +75,7 @@ def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> A
                     run.save(accelerator.unwrap_model(prepared), run.directory / name)
             bar.set_postfix(train_loss=f"{total / max(images, 1):.3f}", val_top1=f"{accuracy.top1:.2f}")
             bar.update()
+    accelerator.wait_for_everyone()
     assert best is not None
     return best
 
@@ -87,11 +87,17 @@ def _update(
     batch: tuple[Tensor, Tensor],
     recipe: TrainSection,
 ) -> float:
-    """Take one step down the gradient of a batch; return its loss."""
-    # Not Accelerate's own autocast: it is one setting for the life of the process, and would hold in validation too.
+    """Take one step down the gradient of a batch; return its loss.
+
+    A batch without a readable image takes part with a loss of 0: other processes wait for its gradients.
+    """
+    # Not Accelerate's autocast, which is one setting for the life of the process and holds in validation too.
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         logits = model(batch[0])
-    loss = F.cross_entropy(logits.float(), batch[1], label_smoothing=recipe.label_smoothing)
+    if len(batch[1]):
+        loss = F.cross_entropy(logits.float(), batch[1], label_smoothing=recipe.label_smoothing)
+    else:
+        loss = logits.sum()
     accelerator.backward(loss)
     if recipe.clip_grad:
         accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)

@@ -14,7 +14,7 @@ _TABLE = "relative_position_bias_table"
 
 def make_optimizer(model: nn.Module, recipe: TrainSection) -> torch.optim.AdamW:
     """Build AdamW with one parameter group per layer and kind of parameter."""
-    return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas)
+    return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas, fused=True)
 
 
 def parameter_groups(model: nn.Module, recipe: TrainSection) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from beitzoo.factory import create_model, save_pretrained
@@ -16,6 +17,7 @@ from beitzoo.training.loop import Run, fit
 from beitzoo.training.optim import spread_bias_tables
 from beitzoo.training.recipe import Recipe, dump_recipe
 from beitzoo.weights.files import write_text
+from beitzoo.zoo.labels import label_names
 
 
 def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
@@ -26,19 +28,22 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
         directory: Receives `recipe.json`, `log.jsonl`, `best/`, `last/` and, at the end, `metrics.json`.
 
     Returns:
-        The content of `metrics.json`: `test_top1` and `test_top5` in per cent, of the best checkpoint.
+        The content of `metrics.json`: `test_top1` and `test_top5` in per cent, of the best checkpoint. Empty on
+        all processes but the first.
 
     Raises:
-        FileExistsError: The folder holds a finished run.
+        FileExistsError: The folder holds a run, finished or not.
         RecipeError: The data cannot be found or split as the recipe says.
     """
-    if (directory / "metrics.json").exists():
-        raise FileExistsError(f"{directory} holds a finished run; choose another folder with --out.")
+    if (directory / "log.jsonl").exists():
+        raise FileExistsError(f"{directory} holds a run; choose another folder with --out, or remove it.")
     images = load_images(recipe.data)
     split = split_images(images, recipe.data)
     set_seed(recipe.train.seed)
     model = _make_model(recipe, images.names)
-    write_text(directory / "recipe.json", dump_recipe(recipe))
+    state = PartialState()
+    if state.is_main_process:
+        write_text(directory / "recipe.json", dump_recipe(recipe))
 
     started = time.perf_counter()
     loaders = (
@@ -48,6 +53,8 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
     best = fit(model, loaders, recipe.train, Run(directory, save_pretrained))
     seconds = time.perf_counter() - started
 
+    if not state.is_main_process:
+        return {}
     chosen = create_model(f"local-dir:{directory / 'best'}", pretrained=True, device=model.cls_token.device)
     test = evaluate(chosen, images, split.test, recipe.data.workers)
     metrics = {
@@ -68,6 +75,8 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     section = recipe.model
     overrides: dict[str, Any] = {**section.overrides, "num_classes": len(names)}
     model = create_model(section.name, section.pretrained, **overrides)
+    if section.pretrained and label_names(model.pretrained) != names:
+        model.reset_classifier(len(names))  # as many classes, but others
     model.pretrained = replace(model.pretrained, sources=(), num_classes=len(names), labels=names)
     if recipe.train.bias_init_std:
         spread_bias_tables(model, recipe.train.bias_init_std)

@@ -68,7 +68,9 @@ def test_a_long_list_is_cut_and_counted(model: Beit) -> None:
 def test_a_file_of_another_kind_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"w\.safetensors: it is not a readable (safetensors file|PyTorch checkpoint)"):
+    with pytest.raises(
+        CheckpointError, match=r"w\.safetensors: it is not a readable (safetensors file|PyTorch checkpoint)"
+    ):
         checkpoint.read(path)
 
 
