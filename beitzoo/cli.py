@@ -6,23 +6,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
-from beitzoo.factory import create_model
+from beitzoo.factory import create_model, look_up
 from beitzoo.images.datasets import find_images
 from beitzoo.predict import Prediction, predict
 from beitzoo.zoo import costs
 from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
-from beitzoo.zoo.registry import DEFAULT_MODEL, find, list_models
+from beitzoo.zoo.registry import DEFAULT_MODEL, list_models
 
 app = typer.Typer(
     help="BEiT: every checkpoint by name.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-_out = Console()
-
 ModelName = Annotated[str, typer.Option("--model", "-m", help="Model name, or local-dir:FOLDER.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Run a command; what the user got wrong is one message and exit code 2, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -55,8 +55,8 @@ def info(name: str, as_json: AsJson = False) -> None:
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), _plain(value))
-    _out.print(table)
+        table.add_row(key.replace("_", " "), Text(_plain(value), overflow="fold"))
+    Console().print(table)
 
 
 @app.command("predict")
@@ -70,14 +70,14 @@ def predict_(
 ) -> None:
     """Classify images. An unreadable one is a row with the reason, and exit code 1 at the end."""
     paths = find_images(images)
-    network = create_model(model, pretrained=True, device=device)
+    network = create_model(model, pretrained=True, device=_device(device))
     predictions = list(
         tqdm(predict(network, paths, topk=topk, batch_size=batch_size), total=len(paths), unit="image", disable=None)
     )
     if as_json:
         print(json.dumps([_row(prediction) for prediction in predictions], indent=2))
     else:
-        _out.print(_prediction_table(predictions))
+        Console().print(_prediction_table(predictions))
     failed = sum(prediction.error is not None for prediction in predictions)
     if failed:
         print(f"{failed} of {len(predictions)} images could not be read.", file=sys.stderr)
@@ -103,19 +103,24 @@ def finetune(
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model names, or local-dir:FOLDER.")],
     data: Annotated[str, typer.Option(help="'digits' (its held-out third), or a folder of class folders (all).")],
-    split_seed: Annotated[int, typer.Option(help="Which held-out third of the digits.")] = 0,
+    split_seed: Annotated[
+        int | None, typer.Option(help="Which held-out third of the digits; by default the one the run held out.")
+    ] = None,
     results_file: Annotated[Path | None, typer.Option(help="Append a row per model to this CSV.")] = None,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 accuracy; of several models also mean and standard deviation."""
     _need("train", "accelerate", "sklearn")
-    from beitzoo.measure.results import append_row
-    from beitzoo.training.evaluate import accuracy_row, summarise
+    from beitzoo.measure.results import append_row, check_columns
+    from beitzoo.training.evaluate import COLUMNS, accuracy_row, summarise
+
+    if results_file is not None:
+        check_columns(results_file, COLUMNS)
 
     rows = []
     for name in tqdm(models, unit="model", disable=None):
-        row = accuracy_row(name, data, split_seed, device)
+        row = accuracy_row(name, data, split_seed, _device(device))
         if results_file is not None:
             append_row(results_file, row)
         rows.append(row)
@@ -125,9 +130,19 @@ def evaluate(
     table = Table("model", "top1", "top5", "images")
     for row in rows:
         table.add_row(str(row["model"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}", str(row["count"]))
-    _out.print(table)
+    Console().print(table)
     if len(rows) > 1:
-        _out.print(summarise(rows))
+        Console().print(summarise(rows))
+
+
+def _device(name: str) -> torch.device:
+    """Check a device before anything is loaded onto it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device {name!r} here: {str(error).splitlines()[0]} Use --device cpu.") from error
+    return device
 
 
 def _need(extra: str, *modules: str) -> None:
@@ -140,7 +155,7 @@ def _need(extra: str, *modules: str) -> None:
 
 
 def _facts(name: str) -> dict[str, Any]:
-    entry = find(name)
+    entry = look_up(name)
     config, row = entry.config, entry.pretrained
     parameters = sum(p.numel() for p in create_model(name, device="meta", num_classes=config.num_classes).parameters())
     data = (row.data if row else DataConfig()).fitted_to(config)
@@ -155,6 +170,7 @@ def _facts(name: str) -> dict[str, Any]:
         "std": list(data.std),
         "interpolation": data.interpolation,
         "crop_pct": data.crop_pct,
+        "crop_mode": data.crop_mode,
         "weights": [] if row is None else [_where(source) for source in row.sources],
         "license": row and row.license,
         "paper": row and row.paper,
@@ -185,12 +201,14 @@ def _row(prediction: Prediction) -> dict[str, Any]:
 
 
 def _prediction_table(predictions: list[Prediction]) -> Table:
+    """Make a row per image; names of files and classes are shown as they are, and never cut."""
     table = Table("image", "label", "probability", "next")
     for prediction in predictions:
+        path = Text(str(prediction.path), overflow="fold")
         if prediction.error is not None:
-            table.add_row(str(prediction.path), f"[red]{prediction.error}[/red]")
+            table.add_row(path, Text(prediction.error, style="red", overflow="fold"))
             continue
         first, *others = prediction.answers
         rest = ", ".join(f"{answer.label} {answer.probability:.1%}" for answer in others)
-        table.add_row(str(prediction.path), first.label, f"{first.probability:.1%}", rest)
+        table.add_row(path, Text(first.label), f"{first.probability:.1%}", Text(rest))
     return table

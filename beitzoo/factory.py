@@ -10,10 +10,10 @@ from torch import Tensor
 
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
-from beitzoo.models.position import relative_position_index
+from beitzoo.models.position import relative_position_index, table_rows
 from beitzoo.weights import checkpoint, folder, hub, layouts
 from beitzoo.weights.files import write_text
-from beitzoo.zoo.config import BeitConfig, HubFile, LocalFile, Source, override
+from beitzoo.zoo.config import BeitConfig, HubFile, Source, override
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
 
 _FEATURE_OPTIONS = ("out_indices", "norm", "output_fmt", "pyramid")
@@ -83,19 +83,19 @@ def create_model(
         DownloadError: The weights cannot be had.
     """
     directory = None if cache_dir is None else Path(cache_dir)
-    entry = _look_up(model_name, directory)
+    device = torch.get_default_device() if device is None else device
+    entry = look_up(model_name, directory)
     options = {name: overrides.pop(name) for name in _FEATURE_OPTIONS if features_only and name in overrides}
     if features_only:
         overrides["num_classes"] = 0
     stored = _config_of_use(entry, overrides)
-    config = override(stored, **overrides)
-    if pretrained or checkpoint_path is not None:
-        path = hub.fetch(_sources(entry, checkpoint_path), directory)
-        model = _load(path, entry, stored, config)
+    if checkpoint_path is not None:
+        model = _load(Path(checkpoint_path).expanduser(), entry, stored, overrides, own=True)
+    elif pretrained:
+        model = _load(hub.fetch(_sources(entry), directory), entry, stored, overrides)
     else:
-        model = _initialise(config, torch.get_default_device() if device is None else device)
-    if entry.pretrained is not None:
-        model.pretrained = entry.pretrained
+        model = _initialise(override(stored, **overrides), device)
+        model.pretrained = entry.pretrained or model.pretrained
     result = BeitFeatures(model, **options) if features_only else model
     return result.to(device=device, dtype=dtype)
 
@@ -129,7 +129,8 @@ def save_unilm(model: Beit, path: str | Path) -> None:
     checkpoint.save_pickle({"model": layouts.to_unilm(model.state_dict(), index)}, Path(path))
 
 
-def _look_up(name: str, cache_dir: Path | None) -> Entry:
+def look_up(name: str, cache_dir: Path | None = None) -> Entry:
+    """Say what a name stands for, wherever it points; names and errors are those of `create_model`."""
     if name.startswith("local-dir:"):
         return folder.read(Path(name.removeprefix("local-dir:")).expanduser())
     if name.startswith("hf-hub:"):
@@ -180,9 +181,7 @@ def _for_finetuning(config: BeitConfig) -> BeitConfig:
     )
 
 
-def _sources(entry: Entry, checkpoint_path: str | Path | None) -> tuple[Source, ...]:
-    if checkpoint_path is not None:
-        return (LocalFile(Path(checkpoint_path)),)
+def _sources(entry: Entry) -> tuple[Source, ...]:
     if entry.pretrained is None:
         raise UnknownModelError(f"{entry.name!r} has no pretrained weights; create it with pretrained=False.")
     return entry.pretrained.sources
@@ -196,9 +195,15 @@ def _initialise(config: BeitConfig, device: torch.device | str) -> Beit:
     return model
 
 
-def _load(path: Path, entry: Entry, stored: BeitConfig, wanted: BeitConfig) -> Beit:
-    """Build the network of the file, load it strictly, then fit it to what was asked for."""
+def _load(path: Path, entry: Entry, stored: BeitConfig, overrides: Mapping[str, Any], own: bool = False) -> Beit:
+    """Build the network of the file, load it strictly, then fit it to what was asked for.
+
+    A file of the user's `own` need not have the classes, channels and size of the row it is loaded by.
+    """
     state = _state_for(stored, entry, checkpoint.read(path))
+    if own:
+        stored = _as_in_file(state, stored, overrides)
+    wanted = override(stored, **overrides)
     with torch.device("meta"):
         model = Beit(
             replace(
@@ -211,6 +216,7 @@ def _load(path: Path, entry: Entry, stored: BeitConfig, wanted: BeitConfig) -> B
             )
         )
     checkpoint.load(model, state, origin=str(path))
+    model.pretrained = entry.pretrained or model.pretrained
     if (wanted.img_size, wanted.patch_size) != (stored.img_size, stored.patch_size):
         model.set_input_size(wanted.img_size, wanted.patch_size)
     if wanted.in_chans != stored.in_chans:
@@ -220,6 +226,21 @@ def _load(path: Path, entry: Entry, stored: BeitConfig, wanted: BeitConfig) -> B
     if wanted.num_classes != stored.num_classes:
         model.reset_classifier(wanted.num_classes)
     return model
+
+
+def _as_in_file(state: Mapping[str, Tensor], config: BeitConfig, overrides: Mapping[str, Any]) -> BeitConfig:
+    """Correct a row's classes, channels and size by what the shapes in a file say."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if len(shapes.get("head.weight", ())) == 2 and config.num_classes:
+        config = replace(config, num_classes=shapes["head.weight"][0])
+    if len(shapes.get("patch_embed.proj.weight", ())) == 4:
+        config = replace(config, in_chans=shapes["patch_embed.proj.weight"][1])
+    # A table's length does not say the sides of its grid, so only a size that was asked for is tried.
+    wanted = override(config, **overrides)
+    tables = {shape[0] for name, shape in shapes.items() if name.endswith("relative_position_bias_table")}
+    if tables == {table_rows(wanted.grid_size)} or shapes.get("pos_embed", ())[1:2] == (wanted.num_tokens,):
+        config = replace(config, img_size=wanted.img_size, patch_size=wanted.patch_size)
+    return config
 
 
 def _state_for(stored: BeitConfig, entry: Entry, state: dict[str, Tensor]) -> dict[str, Tensor]:

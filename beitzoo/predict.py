@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from beitzoo.images.datasets import ImageError, open_image
-from beitzoo.images.transforms import create_transform, resolve_data_config
+from beitzoo.images.transforms import Transform, create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.zoo.labels import label_names
 
@@ -51,34 +51,34 @@ def predict(model: Beit, paths: Sequence[Path], *, topk: int = 3, batch_size: in
     """
     if not model.num_classes:
         raise ValueError("This model has no head to predict with; create it with num_classes > 0.")
+    if model.config.in_chans not in (1, 3):
+        raise ValueError(f"This model takes {model.config.in_chans} channels; image files have 1 (grey) or 3 (RGB).")
     model.eval()
     transform = create_transform(**resolve_data_config(model))
     names = label_names(model.pretrained) if model.num_classes == model.pretrained.num_classes else None
     for start in range(0, len(paths), batch_size):
         chunk = paths[start : start + batch_size]
-        images: list[Tensor] = []
-        errors: dict[Path, str] = {}
-        for path in chunk:
-            try:
-                images.append(transform(open_image(path, model.config.in_chans)))
-            except ImageError as error:
-                errors[path] = str(error)
-        answers = _classify(model, images, topk, names) if images else iter(())
-        for path in chunk:
-            yield Prediction(path, error=errors[path]) if path in errors else Prediction(path, next(answers))
+        opened = [_open(path, transform, model.config.in_chans) for path in chunk]
+        answers = iter(_classify(model, [image for image in opened if isinstance(image, Tensor)], topk, names))
+        for path, image in zip(chunk, opened, strict=True):
+            yield Prediction(path, next(answers)) if isinstance(image, Tensor) else Prediction(path, error=str(image))
+
+
+def _open(path: Path, transform: Transform, in_chans: int) -> Tensor | ImageError:
+    try:
+        return transform(open_image(path, in_chans))
+    except ImageError as error:
+        return error
 
 
 @torch.inference_mode()
-def _classify(
-    model: Beit, images: list[Tensor], topk: int, names: tuple[str, ...] | None
-) -> Iterator[tuple[Answer, ...]]:
+def _classify(model: Beit, images: list[Tensor], topk: int, names: tuple[str, ...] | None) -> list[tuple[Answer, ...]]:
+    if not images:
+        return []
     like = model.cls_token
     batch = torch.stack(images).to(device=like.device, dtype=like.dtype)
-    values, indices = model(batch).float().softmax(dim=-1).topk(min(topk, model.num_classes))
-    rows = zip(values.tolist(), indices.tolist(), strict=True)
-    return iter(
-        [
-            tuple(Answer(i, names[i] if names else str(i), v) for v, i in zip(row_values, row_indices, strict=True))
-            for row_values, row_indices in rows
-        ]
-    )
+    top = model(batch).float().softmax(dim=-1).topk(min(topk, model.num_classes))
+    return [
+        tuple(Answer(i, names[i] if names else str(i), p) for p, i in zip(values, indices, strict=True))
+        for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]

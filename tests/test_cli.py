@@ -36,6 +36,7 @@ def test_info() -> None:
         "std": [0.5, 0.5, 0.5],
         "interpolation": "bicubic",
         "crop_pct": 0.9,
+        "crop_mode": "center",
         "weights": [
             "hub timm/beit_base_patch16_224.in22k_ft_in22k_in1k/model.safetensors at main",
             "hub microsoft/beit-base-patch16-224/model.safetensors at main",
@@ -78,8 +79,11 @@ def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:
     assert rows[1]["error"].startswith("not an image")
     assert rows[1]["answers"] == []
     assert "1 of 2 images could not be read" in result.stderr
-    table = run("predict", str(SAMPLES / "digit_3.png"), str(tmp_path / "broken.png"))
-    assert "not an image" in table.stdout
+    strange = tmp_path / "a[b]long[copy]name[/b].png"
+    strange.write_bytes((SAMPLES / "digit_3.png").read_bytes())
+    table = run("predict", str(strange), str(tmp_path / "broken.png")).stdout
+    assert "not an image" in table.replace("\n", "")
+    assert "[copy]" in "".join(line.split("│")[1].strip() for line in table.splitlines() if "│" in line)
 
 
 def test_evaluate_prints_and_appends_rows(tmp_path: Path) -> None:
@@ -97,6 +101,8 @@ def test_evaluate_prints_and_appends_rows(tmp_path: Path) -> None:
         (["predict", "x.png", "--model", "local-dir:/absent"], "config.json"),
         (["finetune", "absent.toml", "--out", "/tmp/absent"], "There is no recipe absent.toml"),
         (["finetune", "configs/finetune/digits.toml", "--out", "x", "--set", "train.lr=-1"], "train.lr"),
+        (["predict", "x.png", "--device", "gpu"], "There is no device 'gpu' here"),
+        (["info", "beit_base_patch16_224.mim"], "it has in22k_ft_in22k_in1k"),
         (["evaluate", "beit_nano_patch4_32.digits", "--data", "/absent"], "CLASS/IMAGE"),
     ],
 )

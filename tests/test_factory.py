@@ -12,7 +12,7 @@ from oracles import randomise, relative_error
 from PIL import Image
 
 import beitzoo
-from beitzoo import Beit, CheckpointError, DownloadError
+from beitzoo import Beit, CheckpointError
 
 
 @pytest.fixture
@@ -118,9 +118,20 @@ def test_checkpoint_path_replaces_the_weights(saved: tuple[Beit, str]) -> None:
     path = Path(name.removeprefix("local-dir:")) / "model.safetensors"
     loaded = beitzoo.create_model("test_beit", checkpoint_path=path)
     assert torch.equal(loaded.head.weight, model.head.weight)
+    mine = beitzoo.create_model("test_beit", num_classes=3, img_size=48, in_chans=1)
+    beitzoo.save_pretrained(mine, path.parent / "mine")
+    own = path.parent / "mine" / "model.safetensors"
+    again = beitzoo.create_model("test_beit", img_size=48, checkpoint_path=own)
+    assert torch.equal(again.head.weight, mine.head.weight)
+    assert torch.equal(
+        again.blocks[0].attn.relative_position_bias_table, mine.blocks[0].attn.relative_position_bias_table
+    )
+    assert (
+        beitzoo.create_model("test_beit", img_size=48, num_classes=5, in_chans=3, checkpoint_path=own).num_classes == 5
+    )
     with pytest.raises(CheckpointError, match=r"blocks.2"):
         beitzoo.create_model("test_beit", checkpoint_path=path, depth=3)
-    with pytest.raises(DownloadError, match="There is no file"):
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
         beitzoo.create_model("test_beit", checkpoint_path=path.with_name("absent"))
 
 
@@ -150,7 +161,7 @@ def test_a_bare_path_says_how_to_name_a_folder() -> None:
         ("not json", "is not the config of a timm model"),
         ("[]", "is not the config of a timm model"),
         ({"architecture": "resnet50", "pretrained_cfg": {}}, "'resnet50' is no BEiT"),
-        ({"architecture": "beit_base_patch16_224"}, "pretrained_cfg: Field required"),
+        ({"architecture": "beit_base_patch16_224"}, "Field required"),
         ({"architecture": "test_beit", "pretrained_cfg": {}, "model_args": {"dept": 3}}, "'dept'.*'depth'"),
         ({"architecture": "test_beit", "pretrained_cfg": {}, "model_args": {"depth": 0}}, "depth=0"),
         ({"architecture": "test_beit", "pretrained_cfg": {}, "model_args": {"depth": "x"}}, "depth='x'"),

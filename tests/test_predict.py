@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import beitzoo
+import beitzoo.predict
+from beitzoo.images.datasets import ImageError, open_image
 from beitzoo.predict import predict
 
 SAMPLES = Path("beitzoo/assets/samples")
@@ -36,12 +39,25 @@ def test_broken_images_shift_nothing(batch_size: int, tmp_path: Path) -> None:
             assert prediction.answers == ()
 
 
+def test_a_file_that_fails_once_does_not_shift_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def open_once(path: Path, in_chans: int) -> Image.Image:
+        calls.append(path)
+        if len(calls) == 1:
+            raise ImageError("gone for a moment")
+        return open_image(path, in_chans)
+
+    monkeypatch.setattr(beitzoo.predict, "open_image", open_once)
+    first, *others = predict(beitzoo.create_model(pretrained=True), [DIGITS[1], DIGITS[1], DIGITS[7]])
+    assert first.error == "gone for a moment"
+    assert [p.answers[0].label for p in others] == ["1", "7"]
+
+
 def test_answers_are_the_softmax_of_the_logits() -> None:
     model = beitzoo.create_model(pretrained=True).eval()
     (prediction,) = predict(model, DIGITS[:1], topk=99)
     transform = beitzoo.create_transform(**beitzoo.resolve_data_config(model))
-    from PIL import Image
-
     logits = model(transform(Image.open(DIGITS[0]))[None])[0]
     expected = logits.softmax(-1).sort(descending=True)
     assert [a.index for a in prediction.answers] == expected.indices.tolist()
@@ -57,5 +73,7 @@ def test_a_fresh_head_has_numbers_for_names() -> None:
 
 
 def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes 4 channels"):
+        next(predict(beitzoo.create_model("test_beit", in_chans=4), DIGITS))
     with pytest.raises(ValueError, match="no head"):
         next(predict(beitzoo.create_model("test_beit", num_classes=0), DIGITS))

@@ -29,8 +29,8 @@ def benchmark_inference(model: Beit, batch_size: int, warm_iterations: int, iter
         for iteration in tqdm(range(warm_iterations + iterations), unit="step", leave=False, disable=None):
             started = time.perf_counter()
             model(images)
-            if like.device.type == "cuda":
-                torch.cuda.synchronize(like.device)
+            if like.device.type != "cpu":
+                torch.accelerator.synchronize(like.device)
             if iteration >= warm_iterations:
                 times.append(1e3 * (time.perf_counter() - started))
     return times

@@ -5,6 +5,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,10 @@ import torch
 
 Value = str | int | float | bool | None
 Row = dict[str, Value]
+
+
+# The columns that every row ends with.
+ENVIRONMENT = ("device", "threads", "torch", "beitzoo", "commit", "python", "platform", "date")
 
 
 def environment(device: torch.device) -> Row:
@@ -39,7 +44,10 @@ def check_columns(path: Path, columns: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8", newline="") as file:
         file.seek(0)
-        header = next(csv.reader(file), None)
+        text = file.read()
+    if text and not text.endswith("\n"):
+        raise ValueError(f"{path} does not end with a line; mend it, or give another file with --results-file.")
+    header = next(csv.reader(text.splitlines()), None)
     if header is not None and header != columns:
         raise ValueError(f"{path} has the columns {header}, not {columns}; give another file with --results-file.")
 
@@ -73,6 +81,8 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return ""
     git = ["git", "-C", str(root)]
+    if shutil.which("git") is None:
+        return ""
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
     return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

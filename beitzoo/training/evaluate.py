@@ -12,11 +12,28 @@ from torch.nn import functional as F
 from beitzoo.factory import create_model
 from beitzoo.images.datasets import ImageSet
 from beitzoo.images.transforms import resolve_data_config
-from beitzoo.measure.results import Row, environment
+from beitzoo.measure.results import ENVIRONMENT, Row, environment
 from beitzoo.models.beit import Beit
 from beitzoo.training.data import evaluation_loader, load_images, split_images
-from beitzoo.training.recipe import DataSection
-from beitzoo.zoo.labels import label_names
+from beitzoo.training.recipe import DataSection, Recipe
+from beitzoo.zoo.labels import accepts, label_names
+from beitzoo.zoo.registry import DEFAULT_MODEL
+
+_OWN_COLUMNS = (
+    "model",
+    "img_size",
+    "top1",
+    "top1_err",
+    "top5",
+    "top5_err",
+    "param_count",
+    "crop_pct",
+    "interpolation",
+    "data",
+    "split_seed",
+    "count",
+)
+COLUMNS = [*_OWN_COLUMNS, *ENVIRONMENT]
 
 
 @dataclass(frozen=True)
@@ -67,25 +84,27 @@ def evaluate(model: Beit, images: ImageSet, indices: list[int], workers: int = 0
     return measure_accuracy(model, evaluation_loader(model, images, indices, workers), model.cls_token.device)
 
 
-def accuracy_row(name: str, data: str, split_seed: int, device: str) -> Row:
+def accuracy_row(name: str, data: str, split_seed: int | None, device: torch.device) -> Row:
     """Measure a model by name and make its row, in timm's columns and with its environment.
 
     Args:
         name: As in `create_model`.
         data: `digits`, of which the held-out third is used, or a folder of class folders, all of which is.
-        split_seed: Draws the held-out third.
+        split_seed: Draws the held-out third; None is that of the model's own run.
         device: Where the model runs.
 
     Raises:
-        ValueError: The data has more classes than the model, or names them otherwise.
+        ValueError: The data has other classes than the model, or the model was trained on another split and so has
+            seen images that this one holds out.
     """
     model = create_model(name, pretrained=True, device=device)
     if data == "digits":
-        section = DataSection(source="digits", split_seed=split_seed)
+        section = DataSection(source="digits", split_seed=_held_out(name, split_seed))
         images = load_images(section)
         indices = split_images(images, section).test
     else:
-        images = load_images(DataSection(source="folder", path=Path(data)))
+        section = DataSection(source="folder", path=Path(data))
+        images = load_images(section)
         indices = list(range(len(images.labels)))
     _check_classes(model, name, images)
     accuracy = evaluate(model, images, indices)
@@ -101,10 +120,24 @@ def accuracy_row(name: str, data: str, split_seed: int, device: str) -> Row:
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
         "data": data,
-        "split_seed": split_seed if data == "digits" else None,
+        "split_seed": section.split_seed if data == "digits" else None,
         "count": accuracy.count,
         **environment(model.cls_token.device),
     }
+
+
+def _held_out(name: str, split_seed: int | None) -> int:
+    """Find out which split a model must be measured on: that of the recipe beside it, 0 for the shipped one."""
+    recipe = Path(name.removeprefix("local-dir:")).expanduser().parent / "recipe.json"
+    own = Recipe.model_validate_json(recipe.read_bytes()).data.split_seed if recipe.is_file() else None
+    if own is None and name == DEFAULT_MODEL:
+        own = 0
+    if None not in (own, split_seed) and own != split_seed:
+        raise ValueError(
+            f"{name} was trained with split_seed {own}; the third that split_seed {split_seed} holds out has images it "
+            f"was trained on. Use --split-seed {own} or leave it out."
+        )
+    return own or split_seed or 0
 
 
 def summarise(rows: Sequence[Row]) -> str:
@@ -120,6 +153,9 @@ def _check_classes(model: Beit, name: str, images: ImageSet) -> None:
             f"{name} tells {model.num_classes} classes apart, the data has {len(images.names)}; "
             "evaluate a model that was trained on these classes."
         )
-    names = label_names(model.pretrained)
-    if isinstance(model.pretrained.labels, tuple) and names != images.names:
-        raise ValueError(f"{name} was trained on the classes {names}, the data has {images.names}.")
+    if not accepts(model.pretrained, images.names):
+        names = label_names(model.pretrained) or ()
+        raise ValueError(
+            f"{name} was trained on other classes ({', '.join(names[:3])}, ...) than the data has "
+            f"({', '.join(images.names[:3])}, ...); name the class folders after the model's classes."
+        )

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from beitzoo.weights.validation import describe
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -31,6 +33,13 @@ class ModelSection(_Section):
     name: str
     pretrained: bool = False
     overrides: dict[str, int | float | bool | str | list[int]] = {}
+
+    @field_validator("overrides")
+    @classmethod
+    def _leave_classes_to_the_data(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        if "num_classes" in overrides:
+            raise ValueError("the number of classes comes from the data; leave num_classes out")
+        return overrides
 
 
 class DataSection(_Section):
@@ -154,12 +163,11 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
             _set(document, setting)
         return Recipe.model_validate(document)
     except FileNotFoundError as error:
-        raise RecipeError(f"There is no recipe {path}.") from error
+        raise RecipeError(f"There is no recipe {path}; those of the repository are in configs/.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise RecipeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        raise RecipeError(f"{path}: {describe(error)}.") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

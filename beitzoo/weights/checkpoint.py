@@ -39,7 +39,7 @@ def read(path: Path) -> dict[str, Tensor]:
         _check_tensors(tensors, path.stat().st_size)
         return to_ours(tensors)
     except FileNotFoundError as error:
-        raise CheckpointError(f"There is no checkpoint {path}.") from error
+        raise CheckpointError(f"There is no checkpoint {path}; name a file that exists.") from error
     except (LayoutError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -1,6 +1,7 @@
 """From a row's source to a proven file on this machine. Bytes only: no tensors, no names of parameters."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from huggingface_hub.utils import httpx
 
 from beitzoo.weights.files import write_atomically
 from beitzoo.zoo.config import HubFile, LocalFile, PackageFile, ReleaseFile, Source
+
+_logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -44,7 +47,7 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
     match source:
         case LocalFile(path):
             if not path.is_file():
-                raise DownloadError(f"There is no file {path}.")
+                raise DownloadError(f"There is no file {path}; name one that exists, or another model.")
             return path
         case PackageFile(name, sha256):
             path = PACKAGE / name
@@ -61,7 +64,8 @@ def _download(source: HubFile, cache_dir: Path | None) -> Path:
     try:
         path = Path(hf_hub_download(source.repo_id, source.filename, revision=source.revision, cache_dir=cache_dir))
     except _NOT_FETCHED as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        cause = error.__cause__ or error
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
         raise DownloadError(
             f"Could not get {where} from {constants.ENDPOINT} or from the cache in "
             f"{cache_dir or constants.HF_HUB_CACHE}: {reason} Check the connection, or give checkpoint_path=."
@@ -110,6 +114,7 @@ def _stated_hash(path: Path) -> str | None:
 def _prove(path: Path, expected: str | None, remedy: str) -> None:
     """Compare a file with its sha256, or, where the hub keeps the file in git, with its git blob hash."""
     if expected is None:
+        _logger.warning("%s is unverified: nobody states its hash.", path)
         return
     try:
         content = path.read_bytes() if len(expected) == 40 else None

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beitzoo.weights.validation import describe
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.config import BeitConfig, CropMode, DataConfig, PretrainedConfig, closest, override
+from beitzoo.zoo.config import BeitConfig, CropMode, DataConfig, Interpolation, PretrainedConfig, closest, override
 from beitzoo.zoo.labels import label_names
 
 # timm builds any of our networks from this one, given all fields that differ from it.
@@ -30,7 +30,7 @@ class _Data(BaseModel):
     input_size: tuple[int, int, int] = (3, 224, 224)
     mean: _Statistics | None = None
     std: _Statistics | None = None
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     crop_pct: float = 0.875
     crop_mode: CropMode = "center"
     license: str | None = None

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beitzoo.weights.validation import describe
-from beitzoo.zoo.config import BeitConfig, DataConfig, GlobalPool, Head, Pair, PretrainedConfig
+from beitzoo.zoo.config import BeitConfig, DataConfig, GlobalPool, Head, Interpolation, Pair, PretrainedConfig
 from beitzoo.zoo.labels import label_names
 
-_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _HEADS: dict[str, Head] = {
     "BeitForMaskedImageModeling": "mim",
     "BeitForSemanticSegmentation": "segment",

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 Pair = tuple[int, int]
 GlobalPool = Literal["avg", "token", ""]
 ResizeRule = Literal["geometric_cubic", "geometric_linear", "bilinear"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 CropMode = Literal["center", "squash", "border"]
 
 _FLAGS = (
@@ -164,7 +165,7 @@ class DataConfig:
     input_size: tuple[int, int, int] = (3, 224, 224)
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     crop_pct: float = 0.9
     crop_mode: CropMode = "center"
 
@@ -174,6 +175,9 @@ class DataConfig:
             len(self.mean) == len(self.std) == channels,
             f"{channels} channels with {len(self.mean)} means and {len(self.std)} deviations; give one each.",
         )
+        for name, kind in (("interpolation", Interpolation), ("crop_mode", CropMode)):
+            value = getattr(self, name)
+            _check(value in get_args(kind), f"{name}={value!r}; there are {', '.join(get_args(kind))}.")
         _check(0 < self.crop_pct <= 1, f"crop_pct={self.crop_pct}; it must be in (0, 1].")
 
     def fitted_to(self, config: BeitConfig) -> "DataConfig":
@@ -287,9 +291,11 @@ def override(config: BeitConfig, **overrides: Any) -> BeitConfig:
     for name in overrides.keys() - known:
         raise TypeError(f"{name!r} is not an option of a BEiT; {closest(name, known)}")
     given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        given[name] = _plain(value)
     for name in given.keys() & {"img_size", "patch_size"}:
         side = given[name]
-        given[name] = (side, side) if isinstance(side, int) else tuple(side) if isinstance(side, list) else side
+        given[name] = (side, side) if isinstance(side, int) else side
     return replace(config, **given)
 
 
@@ -297,6 +303,13 @@ def closest(name: str, known: Iterable[str]) -> str:
     """Say which known names look most like the given one, as the tail of an error message."""
     matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, matches))}?" if matches else f"there are {', '.join(sorted(known))}."
+
+
+def _plain(value: Any) -> Any:
+    """Turn NumPy's and PyTorch's numbers, and lists of them, into Python's."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if hasattr(value, "item") else value
 
 
 def _is_whole(value: object) -> bool:

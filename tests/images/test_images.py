@@ -1,12 +1,13 @@
 """From files to tensors: the right pixels, or an error with the file's name on it."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import beitzoo
 from beitzoo.images.datasets import (
@@ -55,19 +56,35 @@ def test_training_transform_is_random() -> None:
     assert not torch.equal(transform(image), transform(image))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"])
 def test_every_mode_opens_as_grey_or_rgb(mode: str, tmp_path: Path) -> None:
-    value = {"I;16": 128 * 256, "1": 255}.get(mode, 128)
-    image = Image.fromarray(np.full((4, 6), value, np.uint16)) if mode == "I;16" else Image.new("L", (6, 4), value)
+    value = {"I;16": 128 * 256, "I;16B": 128 * 256, "1": 255}.get(mode, 128)
+    wide = {"I;16": "<u2", "I;16B": ">u2"}.get(mode)
+    image = Image.fromarray(np.full((4, 6), value, wide)) if wide else Image.new("L", (6, 4), value)
     if mode == "P":
         image = image.quantize()
-    elif mode != "I;16":
+    elif not wide:
         image = (image if mode == "LA" else image.convert("RGB")).convert(mode)
-    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    path = tmp_path / ("image.tiff" if mode in ("CMYK", "I;16B") else "image.png")
     image.save(path)
     grey, colour = open_image(path, 1), open_image(path, 3)
     assert (grey.mode, colour.mode, grey.size) == ("L", "RGB", (6, 4))
     assert grey.getpixel((0, 0)) == pytest.approx(255 if mode == "1" else 128, abs=2)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_unknown_range_are_refused(kind: type, tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 6), 1, kind)).save(tmp_path / "a.tiff")
+    with pytest.raises(ImageError, match="32-bit numbers of unknown range"):
+        open_image(tmp_path / "a.tiff")
+
+
+def test_damaged_exif_leaves_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image.Image) -> Image.Image:
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    assert open_image(PHOTO).size == Image.open(PHOTO).size
 
 
 def test_orientation_is_applied(tmp_path: Path) -> None:
@@ -104,6 +121,7 @@ def test_places_become_files_in_order(tmp_path: Path) -> None:
     a, b, c = tmp_path / "a.JPG", tmp_path / "b.png", tmp_path / "sub" / "c.webp"
     assert find_images([str(tmp_path)]) == [a, b, c]
     assert find_images([str(tmp_path / "*.png"), str(tmp_path / "notes.txt")]) == [b, tmp_path / "notes.txt"]
+    assert find_images([str(tmp_path / "*")]) == [a, b, tmp_path / "notes.txt", c]
     assert find_images([str(tmp_path / "absent.png")]) == [tmp_path / "absent.png"]
 
 
@@ -123,9 +141,9 @@ def test_a_broken_image_leaves_the_batch_and_is_reported(tmp_path: Path, caplog:
     broken.write_bytes(b"no")
     images = ImageSet([Image.new("RGB", (2, 2), "red"), broken, Image.new("RGB", (2, 2), "blue")], [7, 8, 9], ())
     dataset = LabelledImages(images, [2, 1, 0], lambda image: torch.tensor(image.getpixel((0, 0))), 3)
-    batch = collate([dataset[i] for i in range(3)])
-    assert batch is not None
+    batch = collate([dataset[i] for i in range(3)], (3,))
     assert batch[0].tolist() == [[0, 0, 255], [255, 0, 0]]
     assert batch[1].tolist() == [9, 7]
     assert "broken.png: not an image" in caplog.text
-    assert collate([dataset[1]]) is None
+    nothing, labels = collate([dataset[1]], (3, 2, 2))
+    assert (nothing.shape, labels.tolist()) == ((0, 3, 2, 2), [])

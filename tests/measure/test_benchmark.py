@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 import beitzoo
 from beitzoo.measure.benchmark import benchmark_inference, inference_row, main
-from beitzoo.measure.results import append_row, environment
+from beitzoo.measure.results import ENVIRONMENT, append_row, environment
 
 TIMM_COLUMNS = [
     "model",
@@ -107,8 +108,17 @@ def test_a_row_is_on_disk_with_the_header_of_the_first(tmp_path: Path) -> None:
         append_row(table, {"a": 3})
 
 
+def test_a_table_cut_short_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("a,b\n1,2")
+    with pytest.raises(ValueError, match="does not end with a line"):
+        append_row(table, {"a": 3, "b": 4})
+    assert table.read_text() == "a,b\n1,2"
+
+
 def test_environment_says_what_a_reader_needs() -> None:
     stamp = environment(torch.device("cpu"))
-    assert stamp["torch"] == torch.__version__
-    assert stamp["threads"] == torch.get_num_threads()
+    assert tuple(stamp) == ENVIRONMENT
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", str(stamp["date"]))
+    assert re.fullmatch(r"([0-9a-f]{7,}\+?)?", str(stamp["commit"]))
     assert all(isinstance(value, str | int) for value in stamp.values())

@@ -9,7 +9,9 @@ from oracles import randomise, relative_error
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from beitzoo import Beit, BeitConfig
+import beitzoo
+from beitzoo import Beit
+from beitzoo.models import position
 from beitzoo.zoo.architectures import ARCHITECTURES
 
 SMALL = ARCHITECTURES["test_beit"]
@@ -196,5 +198,52 @@ def test_parameter_names_are_frozen() -> None:
     assert {"norm.weight", "norm.bias"} <= Beit(replace(config, global_pool="token")).state_dict().keys()
 
 
-def test_config_record_alone_decides() -> None:
-    assert Beit(BeitConfig(**{**vars(SMALL)})).config == SMALL
+def test_a_setter_that_fails_changes_nothing() -> None:
+    model = build()
+    config, x = model.config, torch.randn(IMAGES)
+    expected = model(x)
+    with pytest.raises(ValueError, match="num_classes=-1"):
+        model.reset_classifier(-1, "token")
+    with pytest.raises(ValueError, match="num_classes=None"):
+        model.reset_classifier(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="in_chans=0"):
+        model.set_in_chans(0)
+    with pytest.raises(ValueError, match="use 96 or 112"):
+        model.set_input_size(100)
+    assert model.config == config
+    assert torch.equal(model(x), expected)
+
+
+def test_setters_work_under_another_default_device() -> None:
+    model = build()
+    with torch.device("meta"):
+        model.set_input_size(96)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert model(torch.randn(1, 3, 96, 96)).isfinite().all()
+
+
+def test_frozen_parameters_stay_frozen_and_unchanged_ones_stay() -> None:
+    model = build(use_abs_pos_emb=True, use_shared_rel_pos_bias=True).requires_grad_(False)
+    kept = list(model.parameters())
+    model.set_input_size(64)
+    assert all(a is b for a, b in zip(kept, model.parameters(), strict=True))
+    model.set_input_size(96, patch_size=8)
+    model.set_in_chans(1)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_fresh_head_forgets_the_old_names() -> None:
+    model = beitzoo.create_model(pretrained=True)
+    assert model.pretrained.labels == "digits"
+    model.reset_classifier(10)
+    assert model.pretrained.labels is None
+
+
+def test_table_gradients_are_summed_in_full_precision() -> None:
+    """Thousands of pairs share an offset; a half-precision sum of ones would stall at 256."""
+    grid = (32, 32)
+    table = torch.zeros(position.table_rows(grid), 1, requires_grad=True)
+    position.bias(table, grid, torch.bfloat16).float().sum().backward()
+    assert table.grad is not None
+    assert table.grad[-3:, 0].tolist() == [1024, 1024, 1]
+    assert table.grad.max() == 1024

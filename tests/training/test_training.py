@@ -1,8 +1,12 @@
 """Recipes are closed records; parameters learn as fast as they say; a run leaves what it promises."""
 
+import csv
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from torch import nn
 
 import beitzoo
 from beitzoo.training.data import Split, load_images, split_images, training_transform
-from beitzoo.training.evaluate import accuracy_row, measure_accuracy, summarise
+from beitzoo.training.evaluate import COLUMNS, accuracy_row, measure_accuracy, summarise
 from beitzoo.training.optim import make_optimizer, make_schedule, parameter_groups, spread_bias_tables
 from beitzoo.training.recipe import (
     AffineAugment,
@@ -27,6 +31,7 @@ from beitzoo.training.recipe import (
 from beitzoo.training.tasks import finetune
 
 RECIPES = sorted(Path("configs").rglob("*.toml"))
+CPU = torch.device("cpu")
 DIGITS = Path("configs/finetune/digits.toml")
 
 
@@ -56,6 +61,7 @@ def test_settings_change_a_recipe() -> None:
         ("augment.kind=none", "augment: Input tag 'none'"),
         ("train.lr", "'train.lr' sets nothing; write section.key=value"),
         ("lr=1", "'lr=1' sets nothing"),
+        ("model.overrides.num_classes=3", "the number of classes comes from the data"),
         ("train.lr.max=1", "'train.lr.max=1': lr is a value, not a section"),
     ],
 )
@@ -157,7 +163,8 @@ def test_affine_augmentation_without_range_is_the_evaluation_transform() -> None
 
 def test_accuracy_counts_what_is_right() -> None:
     logits = torch.eye(8)[:6] * 4
-    batches = [(logits[:4], torch.tensor([0, 1, 2, 7])), None, (logits[4:], torch.tensor([4, 0]))]
+    nothing = (torch.empty(0, 8), torch.empty(0, dtype=torch.int64))
+    batches = [(logits[:4], torch.tensor([0, 1, 2, 7])), nothing, (logits[4:], torch.tensor([4, 0]))]
     model = nn.Identity().train()
     accuracy = measure_accuracy(model, batches, torch.device("cpu"))
     right = math.log(math.exp(4) + 7) - 4
@@ -167,7 +174,7 @@ def test_accuracy_counts_what_is_right() -> None:
     assert accuracy.loss == pytest.approx(right + 4 * 2 / 6)
     assert model.training
     with pytest.raises(ValueError, match="no readable image"):
-        measure_accuracy(model, [None], torch.device("cpu"))
+        measure_accuracy(model, [nothing], torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +220,7 @@ def test_a_trained_model_knows_its_classes(run: Path) -> None:
 
 def test_a_finished_run_is_not_overwritten(run: Path) -> None:
     recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
-    with pytest.raises(FileExistsError, match="holds a finished run"):
+    with pytest.raises(FileExistsError, match="holds a run"):
         finetune(recipe, run)
 
 
@@ -228,15 +235,53 @@ def test_the_same_seed_gives_the_same_run(run: Path, tmp_path: Path) -> None:
 
 def test_evaluating_on_other_classes_is_refused(run: Path) -> None:
     with pytest.raises(ValueError, match="tells 3 classes apart, the data has 10"):
-        accuracy_row(f"local-dir:{run / 'best'}", "digits", 0, "cpu")
+        accuracy_row(f"local-dir:{run / 'best'}", "digits", None, CPU)
 
 
 def test_shipped_model_reaches_what_the_results_say() -> None:
-    row = accuracy_row("beit_nano_patch4_32.digits", "digits", 0, "cpu")
+    row = accuracy_row("beit_nano_patch4_32.digits", "digits", None, CPU)
     assert row["count"] == 599
     assert isinstance(row["top1"], float)
+    rows = list(csv.DictReader(Path("results/digits.csv").read_text().splitlines()))
+    assert row["top1"] == pytest.approx(float(rows[0]["top1"]), abs=0.2)  # one image is 0.167
     assert row["top1"] >= 97.5
+    assert list(row) == COLUMNS == list(rows[0])
     assert row["top1_err"] == pytest.approx(100 - row["top1"])
+
+
+def test_a_model_is_not_measured_on_images_it_was_trained_on() -> None:
+    with pytest.raises(ValueError, match=r"was trained with split_seed 0.*Use --split-seed 0"):
+        accuracy_row("beit_nano_patch4_32.digits", "digits", 7, CPU)
+
+
+def test_a_model_is_measured_on_the_split_of_its_run(tmp_path: Path) -> None:
+    recipe = load_recipe(DIGITS, ["data.split_seed=7"])
+    beitzoo.save_pretrained(beitzoo.create_model(pretrained=True), tmp_path / "best")
+    (tmp_path / "recipe.json").write_text(dump_recipe(recipe))
+    name = f"local-dir:{tmp_path / 'best'}"
+    assert accuracy_row(name, "digits", None, CPU)["split_seed"] == 7
+    with pytest.raises(ValueError, match="trained with split_seed 7"):
+        accuracy_row(name, "digits", 0, CPU)
+
+
+def test_two_processes_train_together(run: Path, tmp_path: Path) -> None:
+    """One of them meets a batch of broken images only; both go on, and one writes."""
+    recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
+    train = recipe.train.model_copy(update={"epochs": 2, "batch_size": 1})
+    (tmp_path / "recipe.json").write_text(dump_recipe(recipe.model_copy(update={"train": train})))
+    code = (
+        "import sys; from pathlib import Path; from beitzoo.training.recipe import Recipe; "
+        "from beitzoo.training.tasks import finetune; "
+        "print(finetune(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2])))"
+    )
+    (tmp_path / "run.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(tmp_path / "run.py"), str(tmp_path / "recipe.json"), str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("test_top1") == 1
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_summary_is_mean_and_sample_deviation() -> None:

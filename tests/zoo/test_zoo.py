@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +15,7 @@ from beitzoo import BeitConfig, DataConfig
 from beitzoo.zoo import costs
 from beitzoo.zoo.architectures import ARCHITECTURES
 from beitzoo.zoo.config import HubFile, ReleaseFile, override
-from beitzoo.zoo.labels import label_names
+from beitzoo.zoo.labels import accepts, label_names
 from beitzoo.zoo.pretrained import PRETRAINED
 from beitzoo.zoo.registry import find
 
@@ -139,7 +140,7 @@ def test_cost_formula_agrees_with_torchs_counter(fields: dict[str, object]) -> N
 
 def test_lists_filter_exclude_and_sort_naturally() -> None:
     assert beitzoo.list_models("beitv2*_224") == ["beitv2_base_patch16_224", "beitv2_large_patch16_224"]
-    assert beitzoo.list_models(["*_512", "test_*"]) == ["beit_large_patch16_512", "test_beit"]
+    assert beitzoo.list_models(["beit_*_512", "test_*"]) == ["beit_large_patch16_512", "test_beit"]
     assert beitzoo.list_models("beit_*", exclude=["*large*", "*_640", "*nano*", "*tiny*", "*small*"]) == [
         "beit_base_patch16_224",
         "beit_base_patch16_384",
@@ -210,6 +211,13 @@ def test_impossible_option_says_what_is_possible(fields: dict[str, object], mess
         override(BeitConfig(), **fields)
 
 
+def test_numpys_numbers_are_numbers() -> None:
+    config = override(
+        BeitConfig(), num_classes=np.int64(5), img_size=np.array([32, 64]).tolist(), depth=torch.tensor(3)
+    )
+    assert (config.num_classes, config.img_size, config.depth) == (5, (32, 64), 3)
+
+
 def test_none_leaves_a_field_and_a_number_is_a_square() -> None:
     config = override(BeitConfig(), img_size=384, patch_size=[8, 16], num_classes=None)
     assert config == BeitConfig(img_size=(384, 384), patch_size=(8, 16))
@@ -222,6 +230,20 @@ def test_data_config_follows_the_network() -> None:
     assert fitted.mean == pytest.approx((0.2,))
     with pytest.raises(ValueError, match="3 channels with 1 means"):
         DataConfig(mean=(0.5,))
+    with pytest.raises(ValueError, match="interpolation='cubic'; there are nearest, bilinear, bicubic"):
+        DataConfig(interpolation="cubic")  # type: ignore[arg-type]
+
+
+def test_classes_go_by_name_or_synset() -> None:
+    row = PRETRAINED["beit_base_patch16_224.in22k_ft_in22k_in1k"]
+    names = label_names(row)
+    assert names is not None
+    synsets = tuple(timm.data.ImageNetInfo("imagenet-1k").label_names())
+    assert accepts(row, names)
+    assert accepts(row, synsets)
+    assert accepts(replace(row, labels=names), synsets)
+    assert not accepts(row, synsets[::-1])
+    assert not accepts(PRETRAINED["beit_nano_patch4_32.digits"], tuple("abcdefghij"))
 
 
 def test_labels_are_in_the_order_of_the_heads() -> None:
