@@ -248,7 +248,7 @@ def _state_for(stored: BeitConfig, entry: Entry, state: dict[str, Tensor]) -> di
     head = "classify" if entry.pretrained is None else entry.pretrained.head
     state = layouts.without_head(state, head)
     if head == "mim" and stored != entry.config:
-        return layouts.for_finetuning(state, stored.depth)
+        return layouts.for_finetuning(state)
     if head == "segment":
         return layouts.with_fresh_norm(state)
     return state

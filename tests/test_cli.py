@@ -79,7 +79,7 @@ def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:
     assert rows[1]["error"].startswith("not an image")
     assert rows[1]["answers"] == []
     assert "1 of 2 images could not be read" in result.stderr
-    strange = tmp_path / "a[b]long[copy]name[/b].png"
+    strange = tmp_path / "a[b]long[copy]name[red].png"
     strange.write_bytes((SAMPLES / "digit_3.png").read_bytes())
     table = run("predict", str(strange), str(tmp_path / "broken.png")).stdout
     assert "not an image" in table.replace("\n", "")

@@ -14,6 +14,7 @@ from beitzoo.weights.files import write_atomically
 from beitzoo.weights.layouts import LayoutError, to_ours
 
 _ZIP = b"PK\x03\x04"
+_OLD_PICKLE = b"\x80\x02\x8a\x0a"  # protocol 2 and a long integer, PyTorch's magic number
 _LONGEST_PICKLE = 16 * 2**20
 # Where the state dict of a checkpoint lies: unilm's, DeepSpeed's, and others'.
 _CONTAINERS = ("model", "module", "state_dict")
@@ -45,7 +46,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
-    if start[:1] == b"\x80":
+    if start == _OLD_PICKLE:
         raise LayoutError(
             "it is a pickle in the form of PyTorch before 1.6, which is not read; "
             "load it with torch.load(..., weights_only=True) and save it again with torch.save."

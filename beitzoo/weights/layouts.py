@@ -152,7 +152,7 @@ def without_head(state_dict: Mapping[str, Tensor], head: Head) -> dict[str, Tens
     return {name: tensor for name, tensor in state_dict.items() if not _HEAD_TENSORS[head].match(name)}
 
 
-def for_finetuning(state_dict: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+def for_finetuning(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Turn a pretrained backbone into what a classifier starts from, as unilm's fine-tuning script does.
 
     The shared bias table is copied to every block; the mask token and the norm on tokens are left out, and the
@@ -161,7 +161,8 @@ def for_finetuning(state_dict: Mapping[str, Tensor], depth: int) -> dict[str, Te
     state = {name: t for name, t in state_dict.items() if not name.startswith(("norm.", "mask_token"))}
     shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
     if shared is not None:
-        tables = {f"blocks.{block}.attn.relative_position_bias_table": shared.clone() for block in range(depth)}
+        blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+        tables = {f"blocks.{block}.attn.relative_position_bias_table": shared.clone() for block in blocks}
         state.update(tables)
     return with_fresh_norm(state)
 

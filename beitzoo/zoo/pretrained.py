@@ -365,7 +365,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(
             PackageFile(
                 "assets/beit_nano_patch4_32.digits.safetensors",
-                sha256="c0cf78017b2b108e1fc890d0e708a4dc0b5d27c320a078e7f4b157ded21bc052",
+                sha256="86f94483faac41c91849971b5667f21c6eb24864415a1aa7e396c697bbd519bb",
             ),
         ),
         num_classes=10,

@@ -84,7 +84,7 @@ def test_damaged_exif_leaves_the_picture(tmp_path: Path, monkeypatch: pytest.Mon
         raise struct.error("unpack requires a buffer of 2 bytes")
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)
-    assert open_image(PHOTO).size == Image.open(PHOTO).size
+    assert open_image(PHOTO).size == (448, 298)
 
 
 def test_orientation_is_applied(tmp_path: Path) -> None:

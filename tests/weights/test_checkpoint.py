@@ -74,6 +74,20 @@ def test_a_file_of_another_kind_is_named(content: bytes, tmp_path: Path) -> None
         checkpoint.read(path)
 
 
+def test_a_pickle_of_old_pytorch_is_named_and_a_header_that_begins_like_one_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    torch.save({"cls_token": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"PyTorch before 1\.6"):
+        checkpoint.read(path)
+    for length in range(40):  # of the header, whose low byte comes first; one of them is 0x80
+        path = tmp_path / "w.safetensors"
+        save_file({"cls_token": torch.ones(1)}, path, metadata={"x": "y" * 8 * length})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    assert checkpoint.read(path).keys() == {"cls_token"}
+
+
 def test_a_truncated_file_is_named(model: Beit, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file(model.state_dict(), path)
