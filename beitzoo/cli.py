@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from beitzoo.factory import create_model, look_up
 from beitzoo.images.datasets import find_images
+from beitzoo.measure.table import count_parameters, model_table
 from beitzoo.predict import Prediction, predict
 from beitzoo.zoo import costs
 from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
@@ -40,8 +41,12 @@ def main() -> None:
 def list_(
     pattern: Annotated[str, typer.Argument(help="Glob, such as 'beitv2*'.")] = "",
     pretrained: Annotated[bool, typer.Option(help="List checkpoints rather than architectures.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print the table of all checkpoints in Markdown.")] = False,
 ) -> None:
     """List the models of the zoo."""
+    if markdown:
+        print(model_table())
+        return
     for name in list_models(pattern, pretrained=pretrained):
         print(name)
 
@@ -157,7 +162,7 @@ def _need(extra: str, *modules: str) -> None:
 def _facts(name: str) -> dict[str, Any]:
     entry = look_up(name)
     config, row = entry.config, entry.pretrained
-    parameters = sum(p.numel() for p in create_model(name, device="meta", num_classes=config.num_classes).parameters())
+    parameters = count_parameters(create_model(name, device="meta", num_classes=config.num_classes))
     data = (row.data if row else DataConfig()).fitted_to(config)
     return {
         "model": entry.name,

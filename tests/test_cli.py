@@ -130,7 +130,7 @@ def test_the_options_are_frozen() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     options = {name: sorted(p.name for p in command.params) for name, command in commands.items()}
     assert options == {
-        "list": ["pattern", "pretrained"],
+        "list": ["markdown", "pattern", "pretrained"],
         "info": ["as_json", "name"],
         "predict": ["as_json", "batch_size", "device", "images", "model", "topk"],
         "finetune": ["out", "recipe", "settings"],

@@ -10,6 +10,7 @@ import pytest
 
 from beitzoo import cli
 from beitzoo.measure import benchmark
+from beitzoo.measure.table import model_table
 
 README = Path("README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -39,6 +40,11 @@ def test_readme_is_short_and_starts_with_its_two_commands() -> None:
     ]
     first_python = next(number for number, line in enumerate(lines, 1) if line.startswith("```python"))
     assert first_python < 20
+
+
+def test_readme_table_is_the_zoos() -> None:
+    """Printed by `beitzoo list --markdown`."""
+    assert model_table() in README
 
 
 def test_continuous_integration_runs_the_readmes_test_command() -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from beitzoo.factory import create_model
 from beitzoo.measure.results import Row, append_row, check_columns, environment
+from beitzoo.measure.table import count_parameters
 from beitzoo.models.beit import Beit
 from beitzoo.zoo import costs
 
@@ -47,7 +48,7 @@ def inference_row(model: Beit, name: str, batch_size: int, times: list[float]) -
         "infer_step_time": round(mean, 3),
         "infer_step_time_median": round(statistics.median(times), 3),
         "infer_batch_size": batch_size,
-        "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        "param_count": round(count_parameters(model) / 1e6, 2),
         "infer_gmacs": round(costs.macs(config) / 1e9, 2),
         "infer_macts": round(costs.activations(config) / 1e6, 2),
         "precision": str(model.cls_token.dtype).removeprefix("torch."),

@@ -13,6 +13,7 @@ from beitzoo.factory import create_model
 from beitzoo.images.datasets import ImageSet
 from beitzoo.images.transforms import resolve_data_config
 from beitzoo.measure.results import ENVIRONMENT, Row, environment
+from beitzoo.measure.table import count_parameters
 from beitzoo.models.beit import Beit
 from beitzoo.training.data import evaluation_loader, load_images, split_images
 from beitzoo.training.recipe import DataSection, Recipe
@@ -116,7 +117,7 @@ def accuracy_row(name: str, data: str, split_seed: int | None, device: torch.dev
         "top1_err": round(100 - accuracy.top1, 3),
         "top5": round(accuracy.top5, 3),
         "top5_err": round(100 - accuracy.top5, 3),
-        "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        "param_count": round(count_parameters(model) / 1e6, 2),
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
         "data": data,

@@ -29,18 +29,18 @@ class _Form(BaseModel):
 
     model_type: Literal["beit"]
     architectures: list[str] | None = None
-    vocab_size: int = 8192
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
+    vocab_size: _Side = 8192
+    hidden_size: _Side = 768
+    num_hidden_layers: _Side = 12
+    num_attention_heads: _Side = 12
+    intermediate_size: _Side = 3072
     hidden_act: Literal["gelu"] = "gelu"
     hidden_dropout_prob: _Rate = 0.0
     attention_probs_dropout_prob: _Rate = 0.0
     layer_norm_eps: float = 1e-12
     image_size: _Size = 224
     patch_size: _Size = 16
-    num_channels: int = 3
+    num_channels: _Side = 3
     use_mask_token: bool = False
     use_absolute_position_embeddings: bool = False
     use_relative_position_bias: bool = False
