@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +42,7 @@ def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> A
     Of equally accurate epochs the one with the lower loss is better. Order and augmentation are drawn from
     `recipe.seed`; on several processes (`accelerate launch`) each trains on its share of every epoch.
     """
+    process_state()
     accelerator = Accelerator(mixed_precision="no")  # whatever its launcher says, the recipe decides
     set_seed(recipe.seed, device_specific=True)
     training, validation = accelerator.prepare(loaders[0]), loaders[1]
@@ -78,6 +79,11 @@ def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> A
     accelerator.wait_for_everyone()
     assert best is not None
     return best
+
+
+def process_state() -> PartialState:
+    """Join the processes of a launcher. On a machine without a GPU Accelerate must be told that CPUs are meant."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _update(

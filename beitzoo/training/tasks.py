@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from beitzoo.factory import create_model, save_pretrained
 from beitzoo.models.beit import Beit
 from beitzoo.training.data import evaluation_loader, load_images, split_images, training_loader
 from beitzoo.training.evaluate import evaluate
-from beitzoo.training.loop import Run, fit
+from beitzoo.training.loop import Run, fit, process_state
 from beitzoo.training.optim import spread_bias_tables
 from beitzoo.training.recipe import Recipe, dump_recipe
 from beitzoo.weights.files import write_text
@@ -41,7 +40,7 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
     split = split_images(images, recipe.data)
     set_seed(recipe.train.seed)
     model = _make_model(recipe, images.names)
-    state = PartialState()
+    state = process_state()
     if state.is_main_process:
         write_text(directory / "recipe.json", dump_recipe(recipe))
 

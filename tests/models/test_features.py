@@ -136,7 +136,7 @@ def test_attention_maps_are_what_the_fused_path_mixes_by() -> None:
     tokens, bias = model._embed(x)
     for index, block in enumerate(model.blocks):
         q, k, v = block.attn._project(block.norm1(tokens))
-        fused = attend(q, k, v, bias.of(block.attn.relative_position_bias_table))
+        fused = attend(q, k, v, bias.of(block.attn.relative_position_bias_table, q.dtype))
         assert relative_error(maps[:, index] @ v, fused) < 1e-5
         tokens = block(tokens, bias)
     chosen = model.attention_maps(x, [-1, 0])
@@ -190,17 +190,19 @@ def test_dynamic_sizes_pad_or_name_the_nearest_good_ones() -> None:
     assert model.pretrained_cfg["fixed_input_size"] is False or not model.config.dynamic_img_size
 
 
-def test_smaller_patches_see_the_same_image() -> None:
+def test_another_patch_size_sees_the_same_image() -> None:
     model = build()
     before = model.patch_embed.proj.weight.detach().clone()
     model.set_input_size(patch_size=8)
-    assert model.config.patch_size == (8, 8)
-    assert model.config.grid_size == (8, 8)
+    assert (model.config.patch_size, model.config.grid_size) == ((8, 8), (8, 8))
     assert model(images()).shape == (2, 10)
-    flat = torch.ones(1, 3, 16, 16)
-    old = F.conv2d(flat, before)
-    new = F.conv2d(flat[..., :8, :8], model.patch_embed.proj.weight)
-    assert relative_error(new, old) < 1e-4  # FlexiViT: a patch resized gives the same token
+    model = build()
+    before = model.patch_embed.proj.weight.detach().clone()
+    model.set_input_size(128, patch_size=32)
+    assert (model.config.patch_size, model.config.grid_size) == ((32, 32), (4, 4))
+    flat = torch.ones(1, 3, 32, 32)  # FlexiViT: a patch made larger gives the same token
+    new = F.conv2d(flat, model.patch_embed.proj.weight)
+    assert relative_error(new, F.conv2d(flat[..., :16, :16], before)) < 1e-4
 
 
 @pytest.mark.parametrize("depth", [0, 1, 4])
