@@ -233,6 +233,8 @@ def _as_in_file(state: Mapping[str, Tensor], config: BeitConfig, overrides: Mapp
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if len(shapes.get("head.weight", ())) == 2 and config.num_classes:
         config = replace(config, num_classes=shapes["head.weight"][0])
+    elif "head.weight" not in shapes and overrides.get("num_classes") is not None:
+        config = replace(config, num_classes=0)  # a backbone; what head it gets was said
     if len(shapes.get("patch_embed.proj.weight", ())) == 4:
         config = replace(config, in_chans=shapes["patch_embed.proj.weight"][1])
     # A table's length does not say the sides of its grid, so only a size that was asked for is tried.

@@ -129,6 +129,13 @@ def test_checkpoint_path_replaces_the_weights(saved: tuple[Beit, str]) -> None:
     assert (
         beitzoo.create_model("test_beit", img_size=48, num_classes=5, in_chans=3, checkpoint_path=own).num_classes == 5
     )
+    model.reset_classifier(0)
+    beitzoo.save_unilm(model, path.parent / "backbone.pth")
+    headless = beitzoo.create_model("test_beit", num_classes=4, checkpoint_path=path.parent / "backbone.pth")
+    assert torch.equal(headless.cls_token, model.cls_token)
+    assert headless.num_classes == 4
+    with pytest.raises(CheckpointError, match=r"- head\.weight"):
+        beitzoo.create_model("test_beit", checkpoint_path=path.parent / "backbone.pth")
     with pytest.raises(CheckpointError, match=r"blocks.2"):
         beitzoo.create_model("test_beit", checkpoint_path=path, depth=3)
     with pytest.raises(CheckpointError, match="There is no checkpoint"):

@@ -72,7 +72,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except LayoutError:
         raise
     except Exception as error:  # whatever a broken or hostile pickle makes the unpickler raise
-        raise LayoutError(f"it is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LayoutError(f"it is not a readable PyTorch checkpoint: {reason}") from error
     for key in _CONTAINERS:
         if isinstance(document, dict) and isinstance(document.get(key), dict):
             document = document[key]
