@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
@@ -47,6 +47,7 @@ def create_model(
 ) -> BeitFeatures: ...
 
 
+@torch.inference_mode(False)  # what is made under inference mode could never be trained
 def create_model(
     model_name: str = DEFAULT_MODEL,
     pretrained: bool = False,
@@ -103,8 +104,10 @@ def create_model(
 def save_pretrained(model: Beit, directory: str | Path) -> None:
     """Save weights and config to a folder that `create_model('local-dir:...')` reads, here and in timm.
 
-    timm refuses the few oblong grids whose bias tables it would scramble ("Unknown model").
+    What timm would read as something else it refuses ("Unknown model"), and a warning says why: a mask token, a
+    larger epsilon, and the few oblong grids whose bias tables it would scramble.
     """
+    _check_whole(model)
     config = folder.timm_form.dump(model.config, model.pretrained)
     checkpoint.save(model.state_dict(), Path(directory) / folder.WEIGHTS[0])
     write_text(Path(directory) / folder.CONFIG, config)
@@ -116,6 +119,7 @@ def save_transformers(model: Beit, directory: str | Path) -> None:
     Raises:
         ValueError: transformers cannot build this network; says why.
     """
+    _check_whole(model)
     config, preprocessor = folder.transformers_form.dump(model.config, model.pretrained)
     tensors = layouts.to_transformers(model.state_dict(), prefix="beit." if model.num_classes else "")
     checkpoint.save(tensors, Path(directory) / folder.WEIGHTS[0])
@@ -125,8 +129,16 @@ def save_transformers(model: Beit, directory: str | Path) -> None:
 
 def save_unilm(model: Beit, path: str | Path) -> None:
     """Save to a `.pth` file with the key `model`, as the original's scripts load it."""
+    _check_whole(model)
     index = relative_position_index(model.config.grid_size, torch.device("cpu"))
     checkpoint.save_pickle({"model": layouts.to_unilm(model.state_dict(), index)}, Path(path))
+
+
+def _check_whole(model: Beit) -> None:
+    if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
+        raise ValueError(
+            "This backbone has lost its norm (features_only, prune_intermediate_layers); save the model itself."
+        )
 
 
 def look_up(name: str, cache_dir: Path | None = None) -> Entry:
@@ -251,6 +263,6 @@ def _state_for(stored: BeitConfig, entry: Entry, state: dict[str, Tensor]) -> di
     state = layouts.without_head(state, head)
     if head == "mim" and stored != entry.config:
         return layouts.for_finetuning(state)
-    if head == "segment":
+    if head == "segment" and stored.norm_after_pooling and "fc_norm.weight" not in state:
         return layouts.with_fresh_norm(state)
     return state

@@ -55,6 +55,10 @@ class PatchEmbed(nn.Module):
     def _fit(self, images: Tensor) -> Tensor:
         """Pad images if that was asked for; refuse those that the network was not made for."""
         config = self.config
+        if images.ndim != 4:
+            raise ValueError(
+                f"Got images of shape {tuple(images.shape)}; a batch has four sides, add the first by [None]."
+            )
         _, channels, height, width = images.shape
         if config.dynamic_img_pad:
             ph, pw = config.patch_size
@@ -286,11 +290,12 @@ class Beit(nn.Module):
     def position_bias(self, grid: Pair) -> PositionBias:
         """Gather what the blocks of one forward pass need to know about positions in this grid."""
         config = self.config
-        own = PositionBias(grid, config.grid_size, config.resize_rule)
+        index = position.relative_position_index(grid, self.cls_token.device)
+        own = PositionBias(grid, config.grid_size, config.resize_rule, index)
         if self.rel_pos_bias is None:
             return own
         table = self.rel_pos_bias.relative_position_bias_table
-        return PositionBias(grid, config.grid_size, config.resize_rule, own.of(table, table.dtype))
+        return PositionBias(grid, config.grid_size, config.resize_rule, index, own.of(table, table.dtype))
 
     def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
         patches, grid = self.patch_embed(images)
@@ -303,9 +308,9 @@ class Beit(nn.Module):
         return self.pos_drop(x), bias
 
     def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
-        masked = bool_masked_pos.flatten(1)
         if self.mask_token is None:
             raise ValueError("This model has no mask token; create it with use_mask_token=True.")
+        masked = bool_masked_pos.flatten(1) if bool_masked_pos.ndim > 1 else bool_masked_pos
         if masked.dtype != torch.bool or masked.shape != patches.shape[:2]:
             raise ValueError(
                 f"bool_masked_pos is {bool_masked_pos.dtype} of shape {tuple(bool_masked_pos.shape)}; "
@@ -328,6 +333,7 @@ class Beit(nn.Module):
         """Return the head; an identity if there is none."""
         return self.head
 
+    @torch.inference_mode(False)
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
         """Give the model a fresh head of `num_classes` (0 for none), and another pooling if one is named.
 
@@ -351,6 +357,7 @@ class Beit(nn.Module):
         """Pool another way. The trained norm stays where it is, before or after the pooling."""
         self.config = replace(self.config, global_pool=global_pool, use_fc_norm=self.config.norm_after_pooling)
 
+    @torch.inference_mode(False)
     def set_input_size(self, img_size: int | Pair | None = None, patch_size: int | Pair | None = None) -> None:
         """Make the model take images of another size or cut them into other patches.
 
@@ -359,20 +366,25 @@ class Beit(nn.Module):
         """
         config = override(self.config, img_size=img_size, patch_size=patch_size)
         source, target = self.config.grid_size, config.grid_size
+        fitted: dict[nn.Module, nn.Parameter] = {}
+        for module in self.modules():
+            if isinstance(module, Attention | RelativePositionBias):
+                table = module.relative_position_bias_table
+                if table is not None and source != target:
+                    rows = position.resize_table(table.detach(), source, target, config.resize_rule)
+                    fitted[module] = _like(table, rows)
+        pos_embed = self.pos_embed
+        if pos_embed is not None and source != target:
+            pos_embed = _like(pos_embed, position.resize_pos_embed(pos_embed.detach(), source, target))
         if config.patch_size != self.config.patch_size:
             self.patch_embed.resample(config.patch_size)
-        if source != target:
-            for module in self.modules():
-                if isinstance(module, Attention | RelativePositionBias):
-                    table = module.relative_position_bias_table
-                    if table is not None:
-                        fitted = position.resize_table(table.detach(), source, target, config.resize_rule)
-                        module.relative_position_bias_table = _like(table, fitted)
-            if self.pos_embed is not None:
-                fitted = position.resize_pos_embed(self.pos_embed.detach(), source, target)
-                self.pos_embed = _like(self.pos_embed, fitted)
+        # Nothing below can fail, so a model is of one size or of the other.
+        for module, parameter in fitted.items():
+            module.relative_position_bias_table = parameter
+        self.pos_embed = pos_embed
         self.config = self.patch_embed.config = config
 
+    @torch.inference_mode(False)
     def set_in_chans(self, in_chans: int) -> None:
         """Make the model take images with another number of channels.
 
@@ -393,7 +405,9 @@ class Beit(nn.Module):
         """Drop what is not needed for `forward_intermediates` of these blocks; return their indices from the start."""
         chosen = take_indices(indices, len(self.blocks))
         self.blocks = self.blocks[: max(chosen) + 1]
-        self.config = override(self.config, depth=len(self.blocks))
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        self.config = replace(self.config, depth=len(self.blocks), drop_path_rate=last.drop_path.rate)
         if prune_norm:
             self.norm = self.fc_norm = nn.Identity()
         if prune_head:

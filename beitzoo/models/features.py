@@ -18,7 +18,7 @@ class BeitFeatures(nn.Module):
     Args:
         backbone: Its head and the blocks behind the last chosen one are dropped.
         out_indices: The last n blocks, or these. None: the last three, or, for a pyramid, those of the original's
-            segmentation models (a third, half, two thirds and all of the depth).
+            segmentation models (a third, half, two thirds and all of the depth; of shallow models the last four).
         norm: Apply the trained norm to every map.
         output_fmt: Maps (B, C, h, w), or patches (B, h w, C).
         pyramid: Bring four maps to 4, 2, 1 and 1/2 times the patch grid, by bilinear resizing and pooling.
@@ -41,8 +41,8 @@ class BeitFeatures(nn.Module):
 
         depth = len(backbone.blocks)
         if out_indices is None:
-            out_indices = (depth // 3 - 1, depth // 2 - 1, depth * 2 // 3 - 1, depth - 1) if pyramid else min(3, depth)
-        chosen = take_indices(out_indices, depth)
+            out_indices = _pyramid_blocks(depth) if pyramid else min(3, depth)
+        chosen = sorted(set(take_indices(out_indices, depth)))  # the order in which blocks give their maps
         if pyramid and (len(chosen) != len(PYRAMID) or output_fmt != "NCHW"):
             raise ValueError(f"A pyramid is {len(PYRAMID)} NCHW maps; got out_indices={out_indices}, {output_fmt}.")
         self.out_indices = backbone.prune_intermediate_layers(chosen, prune_norm=not norm)
@@ -82,6 +82,11 @@ class BeitFeatures(nn.Module):
         return self.backbone.pretrained_cfg
 
     default_cfg = pretrained_cfg
+
+
+def _pyramid_blocks(depth: int) -> Sequence[int]:
+    original = (depth // 3 - 1, depth // 2 - 1, depth * 2 // 3 - 1, depth - 1)
+    return original if len(set(original)) == len(PYRAMID) and min(original) >= 0 else range(-len(PYRAMID), 0)
 
 
 def _scale(x: Tensor, scale: float) -> Tensor:

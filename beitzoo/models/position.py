@@ -6,7 +6,6 @@ for the class token, which has no place (to a patch, from a patch, to itself). B
 `modeling_finetune.py`, class `Attention`.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -38,30 +37,16 @@ def relative_position_index(grid: Pair, device: torch.device) -> Tensor:
     return index
 
 
-@functools.lru_cache(maxsize=8)
-def _shared_index(grid: Pair, device: torch.device) -> Tensor:
-    # An inference tensor could not be saved for the backward of a later training step.
-    with torch.inference_mode(False):
-        return relative_position_index(grid, device).flatten()
-
-
-def _index(grid: Pair, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():  # a compiler folds the arithmetic in; it must not meet the cache
-        return relative_position_index(grid, device).flatten()
-    return _shared_index(grid, device)
-
-
-def bias(table: Tensor, grid: Pair, dtype: torch.dtype) -> Tensor:
-    """Look up the bias of every pair of tokens, (H, N, N), in a table of (rows, H).
+def bias(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Look up the bias of every pair of tokens, (H, N, N), in a table of (rows, H) by an index (N, N).
 
     Selecting columns of the transposed table rather than rows of the table gives the attention layout
     at once, and its backward is a sum over columns instead of a sort. That sum has one term for every pair with
     the same offset, too many for half precision: where a gradient is wanted, the result is cast, not the table.
     """
-    tokens = 1 + grid[0] * grid[1]
     trained = torch.is_grad_enabled() and table.requires_grad
     columns = (table if trained else table.to(dtype)).t().contiguous()  # (H, rows)
-    return columns.index_select(1, _index(grid, table.device)).view(-1, tokens, tokens).to(dtype)
+    return columns.index_select(1, index.flatten()).view(-1, *index.shape).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -72,12 +57,14 @@ class PositionBias:
         grid: Rows and columns of patches of these images.
         table_grid: Those that the tables are made for.
         rule: How a table is fitted from one to the other.
+        index: The table row of every pair of tokens, (N, N); all blocks share it.
         shared: The bias that all blocks have in common, (H, N, N), or None.
     """
 
     grid: Pair
     table_grid: Pair
     rule: ResizeRule
+    index: Tensor
     shared: Tensor | None = None
 
     def of(self, table: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -85,7 +72,7 @@ class PositionBias:
         shared = None if self.shared is None else self.shared.to(dtype)
         if table is None:
             return shared
-        own = bias(resize_table(table, self.table_grid, self.grid, self.rule), self.grid, dtype)
+        own = bias(resize_table(table, self.table_grid, self.grid, self.rule), self.index, dtype)
         return own if shared is None else own + shared
 
 

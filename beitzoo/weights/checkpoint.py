@@ -1,9 +1,13 @@
 """Tensors in and out of files: read safely, load strictly, save atomically. No sockets, no model names."""
 
 import argparse
+import functools
+import threading
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +20,8 @@ from beitzoo.weights.layouts import LayoutError, to_ours
 _ZIP = b"PK\x03\x04"
 _OLD_PICKLE = b"\x80\x02\x8a\x0a"  # protocol 2 and a long integer, PyTorch's magic number
 _LONGEST_PICKLE = 16 * 2**20
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+_UNPICKLING = threading.Lock()
 # Where the state dict of a checkpoint lies: unilm's, DeepSpeed's, and others'.
 _CONTAINERS = ("model", "module", "state_dict")
 
@@ -38,7 +44,7 @@ def read(path: Path) -> dict[str, Tensor]:
             start = file.read(4)
         tensors = _read_pickle(path) if start == _ZIP else _read_safetensors(path, start)
         _check_tensors(tensors, path.stat().st_size)
-        return to_ours(tensors)
+        return _own(to_ours(tensors))
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint {path}; name a file that exists.") from error
     except (LayoutError, OSError) as error:
@@ -66,9 +72,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             raise LayoutError("it is a compressed zip file, which PyTorch does not write.")
         if any(entry.file_size > _LONGEST_PICKLE for entry in entries if entry.filename.endswith(".pkl")):
             raise LayoutError("its pickle is too long to be that of a checkpoint.")
-        # The original's checkpoints hold the arguments of their run.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        document = _unpickle(path)
     except LayoutError:
         raise
     except Exception as error:  # whatever a broken or hostile pickle makes the unpickler raise
@@ -83,11 +87,37 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return document
 
 
+def _unpickle(path: Path) -> Any:
+    # The original's checkpoints hold the arguments of their run. The list of allowed classes is the process's: nobody
+    # else may read meanwhile, and what the user allowed stays allowed.
+    with _UNPICKLING:
+        allowed = argparse.Namespace in torch.serialization.get_safe_globals()
+        with nullcontext() if allowed else torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make every tensor one that can be trained: dense, its memory its own, all numbers of one precision."""
+    floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    widest = functools.reduce(torch.promote_types, floating) if floating else torch.float32
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.to(widest) if tensor.is_floating_point() else tensor
+        if not tensor.is_contiguous() or tensor.data_ptr() in seen:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(tensor.data_ptr())
+        owned[name] = tensor
+    return owned
+
+
 def _check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
     """Refuse what no checkpoint has: other objects, tensors that claim more than the file holds, infinite numbers."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
             raise LayoutError(f"{name!r} is no plain tensor.")
+        if tensor.dtype not in _DTYPES:
+            raise LayoutError(f"{name!r} is {tensor.dtype}; weights are {', '.join(map(str, _DTYPES[:4]))}.")
         if tensor.numel() * tensor.element_size() > size:
             raise LayoutError(f"{name!r} of shape {tuple(tensor.shape)} is larger than the file.")
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():

@@ -64,7 +64,9 @@ def _bytes(path: Path) -> bytes:
 
 def _check_bounds(config: BeitConfig) -> None:
     """Refuse what would take all memory before the first tensor is read; released models are a tenth of it."""
+    weights = config.depth * config.embed_dim**2 * (4 + 2 * config.mlp_ratio)
     bounds = {
+        "the number of weights": (weights, 2**34),
         "embed_dim": (config.embed_dim, 16_384),
         "depth": (config.depth, 512),
         "in_chans": (config.in_chans, 1024),

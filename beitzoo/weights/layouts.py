@@ -77,7 +77,16 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
 )
 
 # Where a backbone may sit inside another module: a wrapper of training, a segmentation model, a tokenizer.
-_PREFIXES = ("", "module.", "backbone.", "encoder.", "module.backbone.", "module.encoder.")
+_PREFIXES = (
+    "",
+    "module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "backbone.",
+    "encoder.",
+    "module.backbone.",
+    "module.encoder.",
+)
 _FOREIGN_PREFIXES = ("", "beit.", "data2vec_vision.")
 
 # Tensors that are derived from others, in every layout that ever saved them.

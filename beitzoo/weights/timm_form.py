@@ -1,6 +1,7 @@
 """config.json as timm reads and writes it, with what timm has no word for under a key of its own."""
 
 import json
+import logging
 import math
 from dataclasses import fields, replace
 from typing import Annotated, Any
@@ -14,11 +15,13 @@ from beitzoo.zoo.labels import label_names
 
 # timm builds any of our networks from this one, given all fields that differ from it.
 _BASE = "beit_base_patch16_224"
-# An architecture that timm does not know, so that it refuses a grid whose bias tables it would scramble.
-_OBLONG = "beit_oblong_grid_which_timm_takes_for_a_square"
+# An architecture that timm does not know, so that it refuses what it would read as something else.
+_NOT_FOR_TIMM = "beit_with_what_timm_lacks"
 # Fields that timm's class does not have; they go under this key, which timm passes over.
 _OWN_KEY = "beitzoo"
 _OWN_FIELDS = ("use_mask_token", "dynamic_img_size", "dynamic_img_pad", "resize_rule", "norm_eps")
+
+_logger = logging.getLogger(__name__)
 
 _Statistics = Annotated[list[float], Field(min_length=1, max_length=1024)]
 _Arguments = dict[str, int | float | bool | str | list[int] | None]
@@ -58,7 +61,7 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
         form = _Form.model_validate_json(document)
     except ValidationError as error:
         raise ValueError(f"it is not the config of a timm model: {describe(error)}") from error
-    name = _BASE if form.architecture == _OBLONG else form.architecture
+    name = _BASE if form.architecture == _NOT_FOR_TIMM else form.architecture
     if name not in ARCHITECTURES:
         raise ValueError(f"{name!r} is no BEiT; {closest(name, ARCHITECTURES)}")
     arguments: dict[str, Any] = {"num_classes": form.num_classes, **form.model_args, **form.beitzoo}
@@ -66,18 +69,21 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     return config, PretrainedConfig(
         num_classes=config.num_classes,
         data=_data(form.pretrained_cfg),
-        labels=_labels(form.label_names),
+        labels=_labels(form.label_names, config.num_classes),
         license=form.pretrained_cfg.license,
     )
 
 
 def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
     """Write the config.json from which `parse`, and timm, build the same network and transform."""
+    lacking = _timm_lacks(config)
+    if lacking is not None:
+        _logger.warning("timm will not read this model: %s.", lacking)
     settled = replace(config, use_fc_norm=config.norm_after_pooling)
     values = {field.name: getattr(settled, field.name) for field in fields(BeitConfig)}
     changed = {name: value for name, value in values.items() if value != getattr(ARCHITECTURES[_BASE], name)}
     document: dict[str, Any] = {
-        "architecture": _OBLONG if _timm_scrambles(config) else _BASE,
+        "architecture": _BASE if lacking is None else _NOT_FOR_TIMM,
         "num_classes": config.num_classes,
         "num_features": config.embed_dim,
         "global_pool": config.global_pool,
@@ -92,11 +98,20 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-def _timm_scrambles(config: BeitConfig) -> bool:
-    """Tell whether timm takes the bias table of an oblong grid for a square one (timm 1.0.31, on loading)."""
+def _timm_lacks(config: BeitConfig) -> str | None:
+    """Say what timm 1.0.31 would read as something else; None if nothing.
+
+    An epsilon below its own, such as transformers' 1e-12, moves outputs by rounding only and is let pass.
+    """
+    if config.use_mask_token:
+        return "it has no mask token"
+    if config.norm_eps > 1e-6:
+        return f"its epsilon is 1e-6, not {config.norm_eps}"
     h, w = (2 * side - 1 for side in config.grid_size)
     has_table = config.use_rel_pos_bias or config.use_shared_rel_pos_bias
-    return has_table and h != w and math.isqrt(h * w) ** 2 == h * w
+    if has_table and h != w and math.isqrt(h * w) ** 2 == h * w:
+        return "it would take the bias tables of this oblong grid for those of a square one"
+    return None
 
 
 def _data(form: _Data) -> DataConfig:
@@ -111,5 +126,12 @@ def _data(form: _Data) -> DataConfig:
     )
 
 
-def _labels(names: list[str] | dict[str, str] | None) -> tuple[str, ...] | None:
-    return tuple(names.values() if isinstance(names, dict) else names) if names else None
+def _labels(names: list[str] | dict[str, str] | None, classes: int) -> tuple[str, ...] | None:
+    if not names:
+        return None
+    if isinstance(names, dict):
+        by_index = {int(index): name for index, name in names.items()}
+        names = [by_index[index] for index in range(classes) if index in by_index]
+    if len(names) != classes:
+        raise ValueError(f"it has {len(names)} label_names for {classes} classes; name each or none.")
+    return tuple(names)

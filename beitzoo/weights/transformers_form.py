@@ -14,6 +14,7 @@ _FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear",
 _HEADS: dict[str, Head] = {
     "BeitForMaskedImageModeling": "mim",
     "BeitForSemanticSegmentation": "segment",
+    "BeitBackbone": "segment",
     "BeitForImageClassification": "classify",
 }
 
@@ -68,6 +69,9 @@ class _Preprocessor(BaseModel):
     size: _Side | _Sides = 224
     resample: int = 3
     do_center_crop: bool = False
+    crop_size: _Side | _Sides | None = None
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
     do_normalize: bool = True
     image_mean: Annotated[list[float], Field(min_length=1, max_length=1024)] = [0.5, 0.5, 0.5]
     image_std: Annotated[list[float], Field(min_length=1, max_length=1024)] = [0.5, 0.5, 0.5]
@@ -86,6 +90,7 @@ def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, Pret
         raise ValueError(f"it is not the config of a transformers BEiT: {describe(error)}") from error
     head = _head(form)
     classes = _num_classes(form, head)
+    _check_readable(form, head)
     config = BeitConfig(
         img_size=_pair(form.image_size),
         patch_size=_pair(form.patch_size),
@@ -167,6 +172,16 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> tuple[str, str]:
     return json.dumps(document, indent=2) + "\n", json.dumps(processor, indent=2) + "\n"
 
 
+def _check_readable(form: _Form, head: Head) -> None:
+    """Refuse what would load and give other numbers than transformers does."""
+    (height, width), (ph, pw) = _pair(form.image_size), _pair(form.patch_size)
+    biased = form.use_relative_position_bias or form.use_shared_relative_position_bias
+    if biased and height // ph != width // pw:
+        raise ValueError("its input is not square, and transformers reads the bias tables of oblong grids transposed.")
+    if head == "mim" and not form.use_mean_pooling:
+        raise ValueError("a masked image model with use_mean_pooling=False is normed twice, which is not built here.")
+
+
 def _check_expressible(config: BeitConfig) -> None:
     pooling: GlobalPool = "avg" if config.norm_after_pooling else "token"
     reasons = {
@@ -198,7 +213,7 @@ def _num_classes(form: _Form, head: Head) -> int:
     if head == "mim":
         return form.vocab_size
     if form.architectures and not set(form.architectures) & _HEADS.keys():
-        return 0  # a bare BeitModel or BeitBackbone
+        return 0  # a bare BeitModel
     stated = form.num_labels if form.id2label is None else len(form.id2label)
     return 2 if stated is None else stated  # transformers' default
 
@@ -227,10 +242,12 @@ def _data(config: BeitConfig) -> DataConfig:
 
 def _stated_data(config: BeitConfig, settings: _Preprocessor) -> DataConfig:
     """Express the processor in timm's words: it resizes to a square without keeping proportions, and crops nothing."""
-    if not settings.do_resize or settings.do_center_crop or not settings.do_normalize:
+    crops = settings.do_center_crop and settings.crop_size != settings.size
+    rescales = settings.do_rescale and math.isclose(settings.rescale_factor, 1 / 255, rel_tol=1e-3)
+    if not settings.do_resize or crops or not rescales or not settings.do_normalize:
         raise ValueError(
-            "its preprocessor does not resize, crops the centre, or does not normalise; "
-            "only resizing to the input size and normalising is read."
+            "its preprocessor does not resize, crops the centre, or does not scale by 1/255 and normalise; "
+            "only resizing to the input size, scaling and normalising is read."
         )
     if settings.resample not in _FILTERS:
         raise ValueError(f"its preprocessor has resample={settings.resample}; Pillow's filters are 0 to 5.")

@@ -175,6 +175,8 @@ class DataConfig:
             len(self.mean) == len(self.std) == channels,
             f"{channels} channels with {len(self.mean)} means and {len(self.std)} deviations; give one each.",
         )
+        _check(all(map(_is_number, self.mean)), f"mean={self.mean}; it must be numbers.")
+        _check(all(_is_number(s) and s > 0 for s in self.std), f"std={self.std}; it must be positive numbers.")
         for name, kind in (("interpolation", Interpolation), ("crop_mode", CropMode)):
             value = getattr(self, name)
             _check(value in get_args(kind), f"{name}={value!r}; there are {', '.join(get_args(kind))}.")
@@ -268,7 +270,7 @@ class PretrainedConfig:
         return {
             **({"hf_hub_id": hub[0]} if hub else {}),
             "input_size": data.input_size,
-            "fixed_input_size": not config.dynamic_img_size,
+            "fixed_input_size": not (config.dynamic_img_size or config.dynamic_img_pad),
             **names,
             "num_classes": self.num_classes if self.head == "classify" else 0,
             "pool_size": None,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracles import randomise, relative_error, timm_twin
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import beitzoo
@@ -123,6 +124,12 @@ def test_pyramid_has_four_strides_of_the_originals_blocks() -> None:
     assert torch.equal(maps[3], F.max_pool2d(plain[3], 2))
     large = beitzoo.create_model("beit_large_patch16_224", features_only=True, pyramid=True, device="meta")
     assert large.out_indices == [7, 11, 15, 23]
+    for name in ("beit_nano_patch4_32", "beit_small_patch16_224"):
+        features = beitzoo.create_model(name, features_only=True, pyramid=True)
+        x = torch.randn(1, features.backbone.in_chans, *features.backbone.config.img_size)
+        sides = [m.shape[-1] for m in features(x)]
+        assert [s // sides[-1] for s in sides] == [8, 4, 2, 1]
+    assert beitzoo.create_model("test_beit", features_only=True, out_indices=(-1, 1)).feature_info.channels() == [64]
     with pytest.raises(ValueError, match="A pyramid is 4 NCHW maps"):
         beitzoo.create_model("test_beit", features_only=True, pyramid=True, out_indices=2)
 
@@ -164,6 +171,10 @@ def test_wrong_masks_are_refused() -> None:
         model.forward_features(images(), torch.zeros(2, 16, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"it must be torch.bool of shape \(2, 16\)"):
         model.forward_features(images(), torch.zeros(2, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"torch.bool of shape \(3,\)"):
+        model.forward_features(images(), torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"Got images of shape \(3, 64, 64\)"):
+        model(images()[0])
     with pytest.raises(ValueError, match="no mask token; create it with use_mask_token=True"):
         build().forward_features(images(), torch.zeros(2, 16, dtype=torch.bool))
 
@@ -288,6 +299,29 @@ def test_copies_pickles_and_channels_last_give_the_same() -> None:
     last = x.to(memory_format=torch.channels_last)
     assert relative_error(model(last), expected) < 1e-5
     assert relative_error(model.to(memory_format=torch.channels_last)(last), expected) < 1e-5
+
+
+def test_changes_made_under_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        model = beitzoo.create_model("test_beit", use_abs_pos_emb=True)
+        model.set_input_size(96)
+        model.set_in_chans(1)
+        model.reset_classifier(3)
+        model(torch.randn(1, 1, 96, 96))
+    model(torch.randn(2, 1, 96, 96)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    with FakeTensorMode():
+        assert Beit(SMALL)(images()).shape == (2, 10)
+    assert type(build()(images()).detach()) is Tensor
+
+
+def test_pruning_keeps_the_stochastic_depth_of_the_blocks() -> None:
+    model = build(drop_path_rate=0.6)
+    model.prune_intermediate_layers([1])
+    assert model.config.drop_path_rate == pytest.approx(0.2)
 
 
 def test_threads_share_a_model() -> None:

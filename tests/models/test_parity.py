@@ -70,8 +70,9 @@ def test_every_architecture_agrees_with_timm_at_its_own_width(name: str) -> None
     assert_parity(replace(ARCHITECTURES[name], depth=1), batch=1, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name, config in ARCHITECTURES.items() if config.num_tokens <= 1025])
 def test_every_architecture_agrees_with_timm_at_its_own_depth(name: str) -> None:
+    """Up to 512 pixels; beyond, only the number of tokens is new, and one block of those is compared above."""
     config = ARCHITECTURES[name]
     narrow = replace(config, embed_dim=16, num_heads=1)
     assert_parity(narrow, batch=1, tolerance=1e-4)

@@ -1,6 +1,8 @@
 """Every layout comes in exactly and goes out again."""
 
 import argparse
+import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,12 @@ import torch
 import transformers
 from oracles import randomise, relative_error
 from torch import Tensor, nn
-from transformers import BeitForImageClassification, BeitForMaskedImageModeling, BeitModel
+from transformers import (
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
+    BeitModel,
+)
 
 import beitzoo
 from beitzoo import Beit, CheckpointError
@@ -84,15 +91,15 @@ def test_transformers_classifiers_come_in_and_go_out(fields: dict[str, Any], tmp
     assert relative_error(bare.eval()(x).pooler_output, ours(x)) < 1e-5
 
 
-@pytest.mark.parametrize("names", ["memory", "file", "module."])
+@pytest.mark.parametrize("names", ["memory", "file", "module.", "_orig_mod."])
 def test_both_spellings_of_transformers_and_training_prefixes_are_recognised(names: str, tmp_path: Path) -> None:
     theirs = hugging(BeitForImageClassification, tmp_path, num_labels=4, use_relative_position_bias=True)
     ours = beitzoo.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    if names == "module.":
-        state = {f"module.{name}": tensor for name, tensor in ours.state_dict().items()}
+    if names.endswith("."):
+        state = {f"{names}{name}": tensor for name, tensor in ours.state_dict().items()}
     else:
         state = theirs.state_dict() if names == "memory" else checkpoint.load_file(tmp_path / "model.safetensors")
-    expected = "unilm" if names == "module." else "transformers5" if names == "memory" else "transformers"
+    expected = "unilm" if names.endswith(".") else "transformers5" if names == "memory" else "transformers"
     assert layouts.recognise(state) == expected
     torch.save({"model": state}, tmp_path / "weights.pth")
     again = beitzoo.create_model(f"local-dir:{tmp_path}", checkpoint_path=tmp_path / "weights.pth")
@@ -118,6 +125,45 @@ def test_masked_image_models_of_transformers(tmp_path: Path) -> None:
     features = beitzoo.create_model(name, pretrained=True, features_only=True, out_indices=[2]).eval()
     hidden = theirs(x, output_hidden_states=True).hidden_states[3]
     assert relative_error(features(x)[0].flatten(2).transpose(1, 2), hidden[:, 1:]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        (BeitForImageClassification, {"image_size": (32, 64), "use_relative_position_bias": True}, "not square"),
+        (BeitForMaskedImageModeling, {"use_mean_pooling": False, "use_mask_token": True}, "normed twice"),
+    ],
+)
+def test_what_transformers_computes_otherwise_is_refused(
+    kind: type, fields: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    hugging(kind, tmp_path, **fields)
+    with pytest.raises(CheckpointError, match=reason):
+        beitzoo.create_model(f"local-dir:{tmp_path}", num_classes=0)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_segmentation_models_and_backbones_of_transformers(pooled: bool, tmp_path: Path) -> None:
+    fields = {"use_relative_position_bias": True, "use_mean_pooling": pooled, "out_indices": [0, 1, 2, 3]}
+    theirs = hugging(BeitForSemanticSegmentation, tmp_path, num_labels=4, **fields)
+    features = beitzoo.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=1).eval()
+    x = images()
+    hidden = theirs.beit(x, output_hidden_states=True).hidden_states[3]
+    assert relative_error(features(x)[0].flatten(2).transpose(1, 2), hidden[:, 1:]) < 1e-5
+
+
+def test_labels_go_by_their_number(tmp_path: Path) -> None:
+    model = beitzoo.create_model("test_beit", num_classes=11)
+    beitzoo.save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["label_names"] = {str(i): f"class {i}" for i in sorted(range(11), key=str)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    labels = beitzoo.create_model(f"local-dir:{tmp_path}").pretrained.labels
+    assert labels == tuple(f"class {i}" for i in range(11))
+    config["label_names"] = ["a", "b"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="2 label_names for 11 classes"):
+        beitzoo.create_model(f"local-dir:{tmp_path}")
 
 
 def test_a_gap_in_the_labels_is_refused(tmp_path: Path) -> None:
@@ -207,7 +253,7 @@ def test_timm_reads_a_grid_exactly_or_refuses_it(grid: tuple[int, int], tmp_path
     beitzoo.save_pretrained(model, tmp_path)
     lengths = (2 * grid[0] - 1) * (2 * grid[1] - 1)
     if grid[0] != grid[1] and int(lengths**0.5) ** 2 == lengths:
-        with pytest.raises(RuntimeError, match="beit_oblong_grid_which_timm_takes_for_a_square"):
+        with pytest.raises(RuntimeError, match="beit_with_what_timm_lacks"):
             timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
         return
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
@@ -252,6 +298,65 @@ def test_fields_of_our_own_survive(save: Callable[[Beit, Path], None], tmp_path:
     assert again.config.norm_eps == 1e-12
     assert again.config.use_mask_token
     assert again.config.dynamic_img_size == (save is beitzoo.save_pretrained)
+
+
+def test_timm_refuses_what_it_lacks_and_the_log_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for fields, reason in (
+        ({"use_mask_token": True}, "no mask token"),
+        ({"norm_eps": 1e-5}, "epsilon is 1e-6, not 1e-05"),
+    ):
+        beitzoo.save_pretrained(build(**fields), tmp_path)
+        assert reason in caplog.text
+        with pytest.raises(RuntimeError, match="beit_with_what_timm_lacks"):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_a_backbone_that_lost_its_norm_is_not_saved(tmp_path: Path) -> None:
+    features = beitzoo.create_model("test_beit", features_only=True, out_indices=1)
+    for save in (beitzoo.save_pretrained, beitzoo.save_transformers, beitzoo.save_unilm):
+        with pytest.raises(ValueError, match="lost its norm"):
+            save(features.backbone, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_read_the_originals_files(tmp_path: Path) -> None:
+    model = build()
+    torch.save(originals(model), tmp_path / "a.pth")
+    found: list[bool] = []
+
+    def work() -> None:
+        for _ in range(10):
+            found.append(exact(checkpoint.read(tmp_path / "a.pth"), model.state_dict()))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 60
+
+
+def test_what_the_user_allowed_stays_allowed(tmp_path: Path) -> None:
+    torch.save(originals(build()), tmp_path / "a.pth")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint.read(tmp_path / "a.pth")
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_loaded_tensors_are_their_own_and_of_one_precision(tmp_path: Path) -> None:
+    state = dict(build(depth=2).state_dict())
+    shared = "attn.relative_position_bias_table"
+    state[f"blocks.1.{shared}"] = state[f"blocks.0.{shared}"]
+    state["cls_token"] = state["cls_token"][..., :1].expand(1, 1, 64)
+    state["head.bias"] = state["head.bias"].half()
+    torch.save(state, tmp_path / "a.pth")
+    model = beitzoo.create_model("test_beit", checkpoint_path=tmp_path / "a.pth")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        model.blocks[0].attn.relative_position_bias_table.zero_()
+        model.cls_token.add_(1)
+    assert model.blocks[1].attn.relative_position_bias_table.any()
 
 
 def test_unknown_names_are_said(tmp_path: Path) -> None:
