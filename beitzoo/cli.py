@@ -183,9 +183,9 @@ def _facts(name: str) -> dict[str, Any]:
 
 
 def _plain(value: object) -> str:
-    """Write a fact as a person would."""
+    """Write a fact as a person would; places one below the other."""
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
+        return ("\n" if value and isinstance(value[0], str) else ", ").join(map(str, value)) or "none"
     return f"{value:,}" if isinstance(value, int) else "none" if value is None else str(value)
 
 
