@@ -12,6 +12,9 @@ Transform = Callable[["Image"], Tensor]
 
 _FIELDS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
+# Pixels of a resized image of which the centre is cropped. Only images some 50 times longer than wide exceed it.
+_MAX_RESIZED = 2**24
+
 
 class HasPretrainedCfg(Protocol):
     """A model that says how its images are prepared: ours, or timm's."""
@@ -32,6 +35,9 @@ def resolve_data_config(model: HasPretrainedCfg) -> dict[str, Any]:
 def create_transform(is_training: bool = False, **options: Any) -> Transform:
     """Build the transform from a PIL image to a normalised tensor, (channels, height, width).
 
+    It is timm's, value for value. Only of an image some 50 times longer than wide (see `_Bounded`), of which timm
+    makes a resized one of up to gigabytes for the crop to take the centre of, the ends are cut off beforehand.
+
     Args:
         is_training: Random crops and augmentation instead of resize and centre crop.
         **options: What `resolve_data_config` returns, and any option of `timm.data.create_transform`.
@@ -39,4 +45,38 @@ def create_transform(is_training: bool = False, **options: Any) -> Transform:
     # Imported late: with it comes torchvision, more than a second that importing beitzoo should not cost.
     from timm.data import create_transform as create_timm_transform
 
-    return create_timm_transform(is_training=is_training, **options)
+    transform = create_timm_transform(is_training=is_training, **options)
+    steps = getattr(transform, "transforms", ())
+    for place, step in enumerate(steps):
+        if not is_training and type(step).__name__ in ("Resize", "ResizeKeepRatio"):
+            steps[place] = _Bounded(step)
+    return transform
+
+
+class _Bounded:
+    """A resize to a short side, for a centre crop behind it, that takes bounded memory whatever the image.
+
+    What is cut off at both ends is an even number of short sides. That many become an even number of pixels in the
+    resized image, so that the crop's rounding, and with it the pixels it shows, stay what they are.
+    """
+
+    def __init__(self, resize: Any) -> None:
+        self.resize = resize
+        size = resize.size
+        self.height, self.width = (size, size) if isinstance(size, int) else size
+        keeps_short_side = isinstance(size, int) or getattr(resize, "longest", None) == 0
+        self.most = max(_MAX_RESIZED // (self.height * self.width), 16) if keeps_short_side else None
+
+    def __call__(self, image: "Image") -> Any:
+        return self.resize(self._without_ends(image))
+
+    def __repr__(self) -> str:
+        return repr(self.resize)
+
+    def _without_ends(self, image: "Image") -> "Image":
+        short, long = sorted(image.size)
+        if self.most is None or long <= self.most * short:
+            return image
+        cut = 2 * short * -(-(long // short - self.most) // 4)
+        box = (cut, 0, image.width - cut, image.height)
+        return image.crop(box if image.width > image.height else (0, cut, image.width, image.height - cut))
