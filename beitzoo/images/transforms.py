@@ -46,7 +46,7 @@ def create_transform(is_training: bool = False, **options: Any) -> Transform:
     from timm.data import create_transform as create_timm_transform
 
     transform = create_timm_transform(is_training=is_training, **options)
-    steps = getattr(transform, "transforms", ())
+    steps: list[Any] = getattr(transform, "transforms", [])
     for place, step in enumerate(steps):
         if not is_training and type(step).__name__ in ("Resize", "ResizeKeepRatio"):
             steps[place] = _Bounded(step)
@@ -63,9 +63,9 @@ class _Bounded:
     def __init__(self, resize: Any) -> None:
         self.resize = resize
         size = resize.size
-        self.height, self.width = (size, size) if isinstance(size, int) else size
+        pixels = size**2 if isinstance(size, int) else size[0] * size[1]
         keeps_short_side = isinstance(size, int) or getattr(resize, "longest", None) == 0
-        self.most = max(_MAX_RESIZED // (self.height * self.width), 16) if keeps_short_side else None
+        self.most = max(_MAX_RESIZED // pixels, 16) if keeps_short_side else None
 
     def __call__(self, image: "Image") -> Any:
         return self.resize(self._without_ends(image))
