@@ -80,10 +80,17 @@ def _check_cost(image: Image.Image, path: Path) -> None:
             f"too large: {image.width} x {image.height} are {pixels:,} pixels, and {most:,} of this kind are decoded "
             "at most; make it smaller"
         )
-    if progressive:
-        scans = path.read_bytes().count(b"\xff\xda")
-        if scans * pixels > _MAX_SCANNED_PIXELS:
-            raise ImageError(f"too slow: a progressive JPEG with {scans} scans; save it anew")
+    if progressive and _has_more_scans(path, _MAX_SCANNED_PIXELS // pixels):
+        raise ImageError("too slow: a progressive JPEG with a great many scans; save it anew")
+
+
+def _has_more_scans(path: Path, most: int) -> bool:
+    """Tell whether a JPEG file has more scans than that, by their markers, which cannot be in the data of a scan."""
+    scans = 0
+    with path.open("rb") as file:
+        while scans <= most and (part := file.read(2**20)):
+            scans += part.count(b"\xff\xda")
+    return scans > most
 
 
 def _turn_upright(image: Image.Image, path: Path) -> None:
