@@ -86,7 +86,9 @@ def named_otherwise() -> Files:
     """Give files the names of other formats, or of none."""
     suffixes = ["png", "jpg", "gif", "bmp", "webp", "tiff", "ppm", "pgm", "PNG", "Jpeg"]
     pairs = zip(WRITERS, suffixes, strict=True)
-    return {f"{name}.{suffix}": (encode(picture(), form, **options), GOOD) for (name, form, _, options), suffix in pairs}
+    return {
+        f"{name}.{suffix}": (encode(picture(), form, **options), GOOD) for (name, form, _, options), suffix in pairs
+    }
 
 
 def modes() -> Files:

@@ -38,12 +38,11 @@ def is_misnumbered_22k(names: Mapping[str, str]) -> bool:
     two more: n03931044 at 9205 and n09859684 at 15027. transformers' converter removes these two from the dict and
     leaves all later ones their old numbers; where the longer list was merely cut, they are as wrong.
     """
-    if len(names) != len(_synsets(_SYNSETS["imagenet-22k"])):
-        return False
-    extra = {"9205", "15027"}
-    if not extra & names.keys():
-        return names.keys() == {str(index) for index in range(21_843)} - extra
-    return _first_name(names["9205"]) == "picture" and _first_name(names.get("9206", "")) == "picture frame"
+    longer = {str(index) for index in range(21_843)}
+    if names.keys() == longer - {"9205", "15027"}:
+        return True
+    cut = names.keys() == longer - {"21841", "21842"}
+    return cut and _first_name(names["9205"]) == "picture" and _first_name(names["9206"]) == "picture frame"
 
 
 def _first_name(names: str) -> str:
