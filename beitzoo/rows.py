@@ -11,15 +11,19 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import typer
 from rich.cells import cell_len
 
 from beitzoo.predict import Prediction
 
-# Rows from which the table takes the widths of its columns; what is longer later on sticks out, and is never cut.
-_ROWS_FOR_WIDTHS = 64
+# Rows from which the table takes the widths of its columns, a batch; what is longer later sticks out and is never cut.
+_ROWS_FOR_WIDTHS = 16
+
+
+Role = Literal["title", "error"]
+Paint = Callable[[str, Role], str]
 
 
 class Form(StrEnum):
@@ -39,7 +43,11 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     Raises:
         OSError: The file cannot be written, or another run's `.partial` is in the way.
     """
+    # Names of files need not be text; their bytes come out as they went in.
+    errors = "surrogateescape"
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=errors)
         yield sys.stdout
         return
     if path.is_dir():
@@ -47,8 +55,7 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        # Names of files need not be text; their bytes come out as they went in.
-        file = partial.open("x", encoding="utf-8", errors="surrogateescape", newline="")
+        file = partial.open("x", encoding="utf-8", errors=errors, newline="")
     except FileExistsError as error:
         raise FileExistsError(
             f"{partial} has the rows of a run that was interrupted or is still going on; move it away first."
@@ -109,28 +116,37 @@ def _csv_line(values: Iterable[object]) -> str:
     return line.getvalue()
 
 
-def _table(predictions: Iterable[Prediction], paint: Callable[[str, str], str]) -> Iterator[str]:
+def _table(predictions: Iterable[Prediction], paint: Paint) -> Iterator[str]:
     """Write aligned columns: image, model where there are several, label, probability and the classes next to it."""
     rest = iter(predictions)
-    first = list(itertools.islice(rest, _ROWS_FOR_WIDTHS))
+    first: list[Prediction] = []
+    try:
+        first.extend(itertools.islice(rest, _ROWS_FOR_WIDTHS))
+    except (Exception, KeyboardInterrupt):
+        yield from _table_rows(first, first, paint)
+        raise
+    yield from _table_rows(first, itertools.chain(first, rest), paint)
+
+
+def _table_rows(first: list[Prediction], predictions: Iterable[Prediction], paint: Paint) -> Iterator[str]:
     if not first:
         return
     several = len({prediction.model for prediction in first}) > 1
     titles = ["image", *(["model"] if several else []), "label"]
-    rows = [_names(prediction, several) for prediction in first]
-    widths = [max(cell_len(cell) for cell in column) for column in itertools.zip_longest(titles, *rows, fillvalue="")]
+    cells = [_cells(prediction, several) for prediction in first]
+    widths = [max(map(cell_len, column)) for column in itertools.zip_longest(titles, *cells, fillvalue="")]
     has_next = any(len(prediction.answers) > 1 for prediction in first)
     yield paint(_aligned(titles, widths) + "  probability" + ("  next" if has_next else ""), "title") + "\n"
-    for prediction in itertools.chain(first, rest):
-        start = _aligned(_names(prediction, several), widths)
+    for prediction in predictions:
+        start = _aligned(_cells(prediction, several), widths)
         if prediction.error is not None:
             yield f"{start}  {paint(_printable(prediction.error), 'error')}\n"
             continue
         others = ", ".join(f"{_printable(answer.label)} {answer.probability:.1%}" for answer in prediction.answers[1:])
-        yield f"{start}  {prediction.answers[0].probability:>11.1%}  {paint(others, 'next')}".rstrip() + "\n"
+        yield f"{start}  {prediction.answers[0].probability:>11.1%}  {others}".rstrip() + "\n"
 
 
-def _names(prediction: Prediction, several: bool) -> list[str]:
+def _cells(prediction: Prediction, several: bool) -> list[str]:
     """Return the cells of a row that say which image, which model and which class."""
     label = [_printable(prediction.answers[0].label)] if prediction.answers else []
     return [_printable(str(prediction.path)), *([prediction.model or ""] if several else []), *label]
@@ -147,9 +163,9 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _plain(text: str, _: str) -> str:
+def _plain(text: str, _: Role) -> str:
     return text
 
 
-def _paint(text: str, role: str) -> str:
-    return typer.style(text, bold=role == "title", fg="red" if role == "error" else None, dim=role == "next")
+def _paint(text: str, role: Role) -> str:
+    return typer.style(text, bold=role == "title" or None, fg="red" if role == "error" else None)
