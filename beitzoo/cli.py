@@ -74,7 +74,7 @@ def predict_(
     ],
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help=f"Model name, or local-dir:FOLDER; repeatable. [default: {DEFAULT_MODEL}]"),
+        typer.Option("--model", "-m", help=f"Model name, or local-dir:FOLDER; repeatable. If none: {DEFAULT_MODEL}"),
     ] = None,
     topk: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
     form: Annotated[Form, typer.Option("--format", help="Of the rows, which are written as they come.")] = Form.TABLE,
@@ -85,6 +85,10 @@ def predict_(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Classify images. An unreadable one is a row with the reason, and exit code 1 at the end."""
+    if as_json and form is Form.CSV:
+        raise ValueError(
+            "--json is short for --format json, and --format csv was given as well; leave one of them out."
+        )
     where = _device(device)
     networks = {
         name: create_model(name, pretrained=True, device=where) for name in dict.fromkeys(models or [DEFAULT_MODEL])

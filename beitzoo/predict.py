@@ -203,5 +203,5 @@ def _look(path: Path, transforms: Mapping[_View, Transform]) -> _Look:
         return str(error)
     try:
         return {view: transform(images[view.in_chans]) for view, transform in transforms.items()}
-    except (ValueError, MemoryError) as error:  # such as a side of no pixels after the resize
+    except Exception as error:  # such as a side of no pixels after the resize; it is this image's alone
         return f"cannot be prepared: {error or type(error).__name__}"

@@ -131,7 +131,7 @@ def test_predict_says_when_there_is_nothing(form: str, expected: str, tmp_path: 
     for place in (tmp_path, tmp_path / "*.png"):
         (row,) = json.loads(run("predict", str(place), "--json").stdout)
         assert row["path"] == str(place)
-        assert row["error"] in ("a folder", "there is no such file")
+        assert row["error"] in ("a folder, not an image", "there is no such file")
 
 
 def test_predict_turns_photos_upright(tmp_path: Path) -> None:
@@ -194,6 +194,8 @@ def test_evaluate_prints_and_appends_rows(tmp_path: Path) -> None:
         (["finetune", "absent.toml", "--out", "/tmp/absent"], "There is no recipe absent.toml"),
         (["finetune", "configs/finetune/digits.toml", "--out", "x", "--set", "train.lr=-1"], "train.lr"),
         (["predict", "x.png", "--device", "gpu"], "There is no device 'gpu' here"),
+        (["predict", "x.png", "--json", "--format", "csv"], "leave one of them out"),
+        (["predict", str(SAMPLES / "digit_1.png"), "--output", "tests"], "tests is a folder"),
         (["info", "beit_base_patch16_224.mim"], "it has in22k_ft_in22k_in1k"),
         (["evaluate", "beit_nano_patch4_32.digits", "--data", "/absent"], "CLASS/IMAGE"),
     ],

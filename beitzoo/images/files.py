@@ -40,7 +40,7 @@ def open_image(path: Path, in_chans: int = 3) -> Image.Image:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device could be waited for without end
-            raise ImageError("a folder" if path.is_dir() else "not a regular file")
+            raise ImageError("a folder, not an image" if path.is_dir() else "not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             _check_cost(image, path)
             image.load()

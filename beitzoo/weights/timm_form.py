@@ -65,13 +65,13 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     name = _BASE if form.architecture == _NOT_FOR_TIMM else form.architecture
     if name not in ARCHITECTURES:
         raise ValueError(f"{name!r} is no BEiT; {closest(name, ARCHITECTURES)}")
-    own = dict(form.beitzoo)
-    reduce_zero_label = own.pop(_REDUCES, False) is True
+    own: dict[str, Any] = dict(form.beitzoo)
+    reduces = own.pop(_REDUCES, False)
     arguments: dict[str, Any] = {"num_classes": form.num_classes, **form.model_args, **own}
     config = override(ARCHITECTURES[name], **arguments)
     return config, PretrainedConfig(
         num_classes=config.num_classes,
-        data=replace(_data(form.pretrained_cfg), reduce_zero_label=reduce_zero_label),
+        data=replace(_data(form.pretrained_cfg), reduce_zero_label=reduces),
         labels=_labels(form.label_names, config.num_classes),
         license=form.pretrained_cfg.license,
     )

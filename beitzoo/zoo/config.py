@@ -183,6 +183,8 @@ class DataConfig:
             value = getattr(self, name)
             _check(value in get_args(kind), f"{name}={value!r}; there are {', '.join(get_args(kind))}.")
         _check(0 < self.crop_pct <= 1, f"crop_pct={self.crop_pct}; it must be in (0, 1].")
+        reduces = self.reduce_zero_label
+        _check(isinstance(reduces, bool), f"reduce_zero_label={reduces!r}; it must be True or False.")
 
     def fitted_to(self, config: BeitConfig) -> "DataConfig":
         """Return this config with the network's size and channels.

@@ -176,6 +176,17 @@ def test_class_folders(tmp_path: Path) -> None:
         labelled_folder(tmp_path / "cat")
 
 
+def test_images_of_class_folders_are_turned_upright(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    two = Image.new("L", (2, 1), 9)
+    two.putpixel((1, 0), 200)
+    two.save(tmp_path / "a" / "x.png", exif=exif)
+    dataset = LabelledImages(labelled_folder(tmp_path), [0], lambda image: torch.tensor(image.getpixel((0, 0))), 1)
+    assert dataset[0] == (200, 0)
+
+
 def test_a_broken_image_leaves_the_batch_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no")
