@@ -35,7 +35,7 @@ def main() -> None:
     """Run a command; what the user got wrong is one message and exit code 2, not a traceback."""
     try:
         app()
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -101,6 +101,10 @@ def predict_(
     with warnings.catch_warnings(), open_output(output) as file:
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in its row
         write_rows(watch(tally, unit, total, bar=not rows_on_terminal), Form.JSON if as_json else form, file, topk)
+    _exit_with_one_if_failed(tally, unit)
+
+
+def _exit_with_one_if_failed(tally: Tally, unit: str) -> None:
     if not tally.rows:
         print("There were no images: nothing was listed on stdin.", file=sys.stderr)
     elif tally.failed:

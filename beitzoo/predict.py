@@ -93,6 +93,7 @@ def predict(
 
     Raises:
         ValueError: A model has no head, or takes images that are not in files.
+        MemoryError: A single image does not fit beside the models.
     """
     named = {None: models} if isinstance(models, Beit) else models
     classifiers = [_Classifier(name, model, topk, batch_size) for name, model in named.items()]
@@ -149,8 +150,13 @@ class _Classifier:
             try:
                 logits = self.model(batch.to(device=like.device, dtype=like.dtype)).float().cpu()
             except RuntimeError as error:
-                if not _out_of_memory(error) or len(batch) == 1:
+                if not _out_of_memory(error):
                     raise
+                if len(batch) == 1:
+                    raise MemoryError(
+                        f"Not even one image of {tuple(batch.shape[1:])} fits into memory beside the model; take a "
+                        "smaller model or another device."
+                    ) from error
                 self.most = len(batch) // 2
                 _logger.warning("%d images do not fit into memory; going on with %d.", len(batch), self.most)
                 continue

@@ -64,7 +64,10 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
         with file:
             yield file
     except BaseException:
-        print(f"The rows so far are in {partial}.", file=sys.stderr)
+        if partial.stat().st_size:
+            print(f"The rows so far are in {partial}.", file=sys.stderr)
+        else:
+            partial.unlink()
         raise
     partial.replace(path)
 
@@ -88,26 +91,23 @@ def _json(predictions: Iterable[Prediction]) -> Iterator[str]:
             yield separator + json.dumps({**asdict(prediction), "path": str(prediction.path)})
             separator = ",\n"
     except (Exception, KeyboardInterrupt):
-        yield _end(separator)
+        if separator == ",\n":
+            yield "\n]\n"
         raise
-    yield _end(separator)
-
-
-def _end(separator: str) -> str:
-    return "[]\n" if separator.startswith("[") else "\n]\n"
+    yield "\n]\n" if separator == ",\n" else "[]\n"
 
 
 def _csv(predictions: Iterable[Prediction], topk: int) -> Iterator[str]:
     """Write a line per image and model; the columns of a class that there is not are empty."""
     ranks = range(1, topk + 1)
-    yield _csv_line(
-        ["path", "model", "error"]
-        + [f"{column}_{rank}" for rank in ranks for column in ("label", "index", "probability")]
-    )
+    titles = [f"{column}_{rank}" for rank in ranks for column in ("label", "index", "probability")]
+    header = _csv_line(["path", "model", "error", *titles])
     for prediction in predictions:
         classes = [value for answer in prediction.answers for value in (answer.label, answer.index, answer.probability)]
         missing = [""] * (3 * topk - len(classes))
-        yield _csv_line([str(prediction.path), prediction.model, prediction.error, *classes, *missing])
+        yield header + _csv_line([str(prediction.path), prediction.model, prediction.error, *classes, *missing])
+        header = ""
+    yield header
 
 
 def _csv_line(values: Iterable[object]) -> str:

@@ -147,16 +147,24 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so(
     assert "8 images do not fit into memory; going on with 4" in caplog.text
 
 
-def test_other_errors_and_a_single_image_that_does_not_fit_are_raised() -> None:
-    for message, size in (("can't allocate memory", 1), ("shapes differ", 8)):
-        model = beitzoo.create_model(pretrained=True)
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        ("can't allocate memory", MemoryError, r"Not even one image of \(1, 32, 32\) fits"),
+        ("shapes differ", RuntimeError, "shapes differ"),
+    ],
+)
+def test_other_errors_and_a_single_image_that_does_not_fit_end_the_run(
+    raised: str, expected: type[Exception], message: str
+) -> None:
+    model = beitzoo.create_model(pretrained=True)
 
-        def refuse(*_: object, message: str = message) -> None:
-            raise RuntimeError(message)
+    def refuse(*_: object) -> None:
+        raise RuntimeError(raised)
 
-        model.register_forward_pre_hook(refuse)
-        with pytest.raises(RuntimeError, match=message):
-            list(predict(model, DIGITS, batch_size=size))
+    model.register_forward_pre_hook(refuse)
+    with pytest.raises(expected, match=message):
+        list(predict(model, DIGITS, batch_size=4))
 
 
 def test_paths_are_read_as_needed_and_rows_come_before_the_end() -> None:

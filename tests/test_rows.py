@@ -46,13 +46,14 @@ def test_json_is_an_array_with_a_row_on_each_line() -> None:
         {"path": 'odd, "name"\n.png', "answers": [], "error": "damaged", "model": "m"},
     ]
     assert len(text.splitlines()) == 4
-    assert json.loads(written([], Form.JSON)) == []
+    assert written([], Form.JSON) == "[]\n"
 
 
 def test_csv_has_a_line_per_row_and_columns_for_each_class() -> None:
     rows = list(csv.reader(io.StringIO(written([CAT, BROKEN], Form.CSV, topk=3), newline="")))
     assert rows[0][:6] == ["path", "model", "error", "label_1", "index_1", "probability_1"]
     assert rows[1] == ["a.png", "m", "", "cat, tabby", "1", "0.875", "dog", "0", "0.125", "", "", ""]
+    assert written([], Form.CSV, topk=1) == "path,model,error,label_1,index_1,probability_1\n"
     assert rows[2] == ['odd, "name"\n.png', "m", "damaged", *[""] * 9]
 
 
@@ -121,6 +122,20 @@ def test_an_interrupted_run_keeps_its_rows(
         open_output(tmp_path / "sub" / "rows"),
     ):
         pass
+
+
+@pytest.mark.parametrize("form", Form)
+def test_a_run_that_fails_before_its_first_row_leaves_nothing(
+    form: Form, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predictions() -> Iterator[Prediction]:
+        raise ValueError("no head")
+        yield
+
+    with pytest.raises(ValueError, match="no head"), open_output(tmp_path / "rows") as file:
+        write_rows(predictions(), form, file, 2)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
