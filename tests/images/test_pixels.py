@@ -243,6 +243,11 @@ def test_an_image_as_long_as_a_street() -> None:
     assert torch.equal(seen, beitzoo.create_transform(**options)(short))
 
 
+def test_tensors_go_through_as_in_timm() -> None:
+    image = torch.rand(3, 40, 50)
+    assert torch.equal(beitzoo.create_transform(**EVAL)(image), timm.data.create_transform(**EVAL)(image))  # type: ignore[arg-type]
+
+
 def test_jpeg_is_decoded_at_full_size(tmp_path: Path) -> None:
     """Decoding at a fraction, which Pillow offers, would be faster and give other pixels."""
     file = io.BytesIO()
