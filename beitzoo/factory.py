@@ -1,5 +1,6 @@
 """The one place where a name, a network, its weights and its head meet."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.models.position import relative_position_index, table_rows
-from beitzoo.weights import checkpoint, folder, hub, layouts
+from beitzoo.weights import checkpoint, folder, hub, layouts, sources
 from beitzoo.weights.files import write_text
+from beitzoo.weights.proofs import AbsentError
 from beitzoo.zoo.config import BeitConfig, HubFile, Source, override
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
+
+_logger = logging.getLogger(__name__)
 
 _FEATURE_OPTIONS = ("out_indices", "norm", "output_fmt", "pyramid")
 
@@ -93,7 +97,7 @@ def create_model(
     if checkpoint_path is not None:
         model = _load(Path(checkpoint_path).expanduser(), entry, stored, overrides, own=True)
     elif pretrained:
-        model = _load(hub.fetch(_sources(entry), directory), entry, stored, overrides)
+        model = _load(sources.fetch(_sources(entry), directory), entry, stored, overrides)
     else:
         model = _initialise(override(stored, **overrides), device)
         model.pretrained = entry.pretrained or model.pretrained
@@ -160,10 +164,14 @@ def _look_up_on_hub(name: str, cache_dir: Path | None) -> Entry:
     def file(filename: str) -> HubFile:
         return HubFile(repo_id, filename, revision or None)
 
-    config = hub.fetch([file(folder.CONFIG)], cache_dir).read_bytes()
-    preprocessor = None
+    path = hub.fetch(file(folder.CONFIG), cache_dir)
+    revision = hub.commit_of(path) or revision  # all files of one load are of one commit
+    config, preprocessor = path.read_bytes(), None
     if folder.needs_preprocessor(config):
-        preprocessor = hub.fetch([file(folder.PREPROCESSOR)], cache_dir).read_bytes()
+        try:
+            preprocessor = hub.fetch(file(folder.PREPROCESSOR), cache_dir).read_bytes()
+        except AbsentError:
+            _logger.info("%s says nothing about its images; transformers' defaults are used.", name)
     return folder.parse(name, config, preprocessor, tuple(file(weights) for weights in folder.WEIGHTS))
 
 
