@@ -121,5 +121,5 @@ def test_the_largest_images_that_are_opened_take_no_more(tmp_path: Path) -> None
     paths = sorted(tmp_path.iterdir())
     for path, (seconds, growth) in zip(paths, costs(paths), strict=True):
         print(f"{path.name}: {seconds:.2f} s, {growth / 1e6:.0f} MB")
-        assert seconds < 4, path  # 2 on an idle machine
+        assert seconds < 4, path  # the RGBA picture took 2.9 on cores that others used as well
         assert growth < 512_000_000, path

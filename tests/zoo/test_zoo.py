@@ -287,3 +287,9 @@ print(sorted({"timm", "torchvision", "transformers"} & sys.modules.keys()))
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout == "[]\n"
+
+
+def test_segmentation_rows_count_their_classes_from_one() -> None:
+    reducing = {name for name in beitzoo.list_pretrained() if beitzoo.get_pretrained_cfg(name).data.reduce_zero_label}
+    assert reducing == set(beitzoo.list_pretrained("*ade20k"))
+    assert len(reducing) == 6
