@@ -5,6 +5,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -38,17 +39,24 @@ def open_image(path: Path, in_chans: int = 3) -> Image.Image:
     Raises:
         ImageError: The file is missing, damaged, cut short, too large or of a format outside `FORMATS`.
     """
+    with opened(path) as image:
+        image.load()
+        _turn_upright(image, path)
+        image.info.pop("transparency", None)  # `convert` would warn, and change nothing
+        mode = "L" if in_chans == 1 else "RGB"
+        eight_bit = _eight_bit(image)
+        return eight_bit if eight_bit.mode == mode else eight_bit.convert(mode)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open a file whose header is acceptable; no pixel is decoded yet. All that fails inside is an `ImageError`."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device could be waited for without end
-            raise ImageError("a folder, not an image" if path.is_dir() else "not a regular file")
+            raise ImageError("a folder" if path.is_dir() else "not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             _check_cost(image, path)
-            image.load()
-            _turn_upright(image, path)
-            image.info.pop("transparency", None)  # `convert` would warn, and change nothing
-            mode = "L" if in_chans == 1 else "RGB"
-            eight_bit = _eight_bit(image)
-            return eight_bit if eight_bit.mode == mode else eight_bit.convert(mode)
+            yield image
     except ImageError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from beitzoo.images.fast import FastTransform
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -32,7 +34,7 @@ def resolve_data_config(model: HasPretrainedCfg) -> dict[str, Any]:
     return {name: model.pretrained_cfg[name] for name in _FIELDS}
 
 
-def create_transform(is_training: bool = False, **options: Any) -> Transform:
+def create_transform(is_training: bool = False, *, fast: bool = False, **options: Any) -> Transform:
     """Build the transform from a PIL image to a normalised tensor, (channels, height, width).
 
     It is timm's, value for value. Only of an image that is longer than it is wide by a factor of hundreds (272 at 224
@@ -42,8 +44,14 @@ def create_transform(is_training: bool = False, **options: Any) -> Transform:
 
     Args:
         is_training: Random crops and augmentation instead of resize and centre crop.
+        fast: Evaluate on tensors, up to twice as fast and up to one of 255 levels off, see `images.fast`. The
+            transform then takes uint8 tensors, (channels, height, width), as well as PIL images.
         **options: What `resolve_data_config` returns, and any option of `timm.data.create_transform`.
     """
+    if fast:
+        if is_training:
+            raise ValueError("There is no fast transform for training; leave out fast=True.")
+        return FastTransform(create_transform(**options), options)
     # Imported late: with it comes torchvision, more than a second that importing beitzoo should not cost.
     from timm.data import create_transform as create_timm_transform
 
