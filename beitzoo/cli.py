@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from beitzoo.factory import create_model, look_up
 from beitzoo.images.datasets import find_images
+from beitzoo.measure.options import usable_device as _device
 from beitzoo.measure.table import count_parameters, model_table
 from beitzoo.predict import Prediction, predict
 from beitzoo.zoo import costs
@@ -138,16 +138,6 @@ def evaluate(
     Console().print(table)
     if len(rows) > 1:
         Console().print(summarise(rows))
-
-
-def _device(name: str) -> torch.device:
-    """Check a device before anything is loaded onto it."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {name!r} here: {str(error).splitlines()[0]} Use --device cpu.") from error
-    return device
 
 
 def _need(extra: str, *modules: str) -> None:
