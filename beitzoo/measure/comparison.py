@@ -123,7 +123,6 @@ def _timed(times: dict[str, list[float]], model: Beit, options: BenchmarkOptions
         "ratio": _rounded(ratio),
         "ratio_low": low and _rounded(low),
         "ratio_high": high and _rounded(high),
-        "rounds": options.num_bench_iter,
     }
     for prefix, name in (("", "ours"), ("peer_", "theirs")):
         median = statistics.median(times[name])

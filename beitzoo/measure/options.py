@@ -19,7 +19,7 @@ _AUTOCAST = {"amp": torch.float16, "amp_bfloat16": torch.bfloat16}
 
 # What has a column of its own; all else that was asked for goes into the column `options`.
 _COLUMNS = {"model", "bench", "img_size", "input_size", "batch_size", "precision", "device", "peer", "subject"}
-_COLUMNS |= {"subject_precision", "retry"}
+_COLUMNS |= {"subject_precision", "num_warm_iter", "num_bench_iter", "retry"}
 
 
 @dataclass(frozen=True, kw_only=True)

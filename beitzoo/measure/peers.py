@@ -185,6 +185,7 @@ def _openvino(asked: Asked) -> Callable[[], Any]:
     return lambda: request.infer({0: images}, share_inputs=True, share_outputs=True)[0]
 
 
+@torch.no_grad()  # with a gradient in sight the bias is cast where the exporter cannot follow
 def _onnx_file(asked: Asked) -> Path:
     path = asked.folder / "model.onnx"
     torch.onnx.export(

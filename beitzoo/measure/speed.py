@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,13 +99,12 @@ def prepared(network: nn.Module, options: BenchmarkOptions) -> nn.Module:
     """Bring a network, ours or a peer's, into the asked precision and memory format, and compile it if asked to."""
     network = network.to(stored_dtype(options.precision))
     if options.channels_last:
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(memory_format=torch.channels_last)
     if options.grad_checkpointing:
         network.set_grad_checkpointing()  # type: ignore[operator]
     if options.torchcompile is None:
         return network
-    compiled: nn.Module = torch.compile(network, backend=options.torchcompile, mode=options.torchcompile_mode)
-    return compiled
+    return cast(nn.Module, torch.compile(network, backend=options.torchcompile, mode=options.torchcompile_mode))
 
 
 def inference_step(network: Callable[[Tensor], Tensor], images: Tensor, precision: Precision) -> Callable[[], Tensor]:
@@ -138,7 +138,7 @@ class TrainingStep:
         self._images = images.to(stored_dtype(self._precision))
         self._targets: Tensor | None = None
         self._loss: Tensor | None = None
-        given = {"eps": options.opt_eps, "betas": options.opt_betas}
+        given: dict[str, Any] = {"eps": options.opt_eps, "betas": options.opt_betas}
         self._optimizer = create_optimizer_v2(
             network,
             opt=options.opt,

@@ -37,7 +37,7 @@ _SPREAD = tuple(
     for phase in ("infer", "train")
     for name in ("step_time_median", "step_time_p5", "step_time_p95", "compile_time", "peak_memory")
 )
-_ASKED = ("bench", "input_size", "batch_size", "precision", "options")
+_ASKED = ("bench", "input_size", "batch_size", "precision", "options", "num_warm_iter", "num_bench_iter")
 
 BENCHMARK_COLUMNS = (*_TIMM_COLUMNS, *_SPREAD, "load_time", *_ASKED, *ENVIRONMENT, "error")
 COMPARISON_COLUMNS = (
@@ -47,7 +47,6 @@ COMPARISON_COLUMNS = (
     "ratio",
     "ratio_low",
     "ratio_high",
-    "rounds",
     "samples_per_sec",
     "step_time",
     "step_time_p5",
@@ -190,6 +189,8 @@ def _asked(job: BenchmarkOptions, stamp: Row) -> Row:
         "batch_size": job.batch_size,
         "precision": job.precision,
         "options": job.others(),
+        "num_warm_iter": job.num_warm_iter,
+        "num_bench_iter": job.num_bench_iter,
         **stamp,
     }
     if job.peer is not None:
