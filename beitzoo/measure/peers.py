@@ -174,12 +174,16 @@ def _openvino(asked: Asked) -> Callable[[], Any]:
 
     _refuse(asked, "openvino", ("float32", "bfloat16"))
     core = openvino.Core()
+    hint = {"float32": "f32", "bfloat16": "bf16"}[asked.precision]
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": asked.threads,
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[asked.precision],
+        "INFERENCE_PRECISION_HINT": hint,
     }
     compiled = core.compile_model(core.read_model(_onnx_file(asked)), "CPU", settings)
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if taken != hint:  # on a CPU without the instructions it would be a float32 row under another name
+        raise ValueError(f"openvino computes in {taken} on this CPU when asked for {hint}.")
     request = compiled.create_infer_request()
     images = asked.images.numpy()
     return lambda: request.infer({0: images}, share_inputs=True, share_outputs=True)[0]

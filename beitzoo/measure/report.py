@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,9 @@ _INK, _FAINT = "#222222", "#D9D9D9"
 _PLACES = [(7, 0, "left"), (-7, 0, "right")]
 _PLACES += [(x, y, end) for y in (9, -9, 17, -17, 25, -25) for x, end in ((7, "left"), (-7, "right"))]
 
-_TIMM_COLUMNS = tuple("model img_size top1 top1_err top5 top5_err param_count crop_pct interpolation".split())
-_SEGMENT_COLUMNS = tuple("model img_size miou macc aacc protocol param_count".split())
+_TIMM_COLUMNS = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count"]
+_TIMM_COLUMNS += ["crop_pct", "interpolation"]
+_SEGMENT_COLUMNS = ["model", "img_size", "miou", "macc", "aacc", "protocol", "param_count"]
 
 
 def write_accuracies(folder: Path) -> list[Path]:
@@ -58,9 +60,9 @@ def write_accuracies(folder: Path) -> list[Path]:
 def accuracy_table(data: str) -> str:
     """Return the CSV of a set of images, best first."""
     rows = sorted(published(data=data), key=lambda row: (-(row.top1 or row.miou or 0), -(row.top5 or 0), row.model))
-    columns = list(_SEGMENT_COLUMNS if data == "ade20k" else _TIMM_COLUMNS)
+    columns = _SEGMENT_COLUMNS if data == "ade20k" else _TIMM_COLUMNS
     if DATA_SETS[data] is not None:
-        columns += ["top1_diff", "top5_diff", "rank_diff"]
+        columns = [*columns, "top1_diff", "top5_diff", "rank_diff"]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*columns, "source"], lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -70,9 +72,7 @@ def accuracy_table(data: str) -> str:
 
 def _accuracy_row(row: Accuracy) -> Row:
     fields: Row = {name: value for name, value in vars(row).items() if name != "rank_diff"}
-    with torch.device("meta"):
-        parameters = count_parameters(Beit(find(row.model).config))
-    fields["param_count"] = f"{parameters / 1e6:.2f}"
+    fields["param_count"] = f"{_parameters(row.model) / 1e6:.2f}"
     for name in ("top1", "top5"):
         value = getattr(row, name)
         if value is not None:
@@ -80,6 +80,12 @@ def _accuracy_row(row: Accuracy) -> Row:
     if row.rank_diff is not None:
         fields |= _differences(row)
     return fields
+
+
+@cache
+def _parameters(model: str) -> int:
+    with torch.device("meta"):
+        return count_parameters(Beit(find(model).config))
 
 
 def _differences(row: Accuracy) -> Row:
@@ -134,14 +140,16 @@ def _draw_accuracy(speeds: Sequence[tuple[Accuracy, Row]]) -> "Figure":
     for title, colour, marker in _FAMILIES.values():
         axes.plot([], [], marker, color=colour, markersize=7, label=title)
     axes.set_xscale("log")
-    axes.margins(x=0.28, y=0.12)
-    _plain_ticks(axes, [_number(speed, "infer_samples_per_sec") for _, speed in speeds])
+    rates = [_number(speed, "infer_samples_per_sec") for _, speed in speeds]
+    axes.set_xlim(min(rates) / 2.5, max(rates) * 4)  # room for the labels of the outermost points
+    axes.margins(y=0.12)
+    _plain_ticks(axes, rates)
     axes.set_xlabel("images per second, one at a time, float32 (logarithmic)")
     axes.set_ylabel("ImageNet top-1, % (published)")
     axes.set_title("Accuracy against speed", loc="left", color=_INK, fontweight="bold")
     axes.legend(frameon=False, loc="upper right")
     _place_labels(figure, axes, labels)
-    _caption(figure, [speed for _, speed in speeds])
+    _caption(axes, [speed for _, speed in speeds])
     return figure
 
 
@@ -165,11 +173,15 @@ def _draw_ratios(rows: Sequence[Row], bench: str, precision: str, subject: str) 
     axes.tick_params(axis="y", length=0)
     for line in range(1, len(models)):
         axes.axhline(line - 0.5, color=_FAINT, linewidth=0.6, zorder=0)
+    ratios = [_number(row, "ratio") for row in rows]
+    if max(ratios) > 4 * min(ratios):
+        axes.set_xscale("log")
+        _plain_ticks(axes, [*ratios, 1.0])
     axes.set_xlabel(f"time of the peer / time of {subject} (right of 1: {subject} is faster)")
     what = "Training step" if bench == "train" else "Inference"
     axes.set_title(f"{what}, {precision}: {subject} against its peers", loc="left", color=_INK, fontweight="bold")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
-    _caption(figure, rows, "Medians of ratios measured by turns, with their 95 % intervals.")
+    _caption(axes, rows, "Medians of ratios measured by turns, with their 95 % intervals.")
     return figure
 
 
@@ -237,13 +249,22 @@ def _place_labels(figure: "Figure", axes: "Axes", labels: Sequence[tuple[float, 
         taken.append(box)
 
 
-def _caption(figure: "Figure", rows: Sequence[Row], note: str = "") -> None:
+def _caption(axes: "Axes", rows: Sequence[Row], note: str = "") -> None:
     """Name the machines and versions of the rows below the picture."""
     machines = dict.fromkeys(f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows)
     days = sorted({str(row["date"]) for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     text = f"{note}\n{'; '.join(machines)}. {when}.".strip()
-    figure.text(0.125, -0.02 if figure.get_figheight() > 4 else -0.1, text, fontsize=8, color="#555555", va="top")
+    axes.annotate(
+        text,
+        (0, 0),
+        xytext=(0, -44),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        color="#555555",
+    )
 
 
 def _short(model: str) -> str:
