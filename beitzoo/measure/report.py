@@ -141,7 +141,7 @@ def _draw_accuracy(speeds: Sequence[tuple[Accuracy, Row]]) -> "Figure":
         axes.plot([], [], marker, color=colour, markersize=7, label=title)
     axes.set_xscale("log")
     rates = [_number(speed, "infer_samples_per_sec") for _, speed in speeds]
-    axes.set_xlim(min(rates) / 2.5, max(rates) * 4)  # room for the labels of the outermost points
+    axes.set_xlim(min(rates) / 2.5, max(rates) * 5)  # room for the labels of the outermost points
     axes.margins(y=0.12)
     _plain_ticks(axes, rates)
     axes.set_xlabel("images per second, one at a time, float32 (logarithmic)")

@@ -80,7 +80,7 @@ def append_row(path: Path, row: Mapping[str, Value], form: Format = "csv") -> No
     with _locked(path):
         text = path.read_text(encoding="utf-8")
         if form == "json":
-            filled = {name: value for name, value in row.items() if value is not None}
+            filled = {name: value for name, value in row.items() if value not in (None, "")}
             _replace(path, json.dumps([*json.loads(text or "[]"), filled], indent=2) + "\n")
         else:
             _replace(path, text + _csv_text([row], header=not text))
