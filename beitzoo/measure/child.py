@@ -70,7 +70,8 @@ def _serve(sender: Connection, function: Callable[[Argument], Row], argument: Ar
             _limit_memory()
         outcome = Outcome(function(argument))
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, ValueError):  # those are for users and say what they have to
+            traceback.print_exc()
         message = " ".join(f"{type(error).__name__}: {error}".split())
         outcome = Outcome({}, message[:_LONGEST_MESSAGE], _is_out_of_memory(error))
     sender.send(outcome)

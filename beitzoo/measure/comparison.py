@@ -15,7 +15,7 @@ from beitzoo.measure import timing
 from beitzoo.measure.options import BenchmarkOptions, autocast_dtype, stored_dtype
 from beitzoo.measure.peers import PEERS, Asked, Peer, peer_version, randomise
 from beitzoo.measure.results import Row
-from beitzoo.measure.speed import TrainingStep, inference_step, prepared, random_images
+from beitzoo.measure.speed import TrainingStep, inference_step, prepared, random_images, set_switches
 from beitzoo.models.beit import Beit
 from beitzoo.zoo import costs
 
@@ -46,6 +46,7 @@ def compare(options: BenchmarkOptions) -> Row:
     images = random_images(model.config, options, device)
     with torch.inference_mode():
         exact = model(images)
+    set_switches(options)
     precision = options.subject_precision or options.precision
     with tempfile.TemporaryDirectory() as folder:
         ours = _contender(options.subject, model, images, replace(options, precision=precision), Path(folder, "ours"))

@@ -134,6 +134,7 @@ def _timm(model: Beit, folder: Path) -> nn.Module:
 def _transformers(model: Beit, folder: Path) -> nn.Module:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     save_transformers(model, folder / "transformers")
     if model.num_classes:
         network = transformers.BeitForImageClassification.from_pretrained(folder / "transformers")

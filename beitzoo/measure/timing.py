@@ -31,7 +31,8 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
 
 def time_steps(step: Callable[[], object], warm: int, count: int, device: torch.device) -> list[float]:
     """Run a step `warm` times, then time it `count` times; return the milliseconds of each."""
-    progress = tqdm(range(warm + count), unit="step", leave=False, disable=None)
+    # The first line is that of the sweep, in the parent process.
+    progress = tqdm(range(warm + count), unit="step", leave=False, disable=None, position=1)
     times = [1e3 * time_call(step, device) for _ in progress]
     return times[warm:]
 
@@ -46,7 +47,7 @@ def time_rounds(
     order = random.Random(seed)
     repeats = {name: max(1, round(_TURN / time_call(call, device))) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in tqdm(range(rounds), unit="round", leave=False, disable=None):
+    for _ in tqdm(range(rounds), unit="round", leave=False, disable=None, position=1):
         for name in order.sample(list(calls), len(calls)):
             time.sleep(_PAUSE)
             times[name].append(time_call(_repeat(calls[name], repeats[name]), device) / repeats[name])
