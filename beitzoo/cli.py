@@ -15,7 +15,7 @@ from tqdm import tqdm
 from beitzoo.factory import create_model, look_up
 from beitzoo.images.datasets import find_images
 from beitzoo.measure.options import usable_device as _device
-from beitzoo.measure.table import RESULTS, count_parameters, measured_speed, model_table
+from beitzoo.measure.table import count_parameters, measured_speed, model_table
 from beitzoo.predict import Prediction, predict
 from beitzoo.zoo import accuracy, costs
 from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
@@ -142,7 +142,7 @@ def evaluate(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="Folder with benchmark.csv and comparison.csv.")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="Folder with benchmark.csv and comparison.csv.")] = Path("results"),
     out: Annotated[Path | None, typer.Option(help="Receives the pictures; by default plots/ in that folder.")] = None,
 ) -> None:
     """Draw accuracy against speed and the ratio to each peer, and write the tables of published accuracy."""

@@ -153,8 +153,8 @@ def _run_phase(job: BenchmarkOptions, phase: Phase) -> Outcome:
     """Run a phase, with ever smaller batches while memory does not suffice and nothing else is wrong."""
     while True:
         outcome = run_in_child(_PHASES[phase], job, limit_memory=job.device == "cpu")
-        smaller = _smaller_batch(job.batch_size)
-        if not (outcome.out_of_memory and job.retry and smaller):
+        smaller = _smaller_batch(job.batch_size) if outcome.out_of_memory and job.retry else 0
+        if not smaller:
             return outcome
         _logger.info("%s: out of memory; trying batch size %d", _title(job), smaller)
         job = replace(job, batch_size=smaller)
