@@ -4,7 +4,7 @@ from beitzoo.factory import create_model, save_pretrained, save_transformers, sa
 from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.weights.checkpoint import CheckpointError
-from beitzoo.weights.hub import DownloadError
+from beitzoo.weights.proofs import DownloadError
 from beitzoo.zoo.config import BeitConfig, DataConfig, PretrainedConfig
 from beitzoo.zoo.registry import UnknownModelError, get_pretrained_cfg, is_model, list_models, list_pretrained
 

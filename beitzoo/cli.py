@@ -17,6 +17,7 @@ from beitzoo.images.datasets import find_images
 from beitzoo.measure.options import usable_device as _device
 from beitzoo.measure.table import count_parameters, measured_speed, model_table
 from beitzoo.predict import Prediction, predict
+from beitzoo.weights import sources
 from beitzoo.zoo import accuracy, costs
 from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
 from beitzoo.zoo.registry import DEFAULT_MODEL, list_models
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="BEiT: every checkpoint by name.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 ModelName = Annotated[str, typer.Option("--model", "-m", help="Model name, or local-dir:FOLDER.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where downloads are kept; the hub's own cache by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -151,6 +153,66 @@ def report(
 
     for path in [*write_accuracies(results / "accuracy"), *draw_all(results, out or results / "plots")]:
         print(path)
+
+
+@app.command()
+def download(
+    models: Annotated[list[str], typer.Argument(help="Model names, globs of them, or hf-hub:OWNER/NAME@REVISION.")],
+    cache_dir: CacheDir = None,
+) -> None:
+    """Fetch weights into the cache and prove them, for use without network later."""
+    failed = 0
+    for name in _expand(models):
+        try:
+            pretrained = look_up(name, cache_dir).pretrained
+            path = sources.fetch(pretrained.sources if pretrained else (), cache_dir)
+            print(f"{name}  {path}")
+        except (ValueError, OSError) as error:
+            failed += 1
+            print(f"Error: {name}: {error}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    models: Annotated[list[str] | None, typer.Argument(help="Model names or globs; without any, all of them.")] = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hash downloaded weights again; exit code 1 if a file is damaged or a named model absent."""
+    rows, failed = [], False
+    for name in _expand(models or ["*"]):
+        pretrained = look_up(name, cache_dir).pretrained
+        verdicts = [sources.verify(source, cache_dir) for source in (pretrained.sources if pretrained else ())]
+        present = [verdict for verdict in verdicts if verdict.path is not None]
+        failed |= any(verdict.state == "damaged" for verdict in present) or bool(models and not present)
+        rows += [_verdict_row(name, verdict) for verdict in (present or verdicts[:1] if models else present)]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            print(f"{row['state']:<14}  {row['model']}  {row['file'] or ''}".rstrip())
+            if row["state"] in ("damaged", "unverified"):
+                print(f"    {row['detail']}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _expand(patterns: list[str]) -> list[str]:
+    """Replace globs by the checkpoints they match; anything else is a name, right or wrong."""
+    names = []
+    for pattern in patterns:
+        matches = list_models(pattern, pretrained=True) if "*" in pattern and ":" not in pattern else [pattern]
+        if not matches:
+            raise ValueError(f"No checkpoint matches {pattern!r}; 'beitzoo list --pretrained' shows all.")
+        names += matches
+    return names
+
+
+def _verdict_row(name: str, verdict: sources.Verdict) -> dict[str, str | None]:
+    path = None if verdict.path is None else str(verdict.path)
+    return {"model": name, "state": verdict.state, "file": path, "detail": verdict.detail}
 
 
 def _need(extra: str, *modules: str) -> None:

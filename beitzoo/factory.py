@@ -1,5 +1,6 @@
 """The one place where a name, a network, its weights and its head meet."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,16 @@ from torch import Tensor, nn
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.models.position import relative_position_index, table_rows
-from beitzoo.weights import checkpoint, folder, hub, layouts
+from beitzoo.weights import checkpoint, layouts
 from beitzoo.weights.files import write_text
+from beitzoo.weights.proofs import AbsentError
 from beitzoo.zoo.config import BeitConfig, HubFile, Source, override
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
+
+# `folder` (pydantic), `hub` and `sources` (the hub's client) are imported by the functions that need them: together
+# they cost as much time as all the rest of beitzoo, and a model is often made without them.
+
+_logger = logging.getLogger(__name__)
 
 _FEATURE_OPTIONS = ("out_indices", "norm", "output_fmt", "pyramid")
 
@@ -93,7 +100,9 @@ def create_model(
     if checkpoint_path is not None:
         model = _load(Path(checkpoint_path).expanduser(), entry, stored, overrides, own=True)
     elif pretrained:
-        model = _load(hub.fetch(_sources(entry), directory), entry, stored, overrides)
+        from beitzoo.weights import sources
+
+        model = _load(sources.fetch(_sources(entry), directory), entry, stored, overrides)
     else:
         model = _initialise(override(stored, **overrides), device)
         model.pretrained = entry.pretrained or model.pretrained
@@ -107,6 +116,8 @@ def save_pretrained(model: Beit, directory: str | Path) -> None:
     What timm would read as something else it refuses ("Unknown model"), and a warning says why: a mask token, a
     larger epsilon, and the few oblong grids whose bias tables it would scramble.
     """
+    from beitzoo.weights import folder
+
     _check_whole(model)
     config = folder.timm_form.dump(model.config, model.pretrained)
     checkpoint.save(model.state_dict(), Path(directory) / folder.WEIGHTS[0])
@@ -119,6 +130,8 @@ def save_transformers(model: Beit, directory: str | Path) -> None:
     Raises:
         ValueError: transformers cannot build this network; says why.
     """
+    from beitzoo.weights import folder
+
     _check_whole(model)
     config, preprocessor = folder.transformers_form.dump(model.config, model.pretrained)
     tensors = layouts.to_transformers(model.state_dict(), prefix="beit." if model.num_classes else "")
@@ -144,6 +157,8 @@ def _check_whole(model: Beit) -> None:
 def look_up(name: str, cache_dir: Path | None = None) -> Entry:
     """Say what a name stands for, wherever it points; names and errors are those of `create_model`."""
     if name.startswith("local-dir:"):
+        from beitzoo.weights import folder
+
         return folder.read(Path(name.removeprefix("local-dir:")).expanduser())
     if name.startswith("hf-hub:"):
         return _look_up_on_hub(name, cache_dir)
@@ -155,15 +170,21 @@ def look_up(name: str, cache_dir: Path | None = None) -> Entry:
 
 
 def _look_up_on_hub(name: str, cache_dir: Path | None) -> Entry:
+    from beitzoo.weights import folder, hub
+
     repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
 
     def file(filename: str) -> HubFile:
         return HubFile(repo_id, filename, revision or None)
 
-    config = hub.fetch([file(folder.CONFIG)], cache_dir).read_bytes()
-    preprocessor = None
+    path = hub.fetch(file(folder.CONFIG), cache_dir)
+    revision = hub.commit_of(path) or revision  # all files of one load are of one commit
+    config, preprocessor = path.read_bytes(), None
     if folder.needs_preprocessor(config):
-        preprocessor = hub.fetch([file(folder.PREPROCESSOR)], cache_dir).read_bytes()
+        try:
+            preprocessor = hub.fetch(file(folder.PREPROCESSOR), cache_dir).read_bytes()
+        except AbsentError:
+            _logger.info("%s says nothing about its images; transformers' defaults are used.", name)
     return folder.parse(name, config, preprocessor, tuple(file(weights) for weights in folder.WEIGHTS))
 
 

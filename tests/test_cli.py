@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_hub import FakeHub
 from typer.testing import CliRunner, Result
 
 import beitzoo
@@ -92,6 +93,35 @@ def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:
     assert "[copy]" in "".join(line.split("│")[1].strip() for line in table.splitlines() if "│" in line)
 
 
+def test_download_then_verify(fake_hub: FakeHub, tmp_path: Path) -> None:
+    beitzoo.save_pretrained(beitzoo.create_model("test_beit"), tmp_path / "repo")
+    fake_hub.serve_folder(tmp_path / "repo")
+    name, cache = "hf-hub:owner/name", ("--cache-dir", str(tmp_path / "cache"))
+    result = run("download", "beit_nano_patch4_32.dig*", name, "hf-hub:owner/absent", *cache)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["beit_nano_patch4_32.digits", name]
+    assert "hf-hub:owner/absent: Could not get owner/absent/config.json" in result.stderr
+    assert run("verify", name, *cache).stdout == f"verified        {lines[1]}\n"
+    weights = Path(lines[1].split("  ")[1]).resolve()
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"?")
+    result = run("verify", name, "--json", *cache)
+    (row,) = json.loads(result.stdout)
+    assert (result.exit_code, row["model"], row["state"]) == (1, name, "damaged")
+    assert run("download", name, *cache).exit_code == 0
+    assert weights.read_bytes() == content
+
+
+def test_verify_looks_at_all_that_is_here(fake_hub: FakeHub) -> None:
+    result = run("verify")
+    assert result.exit_code == 0
+    assert result.stdout.split()[:2] == ["verified", "beit_nano_patch4_32.digits"]
+    result = run("verify", "beit_base_patch16_224")
+    assert (result.exit_code, result.stdout) == (1, "not downloaded  beit_base_patch16_224\n")
+    assert fake_hub.requests == []
+
+
 def test_evaluate_prints_and_appends_rows(tmp_path: Path) -> None:
     model, table = "beit_nano_patch4_32.digits", tmp_path / "r.csv"
     result = run("evaluate", model, model, "--data", "digits", "--results-file", str(table))
@@ -115,6 +145,7 @@ def test_report_draws_and_writes(tmp_path: Path) -> None:
         (["finetune", "absent.toml", "--out", "/tmp/absent"], "There is no recipe absent.toml"),
         (["finetune", "configs/finetune/digits.toml", "--out", "x", "--set", "train.lr=-1"], "train.lr"),
         (["predict", "x.png", "--device", "gpu"], "There is no device 'gpu' here"),
+        (["download", "nothing*"], "No checkpoint matches 'nothing*'"),
         (["info", "beit_base_patch16_224.mim"], "it has in22k_ft_in22k_in1k"),
         (["evaluate", "beit_nano_patch4_32.digits", "--data", "/absent"], "CLASS/IMAGE"),
     ],
@@ -146,6 +177,8 @@ def test_the_options_are_frozen() -> None:
         "list": ["markdown", "pattern", "pretrained"],
         "info": ["as_json", "name"],
         "predict": ["as_json", "batch_size", "device", "images", "model", "topk"],
+        "download": ["cache_dir", "models"],
+        "verify": ["as_json", "cache_dir", "models"],
         "finetune": ["out", "recipe", "settings"],
         "evaluate": ["as_json", "data", "device", "models", "results_file", "split_seed"],
         "report": ["out", "results"],

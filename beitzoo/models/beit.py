@@ -198,7 +198,8 @@ class Beit(nn.Module):
         self.fc_norm: nn.Module = nn.LayerNorm(dim, config.norm_eps) if pooled else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head: nn.Module = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
-        self.init_weights()
+        if not self.cls_token.is_meta:  # values come later, and PyTorch's arithmetic without values is slow
+            self.init_weights()
 
     # ---- forward ------------------------------------------------------------------------------------
 

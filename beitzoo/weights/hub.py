@@ -1,134 +1,252 @@
-"""From a row's source to a proven file on this machine. Bytes only: no tensors, no names of parameters."""
+"""Files of the Hugging Face hub, through its client, and proven.
 
-import hashlib
+The client checks sizes, never content, trusts its cache for ever, and can wait for minutes. Here content is compared
+with the hash that the table or else the hub states, a damaged copy is fetched again, and waits are bounded.
+"""
+
+import contextlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+import time
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.utils import httpx
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import WeakFileLock, httpx
 
-from beitzoo.weights.files import write_atomically
-from beitzoo.zoo.config import HubFile, LocalFile, PackageFile, ReleaseFile, Source
+from beitzoo.weights import proofs
+from beitzoo.weights.proofs import AbsentError, DamagedError, DownloadError
+from beitzoo.zoo.config import HubFile
 
 _logger = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).parents[1]
-
+_TRIES = 3
 _NOT_FETCHED = (httpx.HTTPError, OSError, ValueError)
+# What may name a file in the cache. Hubs give the content's hash; a proxy may give a name of its own making.
+_FILE_NAME = re.compile(r"\w[\w.-]*")
+_ELSE = "or give checkpoint_path= a file that you have."
 
 
-class DownloadError(OSError):
-    """No source gave the file, or what it gave is not the file."""
+def own_folder(cache_dir: Path | None) -> Path:
+    """Return our folder beside the hub's files; nothing of ours is written among them."""
+    return (cache_dir or Path(constants.HF_HOME)) / "beitzoo"
 
 
-def fetch(sources: Sequence[Source], cache_dir: Path | None = None) -> Path:
-    """Return the path of a proven copy, from the first source that has one.
+def memory(cache_dir: Path | None) -> Path:
+    """Return where notes on proven files are kept."""
+    return proofs.memory_in(own_folder(cache_dir))
 
-    Args:
-        sources: Places with the same file, in order of preference.
-        cache_dir: Where downloads are kept; None is the hub's own cache.
+
+def fetch(source: HubFile, cache_dir: Path | None = None) -> Path:
+    """Return a file as it is on the hub now, or the cached one if its commit is fixed or the hub cannot be asked.
 
     Raises:
-        DownloadError: Says for each source what was wanted, from where, and why it failed.
+        AbsentError: The hub says that there is no such file.
+        DownloadError: It cannot be had; says what was wanted, from where, why it failed and what to do.
     """
-    failures = []
-    for source in sources:
+    failed: Exception | None = None
+    for attempt in range(0 if constants.is_offline_mode() else _TRIES):
+        if attempt:
+            time.sleep(2 ** (attempt - 1))
         try:
-            return _fetch(source, cache_dir)
-        except DownloadError as error:
-            failures.append(str(error))
-    raise DownloadError("\n".join(failures) or "This model has no source of weights; create it with pretrained=False.")
-
-
-def _fetch(source: Source, cache_dir: Path | None) -> Path:
-    match source:
-        case LocalFile(path):
-            if not path.is_file():
-                raise DownloadError(f"There is no file {path}; name one that exists, or another model.")
-            return path
-        case PackageFile(name, sha256):
-            path = PACKAGE / name
-            _prove(path, sha256, "Reinstall beitzoo.")
-            return path
-        case HubFile():
-            return _download(source, cache_dir)
-        case ReleaseFile():
-            return _download_release(source, cache_dir)
-
-
-def _download(source: HubFile, cache_dir: Path | None) -> Path:
-    where = f"{source.repo_id}/{source.filename} at revision {source.revision or 'main'}"
-    try:
-        path = Path(hf_hub_download(source.repo_id, source.filename, revision=source.revision, cache_dir=cache_dir))
-    except _NOT_FETCHED as error:
-        cause = error.__cause__ or error
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise DownloadError(
-            f"Could not get {where} from {constants.ENDPOINT} or from the cache in "
-            f"{cache_dir or constants.HF_HUB_CACHE}: {reason} Check the connection, or give checkpoint_path=."
-        ) from error
-    _prove(
-        path,
-        source.sha256 or _stated_hash(path),
-        "Delete it and try again; if that does not help, its host is damaged.",
-    )
-    return path
-
-
-def _download_release(source: ReleaseFile, cache_dir: Path | None) -> Path:
-    """Get a release file once; nobody states its hash, so its size is all that can be compared."""
-    path = (cache_dir or Path(constants.HF_HOME) / "beitzoo") / source.release / source.filename
-    if not path.exists():
-        if constants.is_offline_mode():
-            raise DownloadError(f"{source.url} is not in {path.parent}, and the hub client is set to be offline.")
-        try:
-            write_atomically(path, lambda temporary: _stream(source.url, temporary))
+            return _fetch_online(source, cache_dir)
         except _NOT_FETCHED as error:
-            raise DownloadError(f"Could not get {source.url}: {error}. Check the connection.") from error
-    _prove(path, source.sha256, "Delete it and try again.")
+            failed = error
+            if not isinstance(error, DamagedError) and (_is_final(error) or find_local(source, cache_dir)):
+                break
+    if failed is None or not isinstance(
+        _answer(failed), RemoteEntryNotFoundError | RevisionNotFoundError | DamagedError
+    ):
+        return _from_cache(source, cache_dir, failed)
+    kind = AbsentError if isinstance(_answer(failed), RemoteEntryNotFoundError) else DownloadError
+    raise kind(f"Could not get {_name(source)} from {constants.ENDPOINT}: {_explain(failed, source)}") from failed
+
+
+def find_local(source: HubFile, cache_dir: Path | None = None) -> Path | None:
+    """Return the cached file, if there is one; asks nobody and proves nothing."""
+    try:
+        found = try_to_load_from_cache(source.repo_id, source.filename, cache_dir, source.revision)
+    except HFValidationError:
+        return None  # what has no valid name is not in the cache; asking for it says what is wrong
+    return Path(found) if isinstance(found, str) else None
+
+
+def commit_of(path: Path) -> str | None:
+    """Return the commit of a file in the hub's cache, by which to ask for further files of the same model."""
+    commit = path.parent.name
+    return commit if _is_commit(commit) else None
+
+
+def stated_hash(source: HubFile, path: Path, memory: Path) -> str | None:
+    """Return the hash in the table, or that under which the hub filed the content: its cache names blobs by it.
+
+    One step of the link only: behind it may be a shared store with names of another kind. Where the cache has no
+    links, it is what the hub said when the file came.
+    """
+    if source.sha256 is not None:
+        return source.sha256
+    filed = Path(os.readlink(path)).name if path.is_symlink() else ""
+    return filed if proofs.is_hash(filed) else proofs.recorded(path, memory)
+
+
+def _fetch_online(source: HubFile, cache_dir: Path | None) -> Path:
+    cached = find_local(source, cache_dir)
+    etag = None
+    if cached is None or not _is_commit(source.revision):
+        etag, commit = _look(source)
+        if commit is None or cached is None or commit_of(cached) != commit:
+            cached = _download(source, cache_dir, etag)
+    try:
+        _prove(source, cached, memory(cache_dir))
+    except DamagedError as error:
+        _logger.warning("%s It is fetched again.", error)
+        return _heal(source, cache_dir)
+    return cached
+
+
+def _look(source: HubFile) -> tuple[str | None, str | None]:
+    """Return the hash and the commit that the hub gives for a file now; None and None if it has no such file.
+
+    The client would wait for minutes on a silent hub, and takes whatever the hub calls the content as the name of a
+    file on this disk; both are found out here, before it is let loose.
+    """
+    try:
+        url = hf_hub_url(source.repo_id, source.filename, revision=source.revision)
+        stated = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except RemoteEntryNotFoundError:
+        return None, None  # the client will ask again, and note in its cache that there is none
+    etag, commit = stated.etag or "", stated.commit_hash
+    if not _FILE_NAME.fullmatch(etag) or not _is_commit(commit):
+        raise OSError(f"this is no answer of a hub: it gives {commit!r} as commit and {etag!r} as hash")
+    if source.sha256 not in (None, etag) and len(etag) == 64:
+        raise DownloadError(f"its hash there is {etag}, not {source.sha256}: it was replaced, or is another file.")
+    return etag, commit
+
+
+def _download(source: HubFile, cache_dir: Path | None, etag: str | None, force: bool = False) -> Path:
+    path = Path(
+        hf_hub_download(
+            source.repo_id, source.filename, revision=source.revision, cache_dir=cache_dir, force_download=force
+        )
+    )
+    if not path.is_symlink() and etag and proofs.is_hash(etag):
+        proofs.prove_again(path, etag, memory(cache_dir))  # a copy's name does not tell its hash, so a note must
     return path
 
 
-def _stream(url: str, path: Path) -> None:
-    with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response, path.open("wb") as file:
-        response.raise_for_status()
-        for chunk in response.iter_raw():
-            file.write(chunk)
-        stated = response.headers.get("content-length")
-    if stated is not None and path.stat().st_size != int(stated):
-        raise OSError(f"{path.stat().st_size} bytes came, {stated} were announced")
+def _heal(source: HubFile, cache_dir: Path | None) -> Path:
+    """Fetch a damaged file again, one process at a time: what one healed, the next must not take away."""
+    locks = own_folder(cache_dir) / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(locks / f"{source.repo_id.replace('/', '--')}--{source.filename}.lock"):
+        damaged = find_local(source, cache_dir)
+        if damaged is not None:
+            with contextlib.suppress(DamagedError):
+                _prove(source, damaged, memory(cache_dir))
+                return damaged
+        etag, _ = _look(source)
+        if damaged is not None:
+            damaged.unlink()  # the client replaces content, but leaves a link to content of another name as it is
+        path = _download(source, cache_dir, etag, force=True)
+        try:
+            _prove(source, path, memory(cache_dir))
+        except DamagedError:
+            _drop(path)
+            raise
+        return path
 
 
-def _stated_hash(path: Path) -> str | None:
-    """Return the hash under which the hub filed a download; its cache names the link's target by it.
-
-    One step of the link only: behind it may be a shared store with names of another kind.
-    """
-    name = Path(os.readlink(path)).name if path.is_symlink() else ""
-    return name if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) else None
+def _drop(damaged: Path) -> None:
+    """Take a file out of the cache that came damaged again and again, so that no other library loads it either."""
+    if damaged.is_symlink():
+        (damaged.parent / os.readlink(damaged)).unlink(missing_ok=True)
+    damaged.unlink(missing_ok=True)
 
 
-def _prove(path: Path, expected: str | None, remedy: str) -> None:
-    """Compare a file with its sha256, or, where the hub keeps the file in git, with its git blob hash."""
+def _prove(source: HubFile, path: Path, memory: Path) -> None:
+    expected = stated_hash(source, path, memory)
     if expected is None:
         _logger.warning("%s is unverified: nobody states its hash.", path)
-        return
-    try:
-        content = path.read_bytes() if len(expected) == 40 else None
-        found = _git_hash(content) if content is not None else _sha256(path)
-    except OSError as error:
-        raise DownloadError(f"Cannot read {path}: {error.strerror}. {remedy}") from error
-    if found != expected:
-        raise DownloadError(f"{path} is damaged: its hash is {found}, expected {expected}. {remedy}")
+    else:
+        proofs.prove(path, expected, memory)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _from_cache(source: HubFile, cache_dir: Path | None, failed: Exception | None) -> Path:
+    """Return the proven cached file although the hub could not be asked, or say why there is none."""
+    cache = cache_dir or constants.HF_HUB_CACHE
+    why = "the hub client is offline (HF_HUB_OFFLINE)" if failed is None else _explain(failed, source)
+    cached = find_local(source, cache_dir)
+    if cached is not None:
+        try:
+            _prove(source, cached, memory(cache_dir))
+        except OSError as error:
+            raise DownloadError(f"{error} It could not be fetched again: {why}") from failed
+        if failed is not None:
+            _logger.warning("Used the cached copy of %s. From %s: %s", _name(source), constants.ENDPOINT, why)
+        return cached
+    if failed is not None:
+        raise DownloadError(f"Could not get {_name(source)} from {constants.ENDPOINT}: {why}") from failed
+    if try_to_load_from_cache(source.repo_id, source.filename, cache_dir, source.revision) is not None:
+        raise AbsentError(f"There is no {_name(source)}; the hub said so when it was last asked.")
+    raise DownloadError(
+        f"{_name(source)} is not in the cache {cache}, and {why}. Get it where there is a connection "
+        f"('beitzoo download NAME'), {_ELSE}"
+    )
 
 
-def _git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40 and proofs.is_hash(revision)
+
+
+def _name(source: HubFile) -> str:
+    return f"{source.repo_id}/{source.filename} at revision {source.revision or 'main'}"
+
+
+def _answer(error: BaseException) -> BaseException:
+    """Return the hub's answer; the client may hide it behind 'check your connection'."""
+    while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_final(error: Exception) -> bool:
+    """Tell whether asking again would give the same answer."""
+    answer = _answer(error)
+    if isinstance(answer, HfHubHTTPError) and not isinstance(answer, RepositoryNotFoundError):
+        # A bare 403 may be a link to the content that has expired; the next try gets a fresh one.
+        return answer.response.status_code < 500 and answer.response.status_code not in (403, 408, 429)
+    return isinstance(answer, HFValidationError | RepositoryNotFoundError | DownloadError)
+
+
+def _explain(error: Exception, source: HubFile) -> str:
+    """Say why the hub did not give a file, and what to do about it."""
+    answer = _answer(error)
+    login = "log in with 'hf auth login' or set HF_TOKEN."
+    page = f"{constants.ENDPOINT}/{source.repo_id}"
+    reasons: dict[type[BaseException], str] = {
+        GatedRepoError: f"its owners give access on request. Ask at {page}, then {login}",
+        RepositoryNotFoundError: f"there is no such repository, or it is private. Check the name; if private, {login}",
+        RevisionNotFoundError: f"there is no such revision. See {page}/tree/main for its branches and tags.",
+        RemoteEntryNotFoundError: f"there is no such file. See {page}/tree/main for what there is.",
+        HFValidationError: f"that is no name of a repository. Names are 'owner/name': {_first_line(answer)}",
+        DamagedError: f"{answer} It came so again and again; its host, or the way to it, is at fault.",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(answer, kind):
+            return reason
+    if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
+        return f"access is refused ({answer.response.status_code}). Check your token with 'hf auth whoami'."
+    return f"{_first_line(answer)} Check the connection and HF_ENDPOINT, {_ELSE}"
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line if line.endswith(".") else f"{line}."
