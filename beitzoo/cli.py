@@ -15,7 +15,7 @@ from tqdm import tqdm
 from beitzoo.factory import create_model, look_up
 from beitzoo.images.datasets import find_images
 from beitzoo.measure.options import usable_device as _device
-from beitzoo.measure.table import count_parameters, measured_speed, model_table
+from beitzoo.measure.table import count_parameters, images_per_second, measured_speed, model_table
 from beitzoo.predict import Prediction, predict
 from beitzoo.weights import sources
 from beitzoo.zoo import accuracy, costs
@@ -259,7 +259,7 @@ def _speed(name: str) -> dict[str, Any]:
     if row is None:
         return {"images_per_second": None, "measured_on": None}
     where = f"{row['device']}, {row['threads']} threads, one image at a time in float32, {row['date']}"
-    return {"images_per_second": float(row["infer_samples_per_sec"] or 0), "measured_on": where}
+    return {"images_per_second": round(images_per_second(row), 2), "measured_on": where}
 
 
 def _plain(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from beitzoo.measure.results import Row, read_rows
-from beitzoo.measure.table import count_parameters, measured_speed
+from beitzoo.measure.table import count_parameters, images_per_second, measured_speed
 from beitzoo.models.beit import Beit
 from beitzoo.weights.files import write_text
 from beitzoo.zoo.accuracy import DATA_SETS, Accuracy, headline, published
@@ -134,17 +134,17 @@ def _draw_accuracy(speeds: Sequence[tuple[Accuracy, Row]]) -> "Figure":
     for row, speed in speeds:
         family = next(prefix for prefix in sorted(_FAMILIES, key=len, reverse=True) if row.model.startswith(prefix))
         _, colour, marker = _FAMILIES[family]
-        x, y = _number(speed, "infer_samples_per_sec"), row.top1 or 0.0
+        x, y = images_per_second(speed), row.top1 or 0.0
         axes.plot(x, y, marker, color=colour, markersize=7, markeredgecolor="white", zorder=3)
         labels.append((x, y, _short(row.model), colour))
     for title, colour, marker in _FAMILIES.values():
         axes.plot([], [], marker, color=colour, markersize=7, label=title)
     axes.set_xscale("log")
-    rates = [_number(speed, "infer_samples_per_sec") for _, speed in speeds]
+    rates = [images_per_second(speed) for _, speed in speeds]
     axes.set_xlim(min(rates) / 2.5, max(rates) * 5)  # room for the labels of the outermost points
     axes.margins(y=0.12)
     _plain_ticks(axes, rates)
-    axes.set_xlabel("images per second, one at a time, float32 (logarithmic)")
+    axes.set_xlabel("images per second by the median step, one at a time, float32 (logarithmic)")
     axes.set_ylabel("ImageNet top-1, % (published)")
     axes.set_title("Accuracy against speed", loc="left", color=_INK, fontweight="bold")
     axes.legend(frameon=False, loc="upper right")

@@ -11,7 +11,7 @@ from PIL import Image
 from beitzoo.measure import report
 from beitzoo.measure.results import ENVIRONMENT, Row, append_row
 from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS
-from beitzoo.measure.table import measured_speed, model_table
+from beitzoo.measure.table import images_per_second, measured_speed, model_table
 from beitzoo.training.evaluate import COLUMNS as ACCURACY_COLUMNS
 from beitzoo.zoo.accuracy import DATA_SETS, headline, published
 from beitzoo.zoo.pretrained import PRETRAINED
@@ -43,7 +43,7 @@ def add_ratio(results: Path, **values: object) -> None:
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     for model, speed in SPEEDS.items():
-        add_speed(tmp_path, model, infer_samples_per_sec=speed)
+        add_speed(tmp_path, model, infer_step_time_median=1000 / speed)
     for model in SPEEDS:
         for ratio, peer in ((1.2, "timm"), (1.1, "openvino")):
             add_ratio(tmp_path, model=model, peer=peer, batch_size=1, ratio=ratio, ratio_low=1.0, ratio_high=1.3)
@@ -95,13 +95,15 @@ def test_later_rows_replace_earlier_ones_and_failures_are_left_out(results: Path
 def test_speed_is_the_newest_plain_row_of_the_checkpoint_or_its_architecture(tmp_path: Path) -> None:
     name = "beit_base_patch16_224.in22k_ft_in22k_in1k"
     assert measured_speed(name, tmp_path) is None
-    add_speed(tmp_path, "beit_base_patch16_224", infer_samples_per_sec=1, date="2026-01-01")
-    add_speed(tmp_path, "beit_base_patch16_224", infer_samples_per_sec=2, date="2025-01-01")
+    add_speed(tmp_path, "beit_base_patch16_224", infer_step_time_median=1000 / 1, date="2026-01-01")
+    add_speed(tmp_path, "beit_base_patch16_224", infer_step_time_median=1000 / 2, date="2025-01-01")
     for other in ({"precision": "bfloat16"}, {"infer_batch_size": 8}, {"options": "--channels-last"}, {"error": "no"}):
-        add_speed(tmp_path, "beit_base_patch16_224", infer_samples_per_sec=9, date="2027-01-01", **other)
-    assert measured_speed(name, tmp_path)["infer_samples_per_sec"] == "1"  # type: ignore[index]
-    add_speed(tmp_path, name, infer_samples_per_sec=3)
-    assert measured_speed(name, tmp_path)["infer_samples_per_sec"] == "3"  # type: ignore[index]
+        add_speed(tmp_path, "beit_base_patch16_224", infer_step_time_median=1000 / 9, date="2027-01-01", **other)
+    row = measured_speed(name, tmp_path)
+    assert row is not None and images_per_second(row) == 1
+    add_speed(tmp_path, name, infer_step_time_median=1000 / 3)
+    row = measured_speed(name, tmp_path)
+    assert row is not None and images_per_second(row) == pytest.approx(3)
 
 
 def test_the_table_of_models_has_the_published_accuracy() -> None:
