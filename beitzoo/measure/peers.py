@@ -165,6 +165,8 @@ def _onnxruntime(asked: Asked) -> Callable[[], Any]:
         path = _quantised(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = asked.threads
+    # Threads that go on spinning after a run took most of a core from whoever was timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     images = asked.images.numpy()
     return lambda: session.run(None, {"images": images})[0]
