@@ -1,7 +1,10 @@
 """The commands. Heavy rooms are imported by the command that needs them."""
 
 import json
+import os
 import sys
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +16,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from beitzoo.factory import create_model, look_up
-from beitzoo.images.datasets import find_images
+from beitzoo.images.files import find_images
 from beitzoo.measure.options import usable_device as _device
 from beitzoo.measure.table import count_parameters, images_per_second, measured_speed, model_table
-from beitzoo.predict import Prediction, predict
+from beitzoo.predict import Tally, predict
+from beitzoo.progress import watch
+from beitzoo.rows import Form, open_output, write_rows
 from beitzoo.weights import sources
 from beitzoo.zoo import accuracy, costs
 from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
@@ -25,7 +30,6 @@ from beitzoo.zoo.registry import DEFAULT_MODEL, list_models
 app = typer.Typer(
     help="BEiT: every checkpoint by name.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-ModelName = Annotated[str, typer.Option("--model", "-m", help="Model name, or local-dir:FOLDER.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where downloads are kept; the hub's own cache by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -34,7 +38,7 @@ def main() -> None:
     """Run a command; what the user got wrong is one message and exit code 2, not a traceback."""
     try:
         app()
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -68,26 +72,47 @@ def info(name: str, as_json: AsJson = False) -> None:
 
 @app.command("predict")
 def predict_(
-    images: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
-    model: ModelName = DEFAULT_MODEL,
+    images: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs; '-' reads them from stdin, a line each.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help=f"Model name, or local-dir:FOLDER; repeatable. If none: {DEFAULT_MODEL}"),
+    ] = None,
     topk: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
+    form: Annotated[Form, typer.Option("--format", help="Of the rows, which are written as they come.")] = Form.TABLE,
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write to this file; until the end, to FILE.partial.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 2,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
-    as_json: AsJson = False,
 ) -> None:
     """Classify images. An unreadable one is a row with the reason, and exit code 1 at the end."""
-    paths = find_images(images)
-    network = create_model(model, pretrained=True, device=_device(device))
-    predictions = list(
-        tqdm(predict(network, paths, topk=topk, batch_size=batch_size), total=len(paths), unit="image", disable=None)
-    )
-    if as_json:
-        print(json.dumps([_row(prediction) for prediction in predictions], indent=2))
-    else:
-        Console().print(_prediction_table(predictions))
-    failed = sum(prediction.error is not None for prediction in predictions)
-    if failed:
-        print(f"{failed} of {len(predictions)} images could not be read.", file=sys.stderr)
+    if as_json and form is Form.CSV:
+        raise ValueError(
+            "--json is short for --format json, and --format csv was given as well; leave one of them out."
+        )
+    where = _device(device)
+    networks = {
+        name: create_model(name, pretrained=True, device=where) for name in dict.fromkeys(models or [DEFAULT_MODEL])
+    }
+    total = None if "-" in images else len(networks) * sum(1 for _ in find_images(images))
+    paths = find_images(_places(images))
+    tally = Tally(predict(networks, paths, topk=topk, batch_size=batch_size, workers=workers))
+    unit = "image" if len(networks) == 1 else "row"
+    rows_on_terminal = output is None and sys.stdout.isatty()
+    with warnings.catch_warnings(), open_output(output) as file:
+        warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in its row
+        write_rows(watch(tally, unit, total, bar=not rows_on_terminal), Form.JSON if as_json else form, file, topk)
+    _exit_with_one_if_failed(tally, unit)
+
+
+def _exit_with_one_if_failed(tally: Tally, unit: str) -> None:
+    if not tally.rows:
+        print("There were no images: nothing was listed on stdin.", file=sys.stderr)
+    elif tally.failed:
+        print(f"{tally.failed:,} of {tally.rows:,} {unit}s have no answer; each says why.", file=sys.stderr)
+    if tally.failed or not tally.rows:
         raise typer.Exit(1)
 
 
@@ -215,6 +240,16 @@ def _verdict_row(name: str, verdict: sources.Verdict) -> dict[str, str | None]:
     return {"model": name, "state": verdict.state, "file": path, "detail": verdict.detail}
 
 
+def _places(arguments: Iterable[str]) -> Iterator[str]:
+    """Put the lines of stdin, which are taken as they are needed, where an argument is '-'."""
+    for argument in arguments:
+        if argument == "-":
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+            yield from (line for line in lines if line)
+        else:
+            yield argument
+
+
 def _need(extra: str, *modules: str) -> None:
     """Say which extra to install before a command fails half-way for want of it."""
     from importlib.util import find_spec
@@ -285,21 +320,3 @@ def _where(source: Source) -> str:
             return f"package {path}"
         case LocalFile(path):
             return str(path)
-
-
-def _row(prediction: Prediction) -> dict[str, Any]:
-    return {**asdict(prediction), "path": str(prediction.path)}
-
-
-def _prediction_table(predictions: list[Prediction]) -> Table:
-    """Make a row per image; names of files and classes are shown as they are, and never cut."""
-    table = Table("image", "label", "probability", "next")
-    for prediction in predictions:
-        path = Text(str(prediction.path), overflow="fold")
-        if prediction.error is not None:
-            table.add_row(path, Text(prediction.error, style="red", overflow="fold"))
-            continue
-        first, *others = prediction.answers
-        rest = ", ".join(f"{answer.label} {answer.probability:.1%}" for answer in others)
-        table.add_row(path, Text(first.label), f"{first.probability:.1%}", Text(rest))
-    return table

@@ -1,16 +1,23 @@
-"""Images in, labels out: one answer or one named failure for each, in order."""
+"""Images in, labels out: from every model one answer or one named failure for each image, in order."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from beitzoo.images.datasets import ImageError, open_image
+from beitzoo.images.files import ImageError, open_image
 from beitzoo.images.transforms import Transform, create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.zoo.labels import label_names
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,55 +37,177 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of one image: its likeliest classes, or the reason why there are none."""
+    """What one model made of one image: the likeliest classes, or the reason why there are none.
+
+    Attributes:
+        path: The image.
+        answers: Likeliest first.
+        error: Why there are none, or None.
+        model: Name of the model, where there are several.
+    """
 
     path: Path
     answers: tuple[Answer, ...] = ()
     error: str | None = None
+    model: str | None = None
 
 
-def predict(model: Beit, paths: Sequence[Path], *, topk: int = 3, batch_size: int = 16) -> Iterator[Prediction]:
-    """Classify image files; as many predictions come out as paths went in, in the same order.
+class Tally:
+    """Passes predictions on and counts them.
+
+    Attributes:
+        rows: Predictions so far.
+        failed: Those without an answer.
+    """
+
+    def __init__(self, predictions: Iterable[Prediction]) -> None:
+        self.predictions = predictions
+        self.rows = self.failed = 0
+
+    def __iter__(self) -> Iterator[Prediction]:
+        for prediction in self.predictions:
+            self.rows += 1
+            self.failed += prediction.error is not None
+            yield prediction
+
+
+def predict(
+    models: Beit | Mapping[str, Beit],
+    paths: Iterable[Path],
+    *,
+    topk: int = 3,
+    batch_size: int = 16,
+    workers: int = 2,
+) -> Iterator[Prediction]:
+    """Classify image files; for each path comes one prediction by each model, in the order of both.
+
+    All models see an image at the same time, so that it is decoded once. However many paths there are, three batches
+    are in memory at most. A batch that does not fit beside the models is halved.
 
     Args:
-        model: A classifier; it is put in eval mode.
-        paths: Files; only one batch of them is in memory at a time.
+        models: A classifier, or several by name; they are put in eval mode.
+        paths: Files; read as far as needed, so they may come from a pipe.
         topk: Classes per image, likeliest first; no more than there are.
         batch_size: Images per forward pass.
+        workers: Threads that decode the next batches while a model computes.
 
     Raises:
-        ValueError: The model has no head.
+        ValueError: A model has no head, or takes images that are not in files.
+        MemoryError: A single image does not fit beside the models.
     """
-    if not model.num_classes:
-        raise ValueError("This model has no head to predict with; create it with num_classes > 0.")
-    if model.config.in_chans not in (1, 3):
-        raise ValueError(f"This model takes {model.config.in_chans} channels; image files have 1 (grey) or 3 (RGB).")
-    model.eval()
-    transform = create_transform(**resolve_data_config(model))
-    names = label_names(model.pretrained) if model.num_classes == model.pretrained.num_classes else None
-    for start in range(0, len(paths), batch_size):
-        chunk = paths[start : start + batch_size]
-        opened = [_open(path, transform, model.config.in_chans) for path in chunk]
-        answers = iter(_classify(model, [image for image in opened if isinstance(image, Tensor)], topk, names))
-        for path, image in zip(chunk, opened, strict=True):
-            yield Prediction(path, next(answers)) if isinstance(image, Tensor) else Prediction(path, error=str(image))
+    named = {None: models} if isinstance(models, Beit) else models
+    classifiers = [_Classifier(name, model, topk, batch_size) for name, model in named.items()]
+    for looks in _batches(paths, [classifier.view for classifier in classifiers], batch_size, workers):
+        columns = [classifier.classify([images for _, images in looks]) for classifier in classifiers]
+        for (path, _), outcomes in zip(looks, zip(*columns, strict=True), strict=True):
+            for classifier, outcome in zip(classifiers, outcomes, strict=True):
+                answers, error = ((), outcome) if isinstance(outcome, str) else (outcome, None)
+                yield Prediction(path, answers, error, classifier.name)
 
 
-def _open(path: Path, transform: Transform, in_chans: int) -> Tensor | ImageError:
+@dataclass(frozen=True)
+class _View:
+    """How a model wants to see images; models that agree share what was prepared."""
+
+    in_chans: int
+    data: tuple[tuple[str, Any], ...]
+
+
+# One image as all models see it, or why none does.
+_Look = dict[_View, Tensor] | str
+
+
+class _Classifier:
+    """A model in use: what it sees, what its outputs are called, and how many images fit at a time."""
+
+    def __init__(self, name: str | None, model: Beit, topk: int, batch_size: int) -> None:
+        which = "This model" if name is None else name
+        channels = model.config.in_chans
+        if not model.num_classes or not model.config.global_pool:
+            raise ValueError(f"{which} has no head to predict with; create it with num_classes > 0 and a global_pool.")
+        if channels not in (1, 3):
+            raise ValueError(f"{which} takes {channels} channels; image files have 1 (grey) or 3 (RGB).")
+        self.name = name
+        self.model = model.eval()
+        self.topk = min(topk, model.num_classes)
+        self.most = batch_size
+        self.labels = label_names(model.pretrained) if model.num_classes == model.pretrained.num_classes else None
+        self.view = _View(channels, tuple(resolve_data_config(model).items()))
+
+    def classify(self, looks: Sequence[_Look]) -> list[tuple[Answer, ...] | str]:
+        """Return the answers of each image, or why it has none."""
+        seen = [look[self.view] for look in looks if not isinstance(look, str)]
+        outcomes = itertools.chain.from_iterable(map(self._answers, self._logits(seen)))
+        return [look if isinstance(look, str) else next(outcomes) for look in looks]
+
+    @torch.inference_mode()
+    def _logits(self, images: list[Tensor]) -> Iterator[Tensor]:
+        """Run the model, in halves where the whole does not fit into memory; yields (B, classes) on the CPU."""
+        like = self.model.cls_token
+        start = 0
+        while start < len(images):
+            batch = torch.stack(images[start : start + self.most])
+            try:
+                logits = self.model(batch.to(device=like.device, dtype=like.dtype)).float().cpu()
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise MemoryError(
+                        f"Not even one image of {tuple(batch.shape[1:])} fits into memory beside the model; take a "
+                        "smaller model or another device."
+                    ) from error
+                self.most = len(batch) // 2
+                _logger.warning("%d images do not fit into memory; going on with %d.", len(batch), self.most)
+                continue
+            start += len(batch)
+            yield logits
+
+    def _answers(self, logits: Tensor) -> list[tuple[Answer, ...] | str]:
+        top = logits.softmax(dim=-1).topk(self.topk)
+        rows = zip(logits.isfinite().all(dim=-1).tolist(), top.values.tolist(), top.indices.tolist(), strict=True)
+        return [
+            tuple(Answer(i, self.labels[i] if self.labels else str(i), p) for p, i in zip(values, indices, strict=True))
+            if finite
+            else "the model's output for it is not finite"
+            for finite, values, indices in rows
+        ]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # On the CPU there is no class for it.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _batches(
+    paths: Iterable[Path], views: Sequence[_View], batch_size: int, workers: int
+) -> Iterator[list[tuple[Path, _Look]]]:
+    """Open and prepare images batch by batch, in order, and meanwhile up to two batches more."""
+    transforms = {view: create_transform(**dict(view.data)) for view in views}
+    waiting: deque[tuple[Path, Future[_Look]]] = deque()
+    pool = ThreadPoolExecutor(workers)
     try:
-        return transform(open_image(path, in_chans))
+        for path in paths:
+            waiting.append((path, pool.submit(_look, path, transforms)))
+            if len(waiting) == 3 * batch_size:
+                yield [_finished(waiting.popleft()) for _ in range(batch_size)]
+        while waiting:
+            yield [_finished(waiting.popleft()) for _ in range(min(batch_size, len(waiting)))]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _finished(item: tuple[Path, "Future[_Look]"]) -> tuple[Path, _Look]:
+    path, future = item
+    return path, future.result()
+
+
+def _look(path: Path, transforms: Mapping[_View, Transform]) -> _Look:
+    try:
+        images = {channels: open_image(path, channels) for channels in {view.in_chans for view in transforms}}
     except ImageError as error:
-        return error
-
-
-@torch.inference_mode()
-def _classify(model: Beit, images: list[Tensor], topk: int, names: tuple[str, ...] | None) -> list[tuple[Answer, ...]]:
-    if not images:
-        return []
-    like = model.cls_token
-    batch = torch.stack(images).to(device=like.device, dtype=like.dtype)
-    top = model(batch).float().softmax(dim=-1).topk(min(topk, model.num_classes))
-    return [
-        tuple(Answer(i, names[i] if names else str(i), p) for p, i in zip(values, indices, strict=True))
-        for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    ]
+        return str(error)
+    try:
+        return {view: transform(images[view.in_chans]) for view, transform in transforms.items()}
+    except Exception as error:  # such as a side of no pixels after the resize; it is this image's alone
+        return f"cannot be prepared: {error or type(error).__name__}"

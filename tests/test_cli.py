@@ -1,12 +1,16 @@
 """The commands: what they print, and how they fail."""
 
+import csv
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import beitzoo
@@ -85,12 +89,100 @@ def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:
     assert rows[0]["answers"][0]["label"] == "3"
     assert rows[1]["error"].startswith("not an image")
     assert rows[1]["answers"] == []
-    assert "1 of 2 images could not be read" in result.stderr
+    assert "1 of 2 images have no answer; each says why." in result.stderr
     strange = tmp_path / "a[b]long[copy]name[red].png"
     strange.write_bytes((SAMPLES / "digit_3.png").read_bytes())
-    table = run("predict", str(strange), str(tmp_path / "broken.png")).stdout
-    assert "not an image" in table.replace("\n", "")
-    assert "[copy]" in "".join(line.split("│")[1].strip() for line in table.splitlines() if "│" in line)
+    table = run("predict", str(strange), str(tmp_path / "broken.png")).stdout.splitlines()
+    assert table[1].startswith(f"{strange}  3 ")
+    assert table[2].startswith(str(tmp_path / "broken.png"))
+    assert "not an image" in table[2]
+
+
+def test_predict_with_several_models_as_csv(tmp_path: Path) -> None:
+    model = beitzoo.create_model("beit_nano_patch4_32.digits", pretrained=True, num_classes=4)
+    beitzoo.save_pretrained(model, tmp_path / "four")
+    names = ["beit_nano_patch4_32.digits", f"local-dir:{tmp_path / 'four'}"]
+    out = tmp_path / "out" / "rows.csv"
+    result = run(
+        "predict", str(SAMPLES / "digit_[45].png"), *(f"-m{name}" for name in [*names, names[0]]), "--format", "csv",
+        "--topk", "5", "--output", str(out),
+    )  # fmt: skip
+    assert (result.exit_code, result.stdout) == (0, "")
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [(Path(row["path"]).stem, row["model"]) for row in rows] == [
+        (image, name) for image in ("digit_4", "digit_5") for name in names
+    ]
+    assert [row["label_1"] for row in rows[::2]] == ["4", "5"]
+    assert {row["label_5"] for row in rows[1::2]} == {""}
+    assert {row["label_1"] for row in rows[1::2]} <= set("0123")
+
+
+def test_predict_takes_a_list_from_stdin(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes((SAMPLES / "digit_8.png").read_bytes())
+    listed = f"{SAMPLES}/digit_2.png\n\n{tmp_path}/sub\r\n/absent.png\n".encode() + b"\xff\xfe.png"
+    result = CliRunner().invoke(
+        app, ["predict", str(SAMPLES / "digit_1.png"), "-", "--json", "--topk", "1"], input=listed
+    )
+    rows = json.loads(result.stdout)
+    assert [row["answers"][0]["label"] for row in rows if row["answers"]] == ["1", "2", "8"]
+    assert [row["path"] for row in rows if row["error"]] == ["/absent.png", "\udcff\udcfe.png"]
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(("form", "expected"), [("table", ""), ("json", "[]\n")])
+def test_predict_says_when_there_is_nothing(form: str, expected: str, tmp_path: Path) -> None:
+    nothing = run("predict", "-", "--format", form)
+    assert (nothing.exit_code, nothing.stdout) == (1, expected)
+    assert "nothing was listed on stdin" in nothing.stderr
+    for place in (tmp_path, tmp_path / "*.png"):
+        (row,) = json.loads(run("predict", str(place), "--json").stdout)
+        assert row["path"] == str(place)
+        assert row["error"] in ("a folder, not an image", "there is no such file")
+
+
+def test_predict_turns_photos_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(SAMPLES / "digit_6.png") as upright:
+        upright.rotate(180).save(tmp_path / "turned.png", exif=exif)
+        upright.rotate(180).save(tmp_path / "plain.png")
+    rows = json.loads(run("predict", str(tmp_path / "*.png"), "--json").stdout)
+    assert [row["answers"][0]["label"] == "6" for row in rows] == [False, True]
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = [sys.executable, "-m", "beitzoo", "predict", *[str(SAMPLES)] * 20]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.readline().startswith("image")
+        child.stdout.close()
+        assert child.stderr.read() == ""
+    assert child.returncode == 1
+
+
+def test_ctrl_c_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
+    """The list on stdin never ends, so that only the signal ends the run."""
+    out, partial = tmp_path / "rows.json", tmp_path / "rows.json.partial"
+    command = [sys.executable, "-m", "beitzoo", "predict", "-", "-b", "2", "--json", "--output", str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stderr is not None
+        child.stdin.write(f"{SAMPLES}\n".encode())
+        child.stdin.flush()
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.read_text().count("path") >= 6) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        error = child.stderr.read().decode()
+    assert child.returncode == 130
+    assert f"The rows so far are in {partial}." in error
+    assert "Traceback" not in error
+    rows = json.loads(partial.read_text())
+    assert len(rows) >= 6
+    assert all(row["answers"] for row in rows)
+    assert not out.exists()
 
 
 def test_download_then_verify(fake_hub: FakeHub, tmp_path: Path) -> None:
@@ -145,6 +237,8 @@ def test_report_draws_and_writes(tmp_path: Path) -> None:
         (["finetune", "absent.toml", "--out", "/tmp/absent"], "There is no recipe absent.toml"),
         (["finetune", "configs/finetune/digits.toml", "--out", "x", "--set", "train.lr=-1"], "train.lr"),
         (["predict", "x.png", "--device", "gpu"], "There is no device 'gpu' here"),
+        (["predict", "x.png", "--json", "--format", "csv"], "leave one of them out"),
+        (["predict", str(SAMPLES / "digit_1.png"), "--output", "tests"], "tests is a folder"),
         (["download", "nothing*"], "No checkpoint matches 'nothing*'"),
         (["info", "beit_base_patch16_224.mim"], "it has in22k_ft_in22k_in1k"),
         (["evaluate", "beit_nano_patch4_32.digits", "--data", "/absent"], "CLASS/IMAGE"),
@@ -176,7 +270,17 @@ def test_the_options_are_frozen() -> None:
     assert options == {
         "list": ["markdown", "pattern", "pretrained"],
         "info": ["as_json", "name"],
-        "predict": ["as_json", "batch_size", "device", "images", "model", "topk"],
+        "predict": [
+            "as_json",
+            "batch_size",
+            "device",
+            "form",
+            "images",
+            "models",
+            "output",
+            "topk",
+            "workers",
+        ],
         "download": ["cache_dir", "models"],
         "verify": ["as_json", "cache_dir", "models"],
         "finetune": ["out", "recipe", "settings"],

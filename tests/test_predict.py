@@ -1,5 +1,8 @@
 """As many answers as images, in order, and never a neighbour's."""
 
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,9 @@ from PIL import Image
 
 import beitzoo
 import beitzoo.predict
-from beitzoo.images.datasets import ImageError, open_image
-from beitzoo.predict import predict
+from beitzoo import Beit
+from beitzoo.images.files import ImageError, open_image
+from beitzoo.predict import Tally, predict
 
 SAMPLES = Path("beitzoo/assets/samples")
 DIGITS = sorted(SAMPLES.glob("*.png"))
@@ -75,5 +79,145 @@ def test_a_fresh_head_has_numbers_for_names() -> None:
 def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(ValueError, match="takes 4 channels"):
         next(predict(beitzoo.create_model("test_beit", in_chans=4), DIGITS))
-    with pytest.raises(ValueError, match="no head"):
-        next(predict(beitzoo.create_model("test_beit", num_classes=0), DIGITS))
+    for options in ({"num_classes": 0}, {"global_pool": ""}):
+        with pytest.raises(ValueError, match="no head"):
+            next(predict(beitzoo.create_model("test_beit", **options), DIGITS))
+    with pytest.raises(ValueError, match="b has no head"):
+        next(predict({"b": beitzoo.create_model("test_beit", num_classes=0)}, DIGITS))
+
+
+def test_several_models_see_each_image_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def count(path: Path, in_chans: int) -> Image.Image:
+        opened.append((path.name, in_chans))
+        return open_image(path, in_chans)
+
+    monkeypatch.setattr(beitzoo.predict, "open_image", count)
+    (tmp_path / "broken.png").touch()
+    paths = [DIGITS[7], tmp_path / "broken.png", DIGITS[2]]
+    models = {
+        "grey": beitzoo.create_model(pretrained=True),
+        "same": beitzoo.create_model(pretrained=True),
+        "colour": beitzoo.create_model("test_beit", num_classes=4),
+    }
+    rows = list(predict(models, paths, batch_size=2))
+    assert [(row.path, row.model) for row in rows] == [(path, name) for path in paths for name in models]
+    assert [row.answers[0].label for row in rows if row.model == "grey" and row.answers] == ["7", "2"]
+    assert [row.error is None for row in rows] == [True] * 3 + [False] * 3 + [True] * 3
+    assert sorted(opened) == [("broken.png", 1), *[(path.name, c) for path in (DIGITS[2], DIGITS[7]) for c in (1, 3)]]
+    for name, model in models.items():
+        alone = list(predict(model, [DIGITS[7], DIGITS[2]]))
+        together = [row for row in rows if row.model == name and row.answers]
+        for own, row in zip(alone, together, strict=True):
+            assert [answer.index for answer in own.answers] == [answer.index for answer in row.answers]
+
+
+def test_output_that_is_not_finite_is_a_failure_of_its_own_image() -> None:
+    model = beitzoo.create_model(pretrained=True)
+
+    def spoil(_: torch.nn.Module, __: object, logits: torch.Tensor) -> torch.Tensor:
+        logits[1, 4], logits[2, 0] = float("nan"), float("inf")
+        return logits
+
+    model.register_forward_hook(spoil)
+    rows = list(predict(model, DIGITS[:4]))
+    assert [row.error for row in rows] == [None, *["the model's output for it is not finite"] * 2, None]
+    assert [row.answers[0].label for row in rows if row.answers] == ["0", "3"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_that_does_not_fit_is_halved_and_stays_so(
+    error: RuntimeError, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = beitzoo.create_model(pretrained=True)
+    sizes: list[int] = []
+
+    def refuse(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise error
+
+    model.register_forward_pre_hook(refuse)
+    rows = list(predict(model, DIGITS, batch_size=8))
+    assert [row.answers[0].label for row in rows] == list("0123456789")
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    assert "8 images do not fit into memory; going on with 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        ("can't allocate memory", MemoryError, r"Not even one image of \(1, 32, 32\) fits"),
+        ("shapes differ", RuntimeError, "shapes differ"),
+    ],
+)
+def test_other_errors_and_a_single_image_that_does_not_fit_end_the_run(
+    raised: str, expected: type[Exception], message: str
+) -> None:
+    model = beitzoo.create_model(pretrained=True)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(raised)
+
+    model.register_forward_pre_hook(refuse)
+    with pytest.raises(expected, match=message):
+        list(predict(model, DIGITS, batch_size=4))
+
+
+def test_paths_are_read_as_needed_and_rows_come_before_the_end() -> None:
+    asked = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal asked
+        for path in itertools.cycle(DIGITS):
+            asked += 1
+            yield path
+
+    rows = predict(beitzoo.create_model(pretrained=True), endless(), batch_size=5)
+    labels = [row.answers[0].label for row in itertools.islice(rows, 40)]
+    assert labels == [str(i % 10) for i in range(40)]
+    assert asked == 50  # two batches ahead
+    rows.close()  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_prepared_is_a_row(tmp_path: Path) -> None:
+    """Of 1 x 3000 pixels padded to a border nothing is left of the short side."""
+    Image.new("L", (1, 3000)).save(tmp_path / "thin.png")
+    model = beitzoo.create_model(pretrained=True)
+    model.pretrained = replace(model.pretrained, data=replace(model.pretrained.data, crop_mode="border"))
+    thin, digit = predict(model, [tmp_path / "thin.png", DIGITS[5]])
+    assert thin.error is not None
+    assert thin.error.startswith("cannot be prepared: ")
+    assert digit.answers
+
+
+def test_tally_counts_rows_and_failures() -> None:
+    tally = Tally(predict(beitzoo.create_model(pretrained=True), [DIGITS[0], Path("absent.png")]))
+    assert (tally.rows, tally.failed) == (0, 0)
+    assert len(list(tally)) == 2
+    assert (tally.rows, tally.failed) == (2, 1)
+
+
+@pytest.mark.parametrize("save", [beitzoo.save_pretrained, beitzoo.save_transformers])
+def test_labels_go_with_a_saved_model(save: Callable[[Beit, Path], None], tmp_path: Path) -> None:
+    model = beitzoo.create_model(pretrained=True)
+    names = tuple(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+    model.pretrained = replace(model.pretrained, labels=names)
+    save(model, tmp_path)
+    rows = predict(beitzoo.create_model(f"local-dir:{tmp_path}", pretrained=True), DIGITS)
+    assert tuple(row.answers[0].label for row in rows) == names
+    (fresh,) = predict(beitzoo.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9), DIGITS[:1])
+    assert {answer.label for answer in fresh.answers} <= set("012345678")
+
+
+def test_a_resized_model_sees_resized_images() -> None:
+    model = beitzoo.create_model(pretrained=True)
+    shapes = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    list(predict(model, DIGITS[:1]))
+    model.set_input_size((48, 40))
+    list(predict(model, DIGITS[:1]))
+    assert shapes == [(1, 1, 32, 32), (1, 1, 48, 40)]

@@ -1,81 +1,19 @@
 """Where images come from. An image that cannot be read is an error with its name on it, never its neighbour."""
 
-import glob
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from beitzoo.images.files import ImageError, images_below, open_image
 from beitzoo.images.transforms import Transform
 
 _logger = logging.getLogger(__name__)
-
-# A file is opened as what it contains, whatever it is called; decoders outside this list never run.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-
-class ImageError(ValueError):
-    """A file that is not an image, or not one we open."""
-
-
-def open_image(path: Path, in_chans: int = 3) -> Image.Image:
-    """Decode an image upright, as grey for one channel and RGB otherwise.
-
-    Raises:
-        ImageError: The file is missing, damaged, too large or of a format outside `FORMATS`.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return _eight_bit(_upright(image, path)).convert("L" if in_chans == 1 else "RGB")
-    except FileNotFoundError as error:
-        raise ImageError("there is no such file") from error
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(f"not an image that can be read ({', '.join(FORMATS)})") from error
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        raise ImageError(f"damaged or unreadable: {error or type(error).__name__}") from error
-
-
-def _upright(image: Image.Image, path: Path) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # damaged notes about an image do not make its pixels unreadable
-        _logger.warning("The EXIF data of %s is damaged, so it is not turned: %s.", path, error)
-        return image
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8; `convert` would clip it."""
-    if image.mode.startswith("I;16"):
-        return image.convert("I").point(lambda value: value / 256).convert("L")
-    if image.mode in ("I", "F"):
-        raise ImageError("its pixels are 32-bit numbers of unknown range; convert it to 8 or 16 bits")
-    return image
-
-
-def find_images(places: Iterable[str]) -> list[Path]:
-    """Turn files, folders (searched through) and globs into image paths, in order.
-
-    A file is taken at its word; of a folder, the files that look like images. A place where there is
-    nothing stays in the list, so that it is reported and not passed over.
-    """
-    paths: list[Path] = []
-    for place in places:
-        path = Path(place).expanduser()
-        if path.is_dir():
-            found = _images_below(path)
-        else:
-            matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-            found = [file for match in matches for file in (_images_below(match) if match.is_dir() else [match])]
-        paths.extend(found or [path])
-    return paths
 
 
 @dataclass(frozen=True)
@@ -112,7 +50,7 @@ def labelled_folder(root: Path) -> ImageSet:
         FileNotFoundError: No such folder, or no images in subfolders of it.
     """
     names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir())) if root.is_dir() else ()
-    files = [(path, label) for label, name in enumerate(names) for path in _images_below(root / name)]
+    files = [(path, label) for label, name in enumerate(names) for path in images_below(root / name)]
     if not files:
         raise FileNotFoundError(f"No images in class folders below {root}; expected {root}/CLASS/IMAGE.")
     return ImageSet([path for path, _ in files], [label for _, label in files], names)
@@ -147,7 +85,3 @@ def collate(samples: Sequence[tuple[Tensor, int] | None], shape: tuple[int, ...]
     readable = [sample for sample in samples if sample is not None]
     images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0, *shape)
     return images, torch.tensor([label for _, label in readable], dtype=torch.int64)
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())

@@ -19,6 +19,7 @@ _BASE = "beit_base_patch16_224"
 _NOT_FOR_TIMM = "beit_with_what_timm_lacks"
 # Fields that timm's class does not have; they go under this key, which timm passes over.
 _OWN_KEY = "beitzoo"
+_REDUCES = "reduce_zero_label"
 _OWN_FIELDS = ("use_mask_token", "dynamic_img_size", "dynamic_img_pad", "resize_rule", "norm_eps")
 
 _logger = logging.getLogger(__name__)
@@ -64,11 +65,13 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     name = _BASE if form.architecture == _NOT_FOR_TIMM else form.architecture
     if name not in ARCHITECTURES:
         raise ValueError(f"{name!r} is no BEiT; {closest(name, ARCHITECTURES)}")
-    arguments: dict[str, Any] = {"num_classes": form.num_classes, **form.model_args, **form.beitzoo}
+    own: dict[str, Any] = dict(form.beitzoo)
+    reduces = own.pop(_REDUCES, False)
+    arguments: dict[str, Any] = {"num_classes": form.num_classes, **form.model_args, **own}
     config = override(ARCHITECTURES[name], **arguments)
     return config, PretrainedConfig(
         num_classes=config.num_classes,
-        data=_data(form.pretrained_cfg),
+        data=replace(_data(form.pretrained_cfg), reduce_zero_label=reduces),
         labels=_labels(form.label_names, config.num_classes),
         license=form.pretrained_cfg.license,
     )
@@ -92,6 +95,8 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
         "pretrained_cfg": {**pretrained.to_timm(config), "num_classes": config.num_classes},
     }
     document["pretrained_cfg"].pop("hf_hub_id", None)
+    if pretrained.data.reduce_zero_label:
+        document[_OWN_KEY][_REDUCES] = True
     names = label_names(pretrained)
     if names and config.num_classes == pretrained.num_classes:
         document["label_names"] = names

@@ -1,14 +1,17 @@
 """config.json and preprocessor_config.json as transformers reads and writes them for BEiT."""
 
 import json
+import logging
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from beitzoo.weights.validation import describe
-from beitzoo.zoo.config import BeitConfig, DataConfig, GlobalPool, Head, Interpolation, Pair, PretrainedConfig
-from beitzoo.zoo.labels import label_names
+from beitzoo.zoo.config import BeitConfig, CropMode, DataConfig, GlobalPool, Head, Interpolation, Pair, PretrainedConfig
+from beitzoo.zoo.labels import is_misnumbered_22k, label_names
+
+_logger = logging.getLogger(__name__)
 
 _FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _HEADS: dict[str, Head] = {
@@ -53,28 +56,29 @@ class _Form(BaseModel):
     num_labels: int | None = None
 
 
-class _Sides(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    height: _Side
-    width: _Side
+_ProcessorSize = _Side | tuple[_Side, _Side] | dict[str, _Side | None]
+_Statistics = float | Annotated[list[float], Field(min_length=1, max_length=1024)]
 
 
 class _Preprocessor(BaseModel):
-    """The settings of `BeitImageProcessor`; sizes are written as one number in old files."""
+    """The settings of `BeitImageProcessor`, with that class's defaults.
+
+    Old files have sizes of one number and `reduce_labels`, which transformers 5.23 passes over without a word.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
     do_resize: bool = True
-    size: _Side | _Sides = 224
-    resample: int = 3
+    size: _ProcessorSize = 224
+    resample: int | None = 3
     do_center_crop: bool = False
-    crop_size: _Side | _Sides | None = None
+    crop_size: _ProcessorSize | None = 224
     do_rescale: bool = True
-    rescale_factor: float = 1 / 255
+    rescale_factor: Annotated[float, Field(gt=0)] = 1 / 255
     do_normalize: bool = True
-    image_mean: Annotated[list[float], Field(min_length=1, max_length=1024)] = [0.5, 0.5, 0.5]
-    image_std: Annotated[list[float], Field(min_length=1, max_length=1024)] = [0.5, 0.5, 0.5]
+    image_mean: _Statistics = 0.5
+    image_std: _Statistics = 0.5
+    do_reduce_labels: bool = Field(False, validation_alias=AliasChoices("do_reduce_labels", "reduce_labels"))
 
 
 def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, PretrainedConfig]:
@@ -154,22 +158,31 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> tuple[str, str]:
     if config.num_classes:
         document["id2label"] = {str(index): name for index, name in enumerate(names)}
         document["label2id"] = {name: index for index, name in enumerate(names)}
-    data = pretrained.data.fitted_to(config)
-    size = {"height": config.img_size[0], "width": config.img_size[1]}
-    processor = {
+    return json.dumps(document, indent=2) + "\n", json.dumps(_processor(config, pretrained.data), indent=2) + "\n"
+
+
+def _processor(config: BeitConfig, data: DataConfig) -> dict[str, Any]:
+    """Write the settings of `BeitImageProcessor` that give the same pixels."""
+    data = data.fitted_to(config)
+    if data.crop_mode == "border":
+        raise ValueError("transformers cannot prepare images so: it does not pad to a border. Use save_pretrained.")
+    height, width = config.img_size
+    resized = [math.floor(side / data.crop_pct) for side in (height, width)]
+    squashes = data.crop_mode == "squash"
+    return {
         "image_processor_type": "BeitImageProcessor",
         "do_resize": True,
-        "size": size,
-        "resample": next((number for number, name in _FILTERS.items() if name == data.interpolation), 3),
-        "do_center_crop": False,
+        "size": {"height": resized[0], "width": resized[1]} if squashes else {"shortest_edge": resized[0]},
+        "resample": next(number for number, name in _FILTERS.items() if name == data.interpolation),
+        "do_center_crop": not squashes or data.crop_pct < 1,
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(data.mean),
         "image_std": list(data.std),
-        "do_reduce_labels": False,
+        "do_reduce_labels": data.reduce_zero_label,
     }
-    return json.dumps(document, indent=2) + "\n", json.dumps(processor, indent=2) + "\n"
 
 
 def _check_readable(form: _Form, head: Head) -> None:
@@ -222,16 +235,24 @@ def _pooling(form: _Form, head: Head) -> GlobalPool:
     return "avg" if form.use_mean_pooling or head == "mim" else "token"
 
 
-def _labels(form: _Form) -> tuple[str, ...] | None:
+def _labels(form: _Form) -> str | tuple[str, ...] | None:
     if form.id2label is None:
         return None
+    if is_misnumbered_22k(form.id2label):
+        _logger.warning(
+            "The names in id2label are numbered as in another list of ImageNet-22k, wrongly from output 9205 on; "
+            "the right ones are used."
+        )
+        return "imagenet-22k"
     try:
-        return tuple(form.id2label[str(index)] for index in range(len(form.id2label)))
+        names = tuple(form.id2label[str(index)] for index in range(len(form.id2label)))
     except KeyError as error:
         raise ValueError(
             f"its id2label has {len(form.id2label)} names but none for output {error.args[0]}; the gap would shift "
             "every later name. Number the names from 0 up."
         ) from error
+    # What transformers writes where nobody gave names.
+    return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
 
 
 def _data(config: BeitConfig) -> DataConfig:
@@ -241,26 +262,77 @@ def _data(config: BeitConfig) -> DataConfig:
 
 
 def _stated_data(config: BeitConfig, settings: _Preprocessor) -> DataConfig:
-    """Express the processor in timm's words: it resizes to a square without keeping proportions, and crops nothing."""
-    crops = settings.do_center_crop and settings.crop_size != settings.size
-    rescales = settings.do_rescale and math.isclose(settings.rescale_factor, 1 / 255, rel_tol=1e-3)
-    if not settings.do_resize or crops or not rescales or not settings.do_normalize:
-        raise ValueError(
-            "its preprocessor does not resize, crops the centre, or does not scale by 1/255 and normalise; "
-            "only resizing to the input size, scaling and normalising is read."
-        )
-    if settings.resample not in _FILTERS:
-        raise ValueError(f"its preprocessor has resample={settings.resample}; Pillow's filters are 0 to 5.")
-    size = settings.size
-    height, width = (size, size) if isinstance(size, int) else (size.height, size.width)
+    """Express the processor in timm's words.
+
+    A resize to both sides is `squash`, one to the shorter side is `center`; whatever it scales by is folded into mean
+    and deviation. The numbers are those of transformers' PIL back end to rounding; its torchvision back end differs by
+    one of 255 levels at most. Only where an odd number of pixels is cropped behind a resize to the shorter side, timm
+    may round to the other half, and crop one pixel beside transformers.
+    """
+    if not settings.do_resize:
+        raise ValueError("its preprocessor does not resize (do_resize), so that inputs have any size; set it to true.")
+    resized, crop_mode = _resized(settings.size)
+    cropped = _cropped(settings, resized, crop_mode)
+    resample = 2 if settings.resample is None else settings.resample
+    if resample not in _FILTERS:
+        raise ValueError(f"its preprocessor has resample={resample}; Pillow's filters are 0 to 5.")
+    scale = 255 * settings.rescale_factor if settings.do_rescale else 255.0
+    scale = 1.0 if math.isclose(scale, 1, rel_tol=1e-6) else scale
+    mean, std = (settings.image_mean, settings.image_std) if settings.do_normalize else (0.0, 1.0)
     return DataConfig(
-        input_size=(config.in_chans, height, width),
-        mean=tuple(settings.image_mean),
-        std=tuple(settings.image_std),
-        interpolation=_FILTERS[settings.resample],
-        crop_pct=1.0,
-        crop_mode="squash",
+        input_size=(config.in_chans, *cropped),
+        mean=_per_channel(mean, config.in_chans, scale),
+        std=_per_channel(std, config.in_chans, scale),
+        interpolation=_FILTERS[resample],
+        crop_pct=_share(cropped, resized),
+        crop_mode=crop_mode,
+        reduce_zero_label=settings.do_reduce_labels,
     )
+
+
+def _resized(size: _ProcessorSize) -> tuple[Pair, CropMode]:
+    """Return height and width after the resize, for `center` of the shorter side, and whether proportions are kept."""
+    if not isinstance(size, dict):
+        return _pair(size), "squash"
+    match {name: side for name, side in size.items() if side is not None}:
+        case {"height": int(height), "width": int(width), **others} if not others:
+            return (height, width), "squash"
+        case {"shortest_edge": int(side), **others} if not others:
+            return (side, side), "center"
+    raise ValueError(
+        f"its preprocessor resizes by {', '.join(size)}; height and width are read, or shortest_edge and a centre crop."
+    )
+
+
+def _cropped(settings: _Preprocessor, resized: Pair, crop_mode: CropMode) -> Pair:
+    """Return height and width after the centre crop, if there is one."""
+    if not settings.do_center_crop:
+        if crop_mode == "center":
+            raise ValueError("its preprocessor resizes the shorter side and crops nothing; set do_center_crop to true.")
+        return resized
+    crop, _ = _resized(settings.crop_size or 224)
+    for side, whole in zip(crop, resized, strict=True):
+        if side > whole:
+            raise ValueError(f"its preprocessor pads {whole} pixels to crop_size {side}; only a smaller crop is read.")
+        if crop_mode == "squash" and round((whole - side) / 2) != (whole - side) // 2:
+            raise ValueError(
+                f"its preprocessor crops {whole} pixels to {side}, and half a pixel is rounded otherwise here than in "
+                "transformers; make the difference even."
+            )
+    return crop
+
+
+def _share(cropped: Pair, resized: Pair) -> float:
+    """Return the `crop_pct` from which timm computes these sizes before the crop: `floor(side / crop_pct)`."""
+    for share in (cropped[0] / resized[0], math.nextafter(cropped[0] / resized[0], 0)):
+        if all(math.floor(side / share) == whole for side, whole in zip(cropped, resized, strict=True)):
+            return share
+    raise ValueError(f"its preprocessor crops {resized} to {cropped}; only the same share of both sides is read.")
+
+
+def _per_channel(statistics: float | list[float], channels: int, scale: float) -> tuple[float, ...]:
+    values = statistics if isinstance(statistics, list) else [statistics] * channels
+    return tuple(value / scale for value in values)
 
 
 def _ratio(hidden: int, width: int) -> float:

@@ -160,6 +160,7 @@ class DataConfig:
         interpolation: Filter of the resize.
         crop_pct: Share of the resized image that the crop keeps, per side.
         crop_mode: Crop the centre, squash to the crop, or pad to it.
+        reduce_zero_label: Maps of classes count from 1, and 0 is a pixel without one, as in ADE20K.
     """
 
     input_size: tuple[int, int, int] = (3, 224, 224)
@@ -168,6 +169,7 @@ class DataConfig:
     interpolation: Interpolation = "bicubic"
     crop_pct: float = 0.9
     crop_mode: CropMode = "center"
+    reduce_zero_label: bool = False
 
     def __post_init__(self) -> None:
         channels = self.input_size[0]
@@ -181,6 +183,8 @@ class DataConfig:
             value = getattr(self, name)
             _check(value in get_args(kind), f"{name}={value!r}; there are {', '.join(get_args(kind))}.")
         _check(0 < self.crop_pct <= 1, f"crop_pct={self.crop_pct}; it must be in (0, 1].")
+        reduces = self.reduce_zero_label
+        _check(isinstance(reduces, bool), f"reduce_zero_label={reduces!r}; it must be True or False.")
 
     def fitted_to(self, config: BeitConfig) -> "DataConfig":
         """Return this config with the network's size and channels.

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,24 @@ def label_names(pretrained: PretrainedConfig) -> tuple[str, ...] | None:
     if labels is None or not isinstance(labels, str):
         return labels
     return tuple("0123456789") if labels == "digits" else _imagenet(_SYNSETS[labels])
+
+
+def is_misnumbered_22k(names: Mapping[str, str]) -> bool:
+    """Tell whether names by output are those of ImageNet-22k in the numbering of a longer list.
+
+    The 21,841 outputs of a released head are in the order of `imagenet22k_synsets.txt`. Google's list of 21,843 has
+    two more: n03931044 at 9205 and n09859684 at 15027. transformers' converter removes these two from the dict and
+    leaves all later ones their old numbers; where the longer list was merely cut, they are as wrong.
+    """
+    longer = {str(index) for index in range(21_843)}
+    if names.keys() == longer - {"9205", "15027"}:
+        return True
+    cut = names.keys() == longer - {"21841", "21842"}
+    return cut and _first_name(names["9205"]) == "picture" and _first_name(names["9206"]) == "picture frame"
+
+
+def _first_name(names: str) -> str:
+    return names.partition(",")[0].strip().replace("_", " ").lower()
 
 
 @cache

@@ -100,7 +100,9 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         ),
         head="segment",
         num_classes=150,
-        data=DataConfig(input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        data=DataConfig(
+            input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -187,7 +189,9 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         ),
         head="segment",
         num_classes=150,
-        data=DataConfig(input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        data=DataConfig(
+            input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -264,7 +268,9 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ft21ktoade20k.pth"),),
         head="segment",
         num_classes=150,
-        data=DataConfig(input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        data=DataConfig(
+            input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
@@ -272,7 +278,9 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ftade20k.pth"),),
         head="segment",
         num_classes=150,
-        data=DataConfig(input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        data=DataConfig(
+            input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
@@ -349,7 +357,9 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ft21ktoade20k.pth"),),
         head="segment",
         num_classes=150,
-        data=DataConfig(input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        data=DataConfig(
+            input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
@@ -357,7 +367,9 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ftade20k.pth"),),
         head="segment",
         num_classes=150,
-        data=DataConfig(input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        data=DataConfig(
+            input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),

@@ -1,5 +1,6 @@
 """From files to tensors: the right pixels, or an error with the file's name on it."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -10,15 +11,9 @@ import torch
 from PIL import Image, ImageOps
 
 import beitzoo
-from beitzoo.images.datasets import (
-    ImageError,
-    ImageSet,
-    LabelledImages,
-    collate,
-    find_images,
-    labelled_folder,
-    open_image,
-)
+from beitzoo.images import files
+from beitzoo.images.datasets import ImageSet, LabelledImages, collate, labelled_folder
+from beitzoo.images.files import ImageError, find_images, open_image
 from beitzoo.zoo.pretrained import PRETRAINED
 
 PHOTO = Path("beitzoo/assets/samples/chelsea.jpg")
@@ -80,7 +75,7 @@ def test_pixels_of_unknown_range_are_refused(kind: type, tmp_path: Path) -> None
 
 
 def test_damaged_exif_leaves_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(image: Image.Image) -> Image.Image:
+    def fail(image: Image.Image, in_place: bool) -> Image.Image:
         raise struct.error("unpack requires a buffer of 2 bytes")
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)
@@ -110,7 +105,11 @@ def test_unreadable_files_are_named_errors(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ImageError, match="no such file"):
         open_image(tmp_path / "absent.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match=r"damaged or unreadable.*pixels"):
+    with pytest.raises(ImageError, match=r"too large: .*pixels"):
+        open_image(PHOTO)
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "MAX_BYTES", 8 * 448 * 298 - 1)
+    with pytest.raises(ImageError, match=r"too large: 448 x 298 are 133,504 pixels, and 133,503 of this kind"):
         open_image(PHOTO)
 
 
@@ -119,10 +118,51 @@ def test_places_become_files_in_order(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "notes.txt", "sub/c.webp"):
         (tmp_path / name).touch()
     a, b, c = tmp_path / "a.JPG", tmp_path / "b.png", tmp_path / "sub" / "c.webp"
-    assert find_images([str(tmp_path)]) == [a, b, c]
-    assert find_images([str(tmp_path / "*.png"), str(tmp_path / "notes.txt")]) == [b, tmp_path / "notes.txt"]
-    assert find_images([str(tmp_path / "*")]) == [a, b, tmp_path / "notes.txt", c]
-    assert find_images([str(tmp_path / "absent.png")]) == [tmp_path / "absent.png"]
+    assert list(find_images([str(tmp_path)])) == [a, b, c]
+    assert list(find_images([str(tmp_path / "*.png"), str(tmp_path / "notes.txt")])) == [b, tmp_path / "notes.txt"]
+    assert list(find_images([str(tmp_path / "*")])) == [a, b, tmp_path / "notes.txt", c]
+    assert list(find_images([str(tmp_path / "absent.png")])) == [tmp_path / "absent.png"]
+
+
+def test_what_is_no_file_is_found_and_then_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "gone.png").symlink_to("absent")
+    (tmp_path / "round").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "sub" / "pipe.jpg")
+    found = [tmp_path / "gone.png", tmp_path / "sub" / "pipe.jpg"]
+    assert list(find_images([str(tmp_path)])) == found
+    assert list(find_images([str(found[0]), str(tmp_path / "folder.png"), "~nosuchuser/x", "a\0b", "x" * 5000])) == [
+        found[0],
+        tmp_path / "folder.png",  # an empty one
+        Path("~nosuchuser/x"),
+        Path("a\0b"),
+        Path("x" * 5000),
+    ]
+    reasons = {
+        found[0]: "no such file",
+        found[1]: "not a regular file",
+        tmp_path: "a folder",
+        Path("a\0b"): "null byte",
+    }
+    for path, reason in reasons.items():
+        with pytest.raises(ImageError, match=reason):
+            open_image(path)
+    with pytest.raises(ImageError, match="cannot be opened: File name too long"):
+        open_image(Path("x" * 5000))
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> object:
+        if folder.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert list(find_images([str(tmp_path)])) == [tmp_path / "locked"]
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -134,6 +174,17 @@ def test_class_folders(tmp_path: Path) -> None:
     assert images.labels == [0, 0, 1]
     with pytest.raises(FileNotFoundError, match="CLASS/IMAGE"):
         labelled_folder(tmp_path / "cat")
+
+
+def test_images_of_class_folders_are_turned_upright(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    two = Image.new("L", (2, 1), 9)
+    two.putpixel((1, 0), 200)
+    two.save(tmp_path / "a" / "x.png", exif=exif)
+    dataset = LabelledImages(labelled_folder(tmp_path), [0], lambda image: torch.tensor(image.getpixel((0, 0))), 1)
+    assert dataset[0] == (200, 0)
 
 
 def test_a_broken_image_leaves_the_batch_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -256,3 +258,38 @@ def test_labels_are_in_the_order_of_the_heads() -> None:
     assert many is not None
     theirs = timm.data.ImageNetInfo("imagenet22k")
     assert many == tuple(map(theirs.index_to_description, range(21841)))
+
+
+def test_places_in_the_list_of_22k_where_others_go_wrong() -> None:
+    """transformers' list has n03931044 at 9205 and n09859684 at 15027, and is one and two off behind them."""
+    names = label_names(PRETRAINED["beit_base_patch16_224.in22k_ft_in22k"])
+    assert names is not None
+    assert [names[i] for i in (9204, 9205, 9206, 15025, 15026, 15027)] == [
+        "pickup, pickup truck",
+        "picture frame",
+        "picture hat",
+        "blade",
+        "blind date",
+        "bluecoat",
+    ]
+    assert "picture, image, icon, ikon" not in names
+    assert "bleacher" not in names
+
+
+def test_names_are_found_without_importing_timm() -> None:
+    code = """
+import sys
+from beitzoo.zoo.labels import label_names
+from beitzoo.zoo.config import PretrainedConfig
+assert len(label_names(PretrainedConfig(labels="imagenet-22k"))) == 21841
+assert len(label_names(PretrainedConfig(labels="imagenet-1k"))) == 1000
+print(sorted({"timm", "torchvision", "transformers"} & sys.modules.keys()))
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout == "[]\n"
+
+
+def test_segmentation_rows_count_their_classes_from_one() -> None:
+    reducing = {name for name in beitzoo.list_pretrained() if beitzoo.get_pretrained_cfg(name).data.reduce_zero_label}
+    assert reducing == set(beitzoo.list_pretrained("*ade20k"))
+    assert len(reducing) == 6

@@ -1,0 +1,171 @@
+"""Predictions as text, row by row while they are computed: a table for people, JSON and CSV for programs."""
+
+import csv
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, TextIO
+
+import typer
+from rich.cells import cell_len
+
+from beitzoo.predict import Prediction
+
+# Rows from which the table takes the widths of its columns, a batch; what is longer later sticks out and is never cut.
+_ROWS_FOR_WIDTHS = 16
+
+
+Role = Literal["title", "error"]
+Paint = Callable[[str, Role], str]
+
+
+class Form(StrEnum):
+    """What predictions are written as."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+@contextmanager
+def open_output(path: Path | None) -> Iterator[TextIO]:
+    """Open the place that rows go to: stdout, or a file that is there whole or not at all.
+
+    Until all rows are written they are in a file beside it, `NAME.partial`, which an interrupted run leaves.
+
+    Raises:
+        OSError: The file cannot be written, or another run's `.partial` is in the way.
+    """
+    # Names of files need not be text; their bytes come out as they went in.
+    errors = "surrogateescape"
+    if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=errors)
+        yield sys.stdout
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give --output the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        file = partial.open("x", encoding="utf-8", errors=errors, newline="")
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{partial} has the rows of a run that was interrupted or is still going on; move it away first."
+        ) from error
+    try:
+        with file:
+            yield file
+    except BaseException:
+        if partial.stat().st_size:
+            print(f"The rows so far are in {partial}.", file=sys.stderr)
+        else:
+            partial.unlink()
+        raise
+    partial.replace(path)
+
+
+def write_rows(predictions: Iterable[Prediction], form: Form, file: TextIO, topk: int) -> None:
+    """Write every prediction as soon as it is there, so that an interrupted run keeps what was done."""
+    if form is Form.TABLE:
+        lines = _table(predictions, _paint if file.isatty() and not os.environ.get("NO_COLOR") else _plain)
+    else:
+        lines = _json(predictions) if form is Form.JSON else _csv(predictions, topk)
+    for line in lines:
+        file.write(line)
+        file.flush()
+
+
+def _json(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """Write an array with a row on each line; it is closed even where the run is interrupted."""
+    separator = "[\n"
+    try:
+        for prediction in predictions:
+            yield separator + json.dumps({**asdict(prediction), "path": str(prediction.path)})
+            separator = ",\n"
+    except (Exception, KeyboardInterrupt):
+        if separator == ",\n":
+            yield "\n]\n"
+        raise
+    yield "\n]\n" if separator == ",\n" else "[]\n"
+
+
+def _csv(predictions: Iterable[Prediction], topk: int) -> Iterator[str]:
+    """Write a line per image and model; the columns of a class that there is not are empty."""
+    ranks = range(1, topk + 1)
+    titles = [f"{column}_{rank}" for rank in ranks for column in ("label", "index", "probability")]
+    header = _csv_line(["path", "model", "error", *titles])
+    for prediction in predictions:
+        classes = [value for answer in prediction.answers for value in (answer.label, answer.index, answer.probability)]
+        missing = [""] * (3 * topk - len(classes))
+        yield header + _csv_line([str(prediction.path), prediction.model, prediction.error, *classes, *missing])
+        header = ""
+    yield header
+
+
+def _csv_line(values: Iterable[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
+
+
+def _table(predictions: Iterable[Prediction], paint: Paint) -> Iterator[str]:
+    """Write aligned columns: image, model where there are several, label, probability and the classes next to it."""
+    rest = iter(predictions)
+    first: list[Prediction] = []
+    try:
+        first.extend(itertools.islice(rest, _ROWS_FOR_WIDTHS))
+    except (Exception, KeyboardInterrupt):
+        yield from _table_rows(first, first, paint)
+        raise
+    yield from _table_rows(first, itertools.chain(first, rest), paint)
+
+
+def _table_rows(first: list[Prediction], predictions: Iterable[Prediction], paint: Paint) -> Iterator[str]:
+    if not first:
+        return
+    several = len({prediction.model for prediction in first}) > 1
+    titles = ["image", *(["model"] if several else []), "label"]
+    cells = [_cells(prediction, several) for prediction in first]
+    widths = [max(map(cell_len, column)) for column in itertools.zip_longest(titles, *cells, fillvalue="")]
+    has_next = any(len(prediction.answers) > 1 for prediction in first)
+    yield paint(_aligned(titles, widths) + "  probability" + ("  next" if has_next else ""), "title") + "\n"
+    for prediction in predictions:
+        start = _aligned(_cells(prediction, several), widths)
+        if prediction.error is not None:
+            yield f"{start}  {paint(_printable(prediction.error), 'error')}\n"
+            continue
+        others = ", ".join(f"{_printable(answer.label)} {answer.probability:.1%}" for answer in prediction.answers[1:])
+        yield f"{start}  {prediction.answers[0].probability:>11.1%}  {others}".rstrip() + "\n"
+
+
+def _cells(prediction: Prediction, several: bool) -> list[str]:
+    """Return the cells of a row that say which image, which model and which class."""
+    label = [_printable(prediction.answers[0].label)] if prediction.answers else []
+    return [_printable(str(prediction.path)), *([prediction.model or ""] if several else []), *label]
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    return "  ".join(
+        cell + " " * (width - cell_len(cell)) for cell, width in zip(cells, widths[: len(cells)], strict=True)
+    )
+
+
+def _printable(text: str) -> str:
+    """Show what is no character, such as a terminal's commands in a file name, by its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _plain(text: str, _: Role) -> str:
+    return text
+
+
+def _paint(text: str, role: Role) -> str:
+    return typer.style(text, bold=role == "title" or None, fg="red" if role == "error" else None)

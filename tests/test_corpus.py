@@ -1,0 +1,125 @@
+"""Hundreds of odd and hostile files at once: a row for each, none with its neighbour's answer, all within bounds."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import BAD, GOOD, encode, picture, write_corpus
+from PIL import Image
+from typer.testing import CliRunner
+
+import beitzoo
+from beitzoo.cli import app
+from beitzoo.predict import predict
+
+# Prepares each image given on stdin and prints its processor seconds and by how many bytes the peak of memory grew.
+MEASURE = """
+import json, sys, time, torch, warnings
+from pathlib import Path
+from beitzoo.images.files import ImageError, open_image
+from beitzoo.images.transforms import create_transform
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+transform = create_transform(
+    input_size=(3, 224, 224), crop_pct=0.9, crop_mode="center", interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
+)
+def memory(name):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+costs = []
+for path in ["beitzoo/assets/samples/coffee.jpg", *json.load(sys.stdin)]:
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    seconds, before = time.process_time(), memory("VmRSS")
+    try:
+        transform(open_image(Path(path)))
+    except ImageError:
+        pass
+    costs.append((time.process_time() - seconds, memory("VmHWM") - before))
+json.dump(costs[1:], sys.stdout)
+"""
+
+
+def costs(paths: list[Path]) -> list[tuple[float, int]]:
+    names = json.dumps([str(path) for path in paths])
+    child = subprocess.run([sys.executable, "-c", MEASURE], input=names, capture_output=True, text=True, check=True)
+    return json.loads(child.stdout)
+
+
+# What Pillow says about damaged files is the command's to silence; here errors would take the place of answers.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning:PIL")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take ten times as long over hundreds of batches of one small image."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_file_gets_its_own_row_or_its_own_failure(outcomes: dict[Path, str]) -> None:
+    assert len(outcomes) > 280
+    result = CliRunner().invoke(app, ["predict", *map(str, outcomes), "--json", "--topk", "10"])
+    rows = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert [row["path"] for row in rows] == [str(path) for path in outcomes]
+    failed = [row for row in rows if row["error"] is not None]
+    assert f"{len(failed)} of {len(rows)} images have no answer" in result.stderr
+    assert all(bool(row["answers"]) == (row["error"] is None) for row in rows)
+    for row in rows:
+        outcome = outcomes[Path(row["path"])]
+        assert outcome != GOOD or row["error"] is None, row
+        assert outcome != BAD or row["error"], row
+
+    readable = [row for row in rows if row["error"] is None]
+    model = beitzoo.create_model(pretrained=True)
+    alone = predict(model, [Path(row["path"]) for row in readable], topk=10, batch_size=1)
+    for row, own in zip(readable, alone, strict=True):
+        together = {answer["index"]: answer["probability"] for answer in row["answers"]}
+        assert together == pytest.approx({answer.index: answer.probability for answer in own.answers}, rel=1e-4)
+
+
+def test_no_file_takes_long_or_much(outcomes: dict[Path, str]) -> None:
+    paths = list(outcomes)
+    measured = costs(paths)
+    for path, (seconds, growth) in zip(paths, measured, strict=True):
+        assert seconds < 2, path
+        assert growth < 512_000_000, path
+    # The measurement sees what is there: 4 bytes for each of 17 million pixels.
+    street = next(growth for path, (_, growth) in zip(paths, measured, strict=True) if "1x60000.png" in path.name)
+    assert street > 60_000_000
+
+
+@pytest.mark.slow
+def test_the_largest_images_that_are_opened_take_no_more(tmp_path: Path) -> None:
+    """One file of each costly kind, of nearly as many pixels as are decoded at most."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, form, mode, side, options in (
+        ("a.png", "PNG", "RGBA", 7900, {"compress_level": 1}),
+        ("b.jpg", "JPEG", "CMYK", 7900, {}),
+        ("c.jpg", "JPEG", "RGB", 7900, {"exif": exif}),
+        ("d.jpg", "JPEG", "RGB", 5590, {"progressive": True, "subsampling": 0}),
+        ("e.webp", "WEBP", "RGBA", 5590, {"method": 0}),
+        ("f.tiff", "TIFF", "I;16", 5590, {}),
+        ("g.tiff", "TIFF", "RGB", 7900, {"compression": "tiff_lzw"}),
+    ):
+        image = Image.new(mode, (side, side), 30000) if mode == "I;16" else picture(400, 300, mode).resize((side, side))
+        (tmp_path / name).write_bytes(encode(image, form, **options))
+    paths = sorted(tmp_path.iterdir())
+    for path, (seconds, growth) in zip(paths, costs(paths), strict=True):
+        print(f"{path.name}: {seconds:.2f} s, {growth / 1e6:.0f} MB")
+        assert seconds < 4, path  # the RGBA picture took 2.9 on cores that others used as well
+        assert growth < 512_000_000, path

@@ -1,0 +1,150 @@
+"""Rows as text: a table for people, JSON and CSV for programs, each row written when it is there."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from beitzoo.predict import Answer, Prediction
+from beitzoo.rows import Form, open_output, write_rows
+
+CAT = Prediction(Path("a.png"), (Answer(1, "cat, tabby", 0.875), Answer(0, "dog", 0.125)), None, "m")
+BROKEN = Prediction(Path('odd, "name"\n.png'), error="damaged", model="m")
+# Looks like markup, moves a terminal's cursor, is twice as wide as long, and is no text at all.
+STRANGE = [
+    Prediction(Path(name), CAT.answers, None, "m")
+    for name in ("[red]x.png", "\x1b[31mx.png", "日本語.png", "lat\udce9.png")
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def written(predictions: list[Prediction], form: Form, topk: int = 2, file: io.StringIO | None = None) -> str:
+    file = file or io.StringIO()
+    write_rows(predictions, form, file, topk)
+    return file.getvalue()
+
+
+def test_json_is_an_array_with_a_row_on_each_line() -> None:
+    text = written([CAT, BROKEN], Form.JSON)
+    assert json.loads(text) == [
+        {
+            "path": "a.png",
+            "answers": [
+                {"index": 1, "label": "cat, tabby", "probability": 0.875},
+                {"index": 0, "label": "dog", "probability": 0.125},
+            ],
+            "error": None,
+            "model": "m",
+        },
+        {"path": 'odd, "name"\n.png', "answers": [], "error": "damaged", "model": "m"},
+    ]
+    assert len(text.splitlines()) == 4
+    assert written([], Form.JSON) == "[]\n"
+
+
+def test_csv_has_a_line_per_row_and_columns_for_each_class() -> None:
+    rows = list(csv.reader(io.StringIO(written([CAT, BROKEN], Form.CSV, topk=3), newline="")))
+    assert rows[0][:6] == ["path", "model", "error", "label_1", "index_1", "probability_1"]
+    assert rows[1] == ["a.png", "m", "", "cat, tabby", "1", "0.875", "dog", "0", "0.125", "", "", ""]
+    assert written([], Form.CSV, topk=1) == "path,model,error,label_1,index_1,probability_1\n"
+    assert rows[2] == ['odd, "name"\n.png', "m", "damaged", *[""] * 9]
+
+
+def test_table_is_aligned_and_shows_names_as_they_are() -> None:
+    assert written([CAT, BROKEN, *STRANGE], Form.TABLE).splitlines() == [
+        "image              label       probability  next",
+        "a.png              cat, tabby        87.5%  dog 12.5%",
+        'odd, "name"\\n.png  damaged',
+        "[red]x.png         cat, tabby        87.5%  dog 12.5%",
+        "\\x1b[31mx.png      cat, tabby        87.5%  dog 12.5%",
+        "日本語.png         cat, tabby        87.5%  dog 12.5%",
+        "lat\\udce9.png      cat, tabby        87.5%  dog 12.5%",
+    ]
+    two = [Prediction(CAT.path, CAT.answers[:1], None, model) for model in ("first", "second")]
+    assert written(two, Form.TABLE).splitlines() == [
+        "image  model   label       probability",
+        "a.png  first   cat, tabby        87.5%",
+        "a.png  second  cat, tabby        87.5%",
+    ]
+    assert written([], Form.TABLE) == ""
+
+
+def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[31mdamaged" in written([BROKEN], Form.TABLE, file=Terminal())
+    assert "\x1b" not in written([BROKEN], Form.TABLE)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in written([BROKEN], Form.TABLE, file=Terminal())
+
+
+@pytest.mark.parametrize("form", Form)
+def test_rows_are_there_before_the_next_is_asked_for(form: Form, tmp_path: Path) -> None:
+    file = (tmp_path / "rows").open("w")
+
+    def predictions() -> Iterator[Prediction]:
+        for before in range(30):
+            yield CAT
+            # A table looks at its first 16 rows before it writes.
+            assert (tmp_path / "rows").read_text().count("a.png") == (
+                before + 1 if before >= 15 or form != "table" else 0
+            )
+
+    write_rows(predictions(), form, file, 2)
+    file.close()
+    assert (tmp_path / "rows").read_text().count("a.png") == 30
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("form", Form)
+def test_an_interrupted_run_keeps_its_rows(
+    form: Form, error: type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predictions() -> Iterator[Prediction]:
+        yield from [CAT] * 9
+        raise error
+
+    with pytest.raises(error), open_output(tmp_path / "sub" / "rows") as file:
+        write_rows(predictions(), form, file, 2)
+    assert not (tmp_path / "sub" / "rows").exists()
+    text = (tmp_path / "sub" / "rows.partial").read_text()
+    assert text.count("a.png") == 9
+    assert form is not Form.JSON or len(json.loads(text)) == 9
+    assert "The rows so far are in " in capsys.readouterr().err
+    with (
+        pytest.raises(FileExistsError, match="interrupted or is still going on"),
+        open_output(tmp_path / "sub" / "rows"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("form", Form)
+def test_a_run_that_fails_before_its_first_row_leaves_nothing(
+    form: Form, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predictions() -> Iterator[Prediction]:
+        raise ValueError("no head")
+        yield
+
+    with pytest.raises(ValueError, match="no head"), open_output(tmp_path / "rows") as file:
+        write_rows(predictions(), form, file, 2)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("old")
+    with open_output(path) as file:
+        write_rows(STRANGE, Form.CSV, file, 2)
+        assert path.read_text() == "old"
+    assert path.read_bytes().splitlines()[4].startswith(b"lat\xe9.png")
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(IsADirectoryError, match="is a folder"), open_output(tmp_path):
+        pass
