@@ -99,28 +99,25 @@ def test_an_absent_peer_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     """As a process that is killed outright, at many moments; then what is left is measured to its end."""
     wanted, clock = 6, random.Random(0)
-    for attempt in range(15):
+    for attempt in range(10):
         folder = tmp_path / str(attempt)
-        while _killed(lambda folder=folder: list(sweep(jobs(wanted), STAMP, table(folder))), clock.uniform(0, 0.08)):
+        for _ in range(1 + attempt % 3):
+            _kill(lambda folder=folder: list(sweep(jobs(wanted), STAMP, table(folder))), clock.uniform(0, 0.1))
             done = sizes(folder / "rows.csv") if (folder / "rows.csv").exists() else []
             assert done == list(range(1, len(done) + 1))
-            if attempt % 5:  # most sweeps are killed once, every fifth until it happens to come through
-                break
-        if attempt % 5:
-            assert len(list(sweep(jobs(wanted), STAMP, table(folder)))) == wanted
+        assert len(list(sweep(jobs(wanted), STAMP, table(folder)))) == wanted
         assert sizes(folder / "rows.csv") == list(range(1, wanted + 1))
 
 
-def _killed(work: Callable[[], object], after: float) -> bool:
-    """Do something in a copy of this process and kill that; tell whether it was not finished yet."""
+def _kill(work: Callable[[], object], after: float) -> None:
+    """Do something in a copy of this process and kill that, if it is not finished by then."""
     process = os.fork()
     if process == 0:
         work()
         os._exit(0)
     time.sleep(after)
     os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    return os.WIFSIGNALED(status)
+    os.waitpid(process, 0)
 
 
 def misbehave(how: str) -> Row:
