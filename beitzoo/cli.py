@@ -5,10 +5,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from beitzoo.factory import create_model, look_up
 from beitzoo.images.files import find_images
-from beitzoo.measure.table import count_parameters, model_table
+from beitzoo.measure.options import usable_device as _device
+from beitzoo.measure.table import count_parameters, images_per_second, measured_speed, model_table
 from beitzoo.predict import Tally, predict
 from beitzoo.progress import watch
 from beitzoo.rows import Form, open_output, write_rows
 from beitzoo.weights import sources
-from beitzoo.zoo import costs
+from beitzoo.zoo import accuracy, costs
 from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
 from beitzoo.zoo.registry import DEFAULT_MODEL, list_models
 
@@ -167,6 +168,19 @@ def evaluate(
 
 
 @app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with benchmark.csv and comparison.csv.")] = Path("results"),
+    out: Annotated[Path | None, typer.Option(help="Receives the pictures; by default plots/ in that folder.")] = None,
+) -> None:
+    """Draw accuracy against speed and the ratio to each peer, and write the tables of published accuracy."""
+    _need("plots", "matplotlib")
+    from beitzoo.measure.report import draw_all, write_accuracies
+
+    for path in [*write_accuracies(results / "accuracy"), *draw_all(results, out or results / "plots")]:
+        print(path)
+
+
+@app.command()
 def download(
     models: Annotated[list[str], typer.Argument(help="Model names, globs of them, or hf-hub:OWNER/NAME@REVISION.")],
     cache_dir: CacheDir = None,
@@ -236,16 +250,6 @@ def _places(arguments: Iterable[str]) -> Iterator[str]:
             yield argument
 
 
-def _device(name: str) -> torch.device:
-    """Check a device before anything is loaded onto it."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {name!r} here: {str(error).splitlines()[0]} Use --device cpu.") from error
-    return device
-
-
 def _need(extra: str, *modules: str) -> None:
     """Say which extra to install before a command fails half-way for want of it."""
     from importlib.util import find_spec
@@ -273,15 +277,36 @@ def _facts(name: str) -> dict[str, Any]:
         "crop_pct": data.crop_pct,
         "crop_mode": data.crop_mode,
         "weights": [] if row is None else [_where(source) for source in row.sources],
+        "accuracy": [_published(one) for one in accuracy.published(entry.name)],
+        **_speed(entry.name),
         "license": row and row.license,
         "paper": row and row.paper,
     }
 
 
+def _published(one: accuracy.Accuracy) -> dict[str, Any]:
+    """Return what is known of one accuracy; the model is known already."""
+    return {name: value for name, value in asdict(one).items() if name != "model" and value is not None}
+
+
+def _speed(name: str) -> dict[str, Any]:
+    row = measured_speed(name)
+    if row is None:
+        return {"images_per_second": None, "measured_on": None}
+    where = f"{row['device']}, {row['threads']} threads, one image at a time in float32, {row['date']}"
+    return {"images_per_second": round(images_per_second(row), 2), "measured_on": where}
+
+
 def _plain(value: object) -> str:
-    """Write a fact as a person would; places one below the other."""
+    """Write a fact as a person would; places and accuracies one below the other."""
+    if isinstance(value, dict):
+        scores = [f"{key} {value[key]}" for key in ("top1", "top5", "miou", "macc", "aacc") if key in value]
+        return f"{value['data']}: {', '.join(scores)} ({value['source']})"
     if isinstance(value, list):
-        return ("\n" if value and isinstance(value[0], str) else ", ").join(map(str, value)) or "none"
+        separator = ", " if value and isinstance(value[0], int | float) else "\n"
+        return separator.join(map(_plain, value)) or "none"
+    if isinstance(value, float):
+        return str(value)
     return f"{value:,}" if isinstance(value, int) else "none" if value is None else str(value)
 
 

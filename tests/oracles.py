@@ -9,26 +9,9 @@ from scipy.special import erf
 from torch import Tensor, nn
 
 from beitzoo import Beit, BeitConfig
+from beitzoo.measure.peers import randomise as randomise
 
 Array = np.ndarray
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Fill every parameter so that each matters and logits have a spread of about 1."""
-    for name, parameter in model.named_parameters():
-        noise = torch.randn_like(parameter)
-        with torch.no_grad():
-            if "gamma" in name:
-                parameter.copy_(0.3 + 0.1 * noise)
-            elif "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            elif "relative_position_bias_table" in name or name in ("cls_token", "pos_embed"):
-                parameter.copy_(noise)
-            elif parameter.ndim > 1:
-                parameter.copy_(noise * parameter[0].numel() ** -0.5)
-            else:
-                parameter.copy_(0.2 * noise)
-    return model
 
 
 def timm_twin(model: Beit) -> nn.Module:

@@ -30,6 +30,11 @@ def test_list() -> None:
 
 def test_info() -> None:
     facts = json.loads(run("info", "beit_base_patch16_224", "--json").stdout)
+    accuracy = {(row["data"], row["source"][:4]): row["top1"] for row in facts.pop("accuracy")}
+    assert accuracy["imagenet", "timm"] == 85.238
+    assert accuracy["imagenet-a", "timm"] == 50.747
+    assert accuracy["imagenet", "micr"] == 85.2
+    assert (facts.pop("images_per_second") is None) == (facts.pop("measured_on") is None)
     assert facts == {
         "model": "beit_base_patch16_224.in22k_ft_in22k_in1k",
         "parameters": 86_530_984,
@@ -54,6 +59,7 @@ def test_info() -> None:
     table = run("info", "beit_base_patch16_224").stdout
     assert "86,530,984" in table
     assert "17.56" in table
+    assert "imagenet: top1 85.238, top5 97.654 (timm" in table
 
 
 def test_info_of_a_pretrained_backbone() -> None:
@@ -216,6 +222,13 @@ def test_evaluate_prints_and_appends_rows(tmp_path: Path) -> None:
     assert len(table.read_text().splitlines()) == 3
 
 
+def test_report_draws_and_writes(tmp_path: Path) -> None:
+    result = run("report", "--results", str(tmp_path))
+    assert isinstance(result.exception, ValueError)
+    assert "There are no measured rows" in str(result.exception)
+    assert len(list((tmp_path / "accuracy").glob("*.csv"))) == 9
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -272,4 +285,5 @@ def test_the_options_are_frozen() -> None:
         "verify": ["as_json", "cache_dir", "models"],
         "finetune": ["out", "recipe", "settings"],
         "evaluate": ["as_json", "data", "device", "models", "results_file", "split_seed"],
+        "report": ["out", "results"],
     }

@@ -1,124 +1,201 @@
-"""A benchmark run is a row with its environment, and rows of another kind are refused."""
+"""The command reads timm's flags, names mistakes before anything runs, and prints rows."""
 
-import csv
 import json
-import re
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-import beitzoo
-from beitzoo.measure.benchmark import benchmark_inference, inference_row, main
-from beitzoo.measure.results import ENVIRONMENT, append_row, environment
+from beitzoo.measure import benchmark, sweep
+from beitzoo.measure.child import Outcome
+from beitzoo.measure.options import BenchmarkOptions
+from beitzoo.measure.results import Row
+from beitzoo.zoo.registry import list_models
 
-TIMM_COLUMNS = [
-    "model",
-    "infer_img_size",
-    "infer_samples_per_sec",
-    "infer_step_time",
-    "infer_batch_size",
-    "param_count",
-    "infer_gmacs",
-    "infer_macts",
-]
+TIMM_COLUMNS = ["model", "infer_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size"]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmark.py", "--num-warm-iter", "1", "--num-bench-iter", "2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_a_run_appends_its_row(tmp_path: Path) -> None:
-    table = tmp_path / "new" / "rows.csv"
-    for size in ("64", "48"):
-        result = bench("--model", "test_beit", "-b", "2", "--img-size", size, "--results-file", str(table))
-        assert result.returncode == 0, result.stderr
-    printed = json.loads(result.stdout.partition("--result\n")[2])
-    rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert [row["infer_img_size"] for row in rows] == ["64", "48"]
-    assert {key: str(value) for key, value in printed.items()} == rows[1]
-    assert set(TIMM_COLUMNS) <= set(rows[0])
-    for column in ("device", "threads", "torch", "beitzoo", "commit", "python", "platform", "date", "precision"):
-        assert column in rows[0]
-    rate = 2e3 / float(rows[0]["infer_step_time"])
-    assert float(rows[0]["infer_samples_per_sec"]) == pytest.approx(rate, rel=0.01)
-
-
-def test_a_foreign_results_file_is_refused_before_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = tmp_path / "rows.csv"
-    table.write_text("a,b\n1,2\n")
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--model", "test_beit", "--results-file", str(table)])
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    assert "['a', 'b']" in capsys.readouterr().err
-    assert table.read_text() == "a,b\n1,2\n"
+        benchmark.main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[BenchmarkOptions]:
+    """Collect what would be measured, and measure nothing."""
+    collected: list[BenchmarkOptions] = []
+
+    def record(jobs: Sequence[BenchmarkOptions], *_: Any) -> list[Row]:
+        collected.extend(jobs)
+        return [{"model": job.model} for job in jobs]
+
+    monkeypatch.setattr(benchmark, "sweep", record)
+    return collected
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "run_in_child", lambda function, job, limit_memory: Outcome(function(job)))
+
+
+def test_timms_command_line_is_read(monkeypatch: pytest.MonkeyPatch, asked: list[BenchmarkOptions]) -> None:
+    line = "-m test_beit --bench train -b 8 --input-size 1 32 48 --amp --amp-dtype bfloat16 --torchcompile --opt adamw"
+    line += " --opt-betas 0.8 0.99 --opt-eps 1e-6 --weight-decay 0.05 --clip-grad 1 --clip-mode agc --smoothing 0.2"
+    line += " --model-kwargs depth=1 num_heads=4 --channels-last --grad-checkpointing --drop-path 0.1 --no-retry"
+    line += " --num-warm-iter 0 --num-bench-iter 1 --device cpu --num-classes 5 --gp token --seed 3"
+    assert call(monkeypatch, *line.split()) == 0
+    (job,) = asked
+    assert (job.bench, job.batch_size, job.precision, job.torchcompile) == ("train", 8, "amp_bfloat16", "inductor")
+    config = job.network()
+    assert (config.in_chans, config.img_size, config.depth, config.num_heads) == (1, (32, 48), 1, 4)
+    assert (config.num_classes, config.global_pool, config.drop_path_rate) == (5, "token", 0.1)
+    assert (job.opt, job.opt_betas, job.opt_eps, job.weight_decay) == ("adamw", (0.8, 0.99), 1e-6, 0.05)
+    assert (job.clip_grad, job.clip_mode, job.smoothing, job.retry, job.seed) == (1, "agc", 0.2, False, 3)
+    assert (job.channels_last, job.grad_checkpointing, job.num_warm_iter, job.num_bench_iter) == (True, True, 0, 1)
+    assert job.others() == (
+        "--num-classes 5 --gp token --model-kwargs depth=1 num_heads=4 --channels-last --torchcompile inductor "
+        "--grad-checkpointing --seed 3 --opt adamw --opt-eps 1e-06 --opt-betas 0.8 0.99 --weight-decay 0.05 "
+        "--clip-grad 1.0 --clip-mode agc --smoothing 0.2 --drop-path 0.1"
+    )
+
+
+def test_defaults_are_timms_but_for_the_batch_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, asked: list[BenchmarkOptions]
+) -> None:
+    assert call(monkeypatch, "--model", "test_beit", "--device", "cpu") == 0
+    assert asked == [BenchmarkOptions(model="test_beit", bench="both")]
+    assert asked[0].others() == ""
+    assert (asked[0].num_warm_iter, asked[0].num_bench_iter, asked[0].opt) == (10, 40, "sgd")
+
+
+def test_models_are_named_by_globs_and_lists(
+    monkeypatch: pytest.MonkeyPatch, asked: list[BenchmarkOptions], tmp_path: Path
+) -> None:
+    (tmp_path / "names").write_text("test_beit  # small\n\n# a comment\nbeitv2_*_224.*_in1k\ntest_beit\n")
+    assert call(monkeypatch, "--model", "beit_t*", "--model-list", str(tmp_path / "names")) == 0
+    names = [job.model for job in asked]
+    assert names == ["beit_tiny_patch16_224", "test_beit", *list_models("beitv2_*_224.*_in1k", pretrained=True)]
+    assert len(names) > 4
+    asked.clear()
+    assert call(monkeypatch, "--model", "all") == 0
+    assert [job.model for job in asked] == list_models()
+
+
+def test_a_checkpoint_without_classes_is_run_as_a_backbone() -> None:
+    assert BenchmarkOptions(model="beit_base_patch16_224.mim_in22k").network().num_classes == 0
+    assert BenchmarkOptions(model="beit_base_patch16_224.mim_in22k", num_classes=3).network().num_classes == 3
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("line", "message"),
     [
-        (["--model", "tset_beit"], "did you mean 'test_beit'"),
-        (["--model", "test_beit", "--precision", "int4"], "float32, bfloat16"),
-        (["--model", "test_beit", "--img-size", "65"], "use 64 or 80"),
+        ("--model tset_beit", "did you mean 'test_beit'"),
+        ("--model beit_base_patch16_224.mim", "it has in22k_ft_in22k_in1k"),
+        ("--model vit_*", "No model's name is like 'vit_*'"),
+        ("--bench train", "There is no model to time; give --model"),
+        ("--model-list /absent", "/absent"),
+        ("--model test_beit --precision int4", "--precision 'int4'; there are float32, float16"),
+        ("--model test_beit --precision int8", "is for --compare"),
+        ("--model test_beit --precision float16 --amp", "--amp with --precision float16"),
+        ("--model test_beit --amp --amp-dtype int8", "--amp-dtype 'int8'; there are float16, bfloat16"),
+        ("--model test_beit --bench speed", "--bench 'speed'; there are inference, train, both, profile"),
+        ("--model test_beit --img-size 65", "use 64 or 80"),
+        ("--model test_beit --input-size 3 0 64", "it must be a pair"),
+        ("--model test_beit --num-bench-iter 0", "--num-bench-iter 0; it must be a whole number from 1 up"),
+        ("--model test_beit --num-warm-iter -1", "--num-warm-iter -1"),
+        ("--model test_beit -b 0", "--batch-size 0; it must be a whole number from 1 up"),
+        ("--model test_beit --device gpu", "There is no device 'gpu' here"),
+        ("--model test_beit --results-format xml", "--results-format 'xml'; there are csv, json"),
+        ("--model test_beit --clip-mode l2", "--clip-mode 'l2'; there are norm, value, agc"),
+        ("--model test_beit --model-kwargs depht=3", "did you mean 'depth'"),
+        ("--model test_beit --model-kwargs depth", "it must be field=value"),
+        ("--model test_beit --compare tim", "There is no peer 'tim'; did you mean 'timm'"),
+        ("--model test_beit --compare timm --subject timm+zoo", "There is no peer 'timm+zoo'"),
+        ("--model test_beit --compare timm --bench both", "--bench both compares nothing"),
     ],
 )
-def test_mistakes_are_named(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_mistakes_are_named_before_anything_runs(
+    line: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[BenchmarkOptions],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
+    assert call(monkeypatch, *line.split()) == 2
     assert message in capsys.readouterr().err
+    assert asked == []
 
 
-def test_row_has_timms_figures() -> None:
-    model = beitzoo.create_model("beit_base_patch16_224", device="meta")
-    row = inference_row(model, "beit_base_patch16_224", 4, [10.0, 20.0, 30.0])
-    assert [row[column] for column in TIMM_COLUMNS] == [
-        "beit_base_patch16_224",
-        224,
-        200.0,
-        20.0,
-        4,
-        86.53,
-        17.56,
-        23.9,
+def test_a_foreign_results_file_is_refused_before_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[BenchmarkOptions],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("a,b\n1,2\n")
+    assert call(monkeypatch, "--model", "test_beit", "--results-file", str(table)) == 2
+    assert "['a', 'b']" in capsys.readouterr().err
+    assert (table.read_text(), asked) == ("a,b\n1,2\n", [])
+    assert call(monkeypatch, "--model", "test_beit", "--results-file", str(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_a_row_is_printed_as_timm_prints_it_and_appended(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "--model test_beit -b 2 --img-size 48 --num-warm-iter 0 --num-bench-iter 1 --device cpu"
+    line += f" --results-file {tmp_path}/rows --results-format {form}"
+    assert call(monkeypatch, *line.split()) == 0
+    printed = json.loads(capsys.readouterr().out.partition("--result\n")[2])
+    assert list(printed)[:5] == TIMM_COLUMNS
+    others = {"train_samples_per_sec", "train_batch_size", "param_count", "infer_gmacs"}
+    assert {*TIMM_COLUMNS, *others} <= set(printed)
+    assert (printed["infer_img_size"], printed["train_img_size"], printed["batch_size"]) == (48, 48, 2)
+    text = (tmp_path / "rows").read_text()
+    if form == "json":
+        assert json.loads(text) == [printed]
+    else:
+        assert text.splitlines()[0] == ",".join(sweep.BENCHMARK_COLUMNS)
+        assert len(text.splitlines()) == 2
+    assert call(monkeypatch, *line.split()) == 0  # the row is there: printed again, not measured again
+    again = json.loads(capsys.readouterr().out.partition("--result\n")[2])
+    assert {key: str(value) for key, value in again.items()} == {key: str(value) for key, value in printed.items()}
+    assert (tmp_path / "rows").read_text() == text
+
+
+def test_a_failure_is_a_row_and_exit_code_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(function: object, job: BenchmarkOptions, limit_memory: bool) -> Outcome:
+        return (
+            Outcome(error="Boom")
+            if job.model in ("test_beit", "beit_tiny_patch16_224")
+            else Outcome({"infer_samples_per_sec": 3.0})
+        )
+
+    monkeypatch.setattr(sweep, "run_in_child", fail)
+    assert call(monkeypatch, "--model", "test_beit", "--bench", "train") == 1
+    row = json.loads(capsys.readouterr().out.partition("--result\n")[2])
+    assert (row["model"], row["error"], row["param_count"]) == ("test_beit", "Boom", 0.15)
+    assert call(monkeypatch, "--model", "beit_[nt]*", "--bench", "inference") == 1
+    output = capsys.readouterr()
+    rows = json.loads(output.out.partition("--result\n")[2])
+    assert [(row["model"], row.get("error")) for row in rows] == [
+        ("beit_nano_patch4_32", None),
+        ("beit_tiny_patch16_224", "Boom"),
     ]
+    assert f"1 of {len(rows)} rows failed" in output.err
 
 
-def test_every_timed_step_is_kept() -> None:
-    times = benchmark_inference(beitzoo.create_model("test_beit"), 1, warm_iterations=1, iterations=3)
-    assert len(times) == 3
-    assert all(0 < time < 10_000 for time in times)
-
-
-def test_a_row_is_on_disk_with_the_header_of_the_first(tmp_path: Path) -> None:
-    table = tmp_path / "rows.csv"
-    append_row(table, {"a": 1, "b": None})
-    append_row(table, {"a": 2, "b": "x,y"})
-    assert table.read_text() == 'a,b\n1,\n2,"x,y"\n'
-    with pytest.raises(ValueError, match=r"has the columns \['a', 'b'\], not \['a'\]"):
-        append_row(table, {"a": 3})
-
-
-def test_a_table_cut_short_is_refused(tmp_path: Path) -> None:
-    table = tmp_path / "rows.csv"
-    table.write_text("a,b\n1,2")
-    with pytest.raises(ValueError, match="does not end with a line"):
-        append_row(table, {"a": 3, "b": 4})
-    assert table.read_text() == "a,b\n1,2"
-
-
-def test_environment_says_what_a_reader_needs() -> None:
-    stamp = environment(torch.device("cpu"))
-    assert tuple(stamp) == ENVIRONMENT
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", str(stamp["date"]))
-    assert re.fullmatch(r"([0-9a-f]{7,}\+?)?", str(stamp["commit"]))
-    assert all(isinstance(value, str | int) for value in stamp.values())
+def test_a_profile_counts_and_runs_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sweep, "run_in_child", None)
+    assert call(monkeypatch, "--model", "beit_large_patch16_224", "--bench", "profile", "--img-size", "512") == 0
+    row = json.loads(capsys.readouterr().out.partition("--result\n")[2])
+    assert (row["infer_gmacs"], row["infer_macts"], row["infer_batch_size"]) == (361.99, 656.39, 1)

@@ -1,0 +1,278 @@
+"""Tables and pictures of what is in `results/`."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from beitzoo.measure.results import Row, read_rows
+from beitzoo.measure.table import count_parameters, images_per_second, measured_speed
+from beitzoo.models.beit import Beit
+from beitzoo.weights.files import write_text
+from beitzoo.zoo.accuracy import DATA_SETS, Accuracy, headline, published
+from beitzoo.zoo.pretrained import PRETRAINED
+from beitzoo.zoo.registry import find, split_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind tell apart; shapes say the same once more.
+_LOOKS = {
+    "timm": ("#0072B2", "o"),
+    "timm+compile": ("#56B4E9", "s"),
+    "transformers": ("#D55E00", "^"),
+    "onnxruntime": ("#009E73", "D"),
+    "openvino": ("#CC79A7", "v"),
+    "beitzoo": ("#000000", "P"),
+    "beitzoo+compile": ("#8C8C8C", "X"),
+    "beitzoo+optimize": ("#E69F00", "*"),
+}
+_FAMILIES = {"beit_": ("BEiT", "#0072B2", "o"), "beitv2_": ("BEiT v2", "#D55E00", "s")}
+_INK, _FAINT = "#222222", "#D9D9D9"
+# Places around a point where its label may stand, nearest first: points right and up, and which end it hangs by.
+_PLACES = [(7, 0, "left"), (-7, 0, "right")]
+_PLACES += [(x, y, end) for y in (9, -9, 17, -17, 25, -25) for x, end in ((7, "left"), (-7, "right"))]
+
+_TIMM_COLUMNS = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count"]
+_TIMM_COLUMNS += ["crop_pct", "interpolation"]
+_SEGMENT_COLUMNS = ["model", "img_size", "miou", "macc", "aacc", "protocol", "param_count"]
+
+
+def write_accuracies(folder: Path) -> list[Path]:
+    """Write a CSV for each set of images with published accuracies, in timm's columns and with their source.
+
+    The small model's set is left out: `evaluate` writes that one.
+    """
+    paths = []
+    for data in DATA_SETS:
+        if data != "digits":
+            path = folder / f"{data}.csv"
+            write_text(path, accuracy_table(data))
+            paths.append(path)
+    return paths
+
+
+def accuracy_table(data: str) -> str:
+    """Return the CSV of a set of images, best first."""
+    rows = sorted(published(data=data), key=lambda row: (-(row.top1 or row.miou or 0), -(row.top5 or 0), row.model))
+    columns = _SEGMENT_COLUMNS if data == "ade20k" else _TIMM_COLUMNS
+    if DATA_SETS[data] is not None:
+        columns = [*columns, "top1_diff", "top5_diff", "rank_diff"]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*columns, "source"], lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(_accuracy_row(row) for row in rows)
+    return text.getvalue()
+
+
+def _accuracy_row(row: Accuracy) -> Row:
+    fields: Row = {name: value for name, value in vars(row).items() if name != "rank_diff"}
+    fields["param_count"] = f"{_parameters(row.model) / 1e6:.2f}"
+    for name in ("top1", "top5"):
+        value = getattr(row, name)
+        if value is not None:
+            fields |= {name: f"{value:.3f}", f"{name}_err": f"{100 - value:.3f}"}
+    if row.rank_diff is not None:
+        fields |= _differences(row)
+    return fields
+
+
+@cache
+def _parameters(model: str) -> int:
+    with torch.device("meta"):
+        return count_parameters(Beit(find(model).config))
+
+
+def _differences(row: Accuracy) -> Row:
+    """Compare with the set that timm compares with, by the same source, in timm's spelling."""
+    base = next(one for one in published(row.model, DATA_SETS[row.data] or "") if one.source.startswith("timm"))
+    assert row.top1 is not None and row.top5 is not None and base.top1 is not None and base.top5 is not None
+    return {
+        "top1_diff": f"{row.top1 - base.top1:+.3f}",
+        "top5_diff": f"{row.top5 - base.top5:+.3f}",
+        "rank_diff": f"{row.rank_diff:+d}",
+    }
+
+
+def draw_all(results: Path, out: Path) -> list[Path]:
+    """Draw what the tables in a folder allow, each picture as PNG and SVG; return their paths.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    figures = {}
+    speeds = [(row, speed) for row in _classifiers() if (speed := measured_speed(row.model, results)) is not None]
+    if speeds:
+        figures["accuracy-speed"] = _draw_accuracy(speeds)
+    for group, rows in _groups(read_rows(results / "comparison.csv")).items():
+        figures["-".join(("ratio", *group)).replace("+", "-")] = _draw_ratios(rows, *group)
+    if not figures:
+        raise ValueError(f"There are no measured rows in {results}; run benchmark.py with --results-file first.")
+    paths = []
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
+            path = out / f"{name}{suffix}"
+            figure.savefig(path, bbox_inches="tight", facecolor="white", **options)
+            paths.append(path)
+    return paths
+
+
+def _classifiers() -> list[Accuracy]:
+    best = [headline(name) for name in PRETRAINED]
+    return [row for row in best if row is not None and row.data == "imagenet"]
+
+
+def _draw_accuracy(speeds: Sequence[tuple[Accuracy, Row]]) -> "Figure":
+    figure, axes = _canvas(8.6, 5.4)
+    labels = []
+    for row, speed in speeds:
+        family = next(prefix for prefix in sorted(_FAMILIES, key=len, reverse=True) if row.model.startswith(prefix))
+        _, colour, marker = _FAMILIES[family]
+        x, y = images_per_second(speed), row.top1 or 0.0
+        axes.plot(x, y, marker, color=colour, markersize=7, markeredgecolor="white", zorder=3)
+        labels.append((x, y, _short(row.model), colour))
+    for title, colour, marker in _FAMILIES.values():
+        axes.plot([], [], marker, color=colour, markersize=7, label=title)
+    axes.set_xscale("log")
+    rates = [images_per_second(speed) for _, speed in speeds]
+    axes.set_xlim(min(rates) / 2.5, max(rates) * 5)  # room for the labels of the outermost points
+    axes.margins(y=0.12)
+    _plain_ticks(axes, rates)
+    axes.set_xlabel("images per second by the median step, one at a time, float32 (logarithmic)")
+    axes.set_ylabel("ImageNet top-1, % (published)")
+    axes.set_title("Accuracy against speed", loc="left", color=_INK, fontweight="bold")
+    axes.legend(frameon=False, loc="upper right")
+    _place_labels(figure, axes, labels)
+    _caption(axes, [speed for _, speed in speeds])
+    return figure
+
+
+def _draw_ratios(rows: Sequence[Row], bench: str, precision: str, subject: str) -> "Figure":
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    peers = [peer for peer in _LOOKS if any(row["peer"] == peer for row in rows)]
+    figure, axes = _canvas(8.6, 1.6 + len(models) * (0.22 + 0.14 * len(peers)))
+    step = 0.8 / max(len(peers), 1)
+    for row in rows:
+        peer = str(row["peer"])
+        colour, marker = _LOOKS[peer]
+        y = models.index(str(row["model"])) + step * (peers.index(peer) - (len(peers) - 1) / 2)
+        if row["ratio_low"]:
+            axes.plot([_number(row, "ratio_low"), _number(row, "ratio_high")], [y, y], color=colour, linewidth=1.6)
+        axes.plot(_number(row, "ratio"), y, marker, color=colour, markersize=6, markeredgecolor="white")
+    for peer in peers:
+        axes.plot([], [], _LOOKS[peer][1], color=_LOOKS[peer][0], label=peer)
+    axes.axvline(1, color=_INK, linewidth=1, zorder=1)
+    axes.set_yticks(range(len(models)), models)
+    axes.set_ylim(len(models) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    for line in range(1, len(models)):
+        axes.axhline(line - 0.5, color=_FAINT, linewidth=0.6, zorder=0)
+    ratios = [_number(row, "ratio") for row in rows]
+    if max(ratios) > 4 * min(ratios):
+        axes.set_xscale("log")
+        _plain_ticks(axes, [*ratios, 1.0])
+    axes.set_xlabel(f"time of the peer / time of {subject} (right of 1: {subject} is faster)")
+    what = "Training step" if bench == "train" else "Inference"
+    axes.set_title(f"{what}, {precision}: {subject} against its peers", loc="left", color=_INK, fontweight="bold")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    _caption(axes, rows, "Medians of ratios measured by turns, with their 95 % intervals.")
+    return figure
+
+
+def _groups(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Group what was measured into pictures: by bench, precisions and subject; a later row replaces an earlier one."""
+    groups: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        if row["ratio"]:
+            ours, theirs = str(row["subject_precision"]), str(row["precision"])
+            precision = ours if ours == theirs else f"{ours} against {theirs}"
+            name = f"{row['model']}, batch {row['batch_size']}"
+            group = groups.setdefault((str(row["bench"]), precision, str(row["subject"])), {})
+            group[name, str(row["peer"])] = {**row, "model": name}
+    return {group: list(members.values()) for group, members in groups.items()}
+
+
+def _canvas(width: float, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="x", color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _plain_ticks(axes: "Axes", values: Sequence[float]) -> None:
+    """Write numbers, not powers, along a logarithmic axis."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    low, high = min(values) / 2, max(values) * 2
+    ticks = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _place_labels(figure: "Figure", axes: "Axes", labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each label at the first place around its point that covers no other label and no point."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    points = axes.transData.transform([(x, y) for x, y, _, _ in labels])
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in points]
+    for x, y, text, colour in labels:
+        for dx, dy, end in _PLACES:
+            label = axes.annotate(
+                text,
+                (x, y),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=end,
+                va="center",
+                fontsize=8,
+                color=colour,
+            )
+            box = label.get_window_extent(renderer)
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        taken.append(box)
+
+
+def _caption(axes: "Axes", rows: Sequence[Row], note: str = "") -> None:
+    """Name the machines and versions of the rows below the picture."""
+    machines = dict.fromkeys(f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows)
+    days = sorted({str(row["date"]) for row in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    text = f"{note}\n{'; '.join(machines)}. {when}.".strip()
+    axes.annotate(
+        text,
+        (0, 0),
+        xytext=(0, -44),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        color="#555555",
+    )
+
+
+def _short(model: str) -> str:
+    """Say what tells a checkpoint from others of its family: size, pixels, and how it was trained."""
+    architecture, tag = split_name(model)
+    _, size, _, pixels = architecture.split("_")
+    return f"{size} {pixels} {tag}"
+
+
+def _number(row: Row, name: str) -> float:
+    return float(row[name] or 0)

@@ -1,0 +1,117 @@
+"""A peer runs the same network with the same weights, or the row shows that it does not."""
+
+import importlib.util
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import beitzoo
+from beitzoo.measure.comparison import _of_gemm, _timed, compare
+from beitzoo.measure.options import BenchmarkOptions
+from beitzoo.measure.peers import PEERS, Peer, check_installed
+from beitzoo.measure.sweep import COMPARISON_COLUMNS
+from beitzoo.zoo import costs
+
+OPTIONS = BenchmarkOptions(model="test_beit", batch_size=2, num_warm_iter=0, num_bench_iter=6, peer="timm")
+
+
+@pytest.mark.parametrize("peer", ["timm", "transformers"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_a_peer_of_the_same_precision_gives_the_same_numbers(peer: str, precision: Any, tolerance: float) -> None:
+    row = compare(replace(OPTIONS, peer=peer, precision=precision))
+    assert set(row) <= set(COMPARISON_COLUMNS)
+    for name in ("output_difference", "subject_error", "peer_error"):
+        assert float(row[name] or 0) <= tolerance
+    assert (float(row["subject_error"] or 0) > 1e-4) == (precision == "bfloat16")
+    assert 0 < float(row["ratio_low"] or 0) <= float(row["ratio"] or 0) <= float(row["ratio_high"] or 0)
+    assert float(row["peer_step_time"] or 0) > 0
+    assert row["peer_version"] == __import__(peer).__version__
+
+
+def test_other_weights_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(model: beitzoo.Beit, folder: Path) -> nn.Module:
+        network = PEERS["beitzoo"].module(model, folder)  # type: ignore[misc]
+        network.get_parameter("blocks.1.attn.v_bias").data.zero_()
+        return network
+
+    monkeypatch.setitem(PEERS, "timm", Peer(("timm",), module=spoiled))
+    assert float(compare(OPTIONS)["output_difference"] or 0) > 1e-3
+
+
+@pytest.mark.parametrize("peer", ["timm", "transformers"])
+def test_training_steps_are_compared(peer: str) -> None:
+    # A size of its own: transformers keeps the index of a grid, and one made under inference mode cannot be trained.
+    options = replace(OPTIONS, peer=peer, bench="train", precision="amp_bfloat16", opt="adamw", img_size=80)
+    row = compare(options)
+    assert 1e-5 < float(row["subject_error"] or 0) < 3e-2  # under autocast
+    assert float(row["output_difference"] or 1) < 3e-2
+    assert float(row["ratio"] or 0) > 0
+
+
+def test_runtimes_take_our_network_as_onnx() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        rows = [
+            compare(replace(OPTIONS, peer="onnxruntime")),
+            compare(replace(OPTIONS, peer="openvino")),
+        ]
+    assert all(0 < float(row["peer_error"] or 0) < 1e-5 for row in rows)
+
+
+@pytest.mark.slow
+def test_int8_is_compared_with_what_it_is_not() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = compare(replace(OPTIONS, peer="onnxruntime", precision="int8", subject_precision="float32"))
+    assert 1e-4 < float(row["peer_error"] or 0) < 0.3
+    assert "peer_gemm_share" not in row
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"peer": "onnxruntime", "precision": "bfloat16"},
+            "onnxruntime is not measured in bfloat16",
+        ),
+        ({"peer": "openvino", "bench": "train"}, "openvino does not train"),
+        ({"peer": "timm", "precision": "int8"}, "beitzoo has no int8"),
+    ],
+)
+def test_what_cannot_be_compared_says_why(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(replace(OPTIONS, **changed))
+
+
+def test_every_installed_peer_is_found() -> None:
+    for name, peer in PEERS.items():
+        assert (peer.module is None) != (peer.runtime is None)
+        modules = [package for package in peer.packages if importlib.util.find_spec(package) is None]
+        if not modules and name != "beitzoo+optimize":
+            check_installed(name)
+
+
+def test_the_row_of_known_times() -> None:
+    model = beitzoo.create_model("test_beit")
+    times = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 2.0, 12.0], "gemm": [0.5, 0.5, 0.5]}
+    row = _timed(times, model, OPTIONS)
+    assert (row["ratio"], row["ratio_low"], row["ratio_high"]) == (2.0, None, None)
+    assert (row["step_time"], row["samples_per_sec"], row["peer_step_time"]) == (2000.0, 1.0, 2000.0)
+    work = 2 * 2 * costs.macs(model.config)
+    assert row["gflops"] == float(f"{work / 2.0 / 1e9:.4g}")
+    share = float(row["gemm_share"] or 0)
+    assert share == pytest.approx(float(row["gflops"] or 0) / float(row["gemm_gflops"] or 1), rel=1e-3)
+    assert _of_gemm(times, model, replace(OPTIONS, bench="train"))["gemm_share"] == pytest.approx(3 * share, rel=1e-3)
+
+
+def test_peers_leave_our_weights_alone() -> None:
+    model = beitzoo.create_model("test_beit").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    network = PEERS["beitzoo"].module(model, Path())  # type: ignore[misc]
+    network.bfloat16()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
