@@ -186,14 +186,15 @@ def download(
     cache_dir: CacheDir = None,
 ) -> None:
     """Fetch weights into the cache and prove them, for use without network later."""
-    failed = 0
+    cache_dir = cache_dir and cache_dir.expanduser()
+    failed = False
     for name in _expand(models):
         try:
             pretrained = look_up(name, cache_dir).pretrained
             path = sources.fetch(pretrained.sources if pretrained else (), cache_dir)
             print(f"{name}  {path}")
         except (ValueError, OSError) as error:
-            failed += 1
+            failed = True
             print(f"Error: {name}: {error}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
@@ -206,38 +207,48 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Hash downloaded weights again; exit code 1 if a file is damaged or a named model absent."""
-    rows, failed = [], False
+    cache_dir = cache_dir and cache_dir.expanduser()
+    rows: list[dict[str, str]] = []
     for name in _expand(models or ["*"]):
-        pretrained = look_up(name, cache_dir).pretrained
-        verdicts = [sources.verify(source, cache_dir) for source in (pretrained.sources if pretrained else ())]
-        present = [verdict for verdict in verdicts if verdict.path is not None]
-        failed |= any(verdict.state == "damaged" for verdict in present) or bool(models and not present)
-        rows += [_verdict_row(name, verdict) for verdict in (present or verdicts[:1] if models else present)]
+        try:
+            rows += _verdicts(name, cache_dir, named=bool(models))
+        except (ValueError, OSError) as error:
+            rows.append({"model": name, "state": "not found", "file": "", "detail": str(error)})
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
         for row in rows:
-            print(f"{row['state']:<14}  {row['model']}  {row['file'] or ''}".rstrip())
-            if row["state"] in ("damaged", "unverified"):
+            print(f"{row['state']:<14}  {row['model']}  {row['file']}".rstrip())
+            if row["state"] != "verified" and row["detail"]:
                 print(f"    {row['detail']}")
-    if failed:
+    if any(row["state"] not in ("verified", "unverified") for row in rows):
         raise typer.Exit(1)
+
+
+def _verdicts(name: str, cache_dir: Path | None, named: bool) -> list[dict[str, str]]:
+    """Return a row for each local copy of a checkpoint; if there is none, one that says so, if it was named."""
+    pretrained = look_up(name, cache_dir).pretrained
+    verdicts = [sources.verify(source, cache_dir) for source in (pretrained.sources if pretrained else ())]
+    rows = [
+        {"model": name, "state": verdict.state, "file": str(verdict.path), "detail": verdict.detail}
+        for verdict in verdicts
+        if verdict.path is not None
+    ]
+    absent = {"model": name, "state": "not downloaded" if verdicts else "no weights", "file": "", "detail": ""}
+    return rows or [absent] * named
 
 
 def _expand(patterns: list[str]) -> list[str]:
     """Replace globs by the checkpoints they match; anything else is a name, right or wrong."""
     names = []
     for pattern in patterns:
-        matches = list_models(pattern, pretrained=True) if "*" in pattern and ":" not in pattern else [pattern]
+        matches = (
+            list_models(pattern, pretrained=True) if set("*?[") & set(pattern) and ":" not in pattern else [pattern]
+        )
         if not matches:
             raise ValueError(f"No checkpoint matches {pattern!r}; 'beitzoo list --pretrained' shows all.")
         names += matches
     return names
-
-
-def _verdict_row(name: str, verdict: sources.Verdict) -> dict[str, str | None]:
-    path = None if verdict.path is None else str(verdict.path)
-    return {"model": name, "state": verdict.state, "file": path, "detail": verdict.detail}
 
 
 def _places(arguments: Iterable[str]) -> Iterator[str]:

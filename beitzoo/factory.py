@@ -74,7 +74,8 @@ def create_model(
         pretrained: Load the weights of the tag; otherwise they are random.
         features_only: Return feature maps of chosen blocks; `out_indices`, `norm`, `output_fmt` and `pyramid` are
             then options, see `BeitFeatures`.
-        checkpoint_path: Load this file of the same network instead, in any format and layout.
+        checkpoint_path: Load this file of the same network instead, in any format and layout. Labels and transform
+            stay those of the name.
         cache_dir: Where downloads are kept; the hub's own cache if None.
         device: Where the parameters live; PyTorch's default device if None.
         dtype: Of the parameters; that of the weights, or float32, if None.
@@ -90,7 +91,7 @@ def create_model(
         NotImplementedError: The checkpoint's own head is not for classes, and no `num_classes` was given.
         DownloadError: The weights cannot be had.
     """
-    directory = None if cache_dir is None else Path(cache_dir)
+    directory = None if cache_dir is None else Path(cache_dir).expanduser()
     device = torch.get_default_device() if device is None else device
     entry = look_up(model_name, directory)
     options = {name: overrides.pop(name) for name in _FEATURE_OPTIONS if features_only and name in overrides}
@@ -179,10 +180,10 @@ def _look_up_on_hub(name: str, cache_dir: Path | None) -> Entry:
 
     path = hub.fetch(file(folder.CONFIG), cache_dir)
     revision = hub.commit_of(path) or revision  # all files of one load are of one commit
-    config, preprocessor = path.read_bytes(), None
+    config, preprocessor = folder.read_json(path), None
     if folder.needs_preprocessor(config):
         try:
-            preprocessor = hub.fetch(file(folder.PREPROCESSOR), cache_dir).read_bytes()
+            preprocessor = folder.read_json(hub.fetch(file(folder.PREPROCESSOR), cache_dir))
         except AbsentError:
             _logger.info("%s says nothing about its images; transformers' defaults are used.", name)
     return folder.parse(name, config, preprocessor, tuple(file(weights) for weights in folder.WEIGHTS))

@@ -53,7 +53,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     """Open a file whose header is acceptable; no pixel is decoded yet. All that fails inside is an `ImageError`."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device could be waited for without end
-            raise ImageError("a folder" if path.is_dir() else "not a regular file")
+            raise ImageError("a folder, not an image" if path.is_dir() else "not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             _check_cost(image, path)
             yield image

@@ -30,8 +30,8 @@ def read(directory: Path) -> Entry:
     sources = [LocalFile(directory / name) for name in WEIGHTS if (directory / name).is_file()]
     return parse(
         f"local-dir:{directory}",
-        _bytes(path),
-        _bytes(preprocessor) if preprocessor.is_file() else None,
+        read_json(path),
+        read_json(preprocessor) if preprocessor.is_file() else None,
         tuple(sources) or (LocalFile(directory / WEIGHTS[0]),),
     )
 
@@ -56,7 +56,12 @@ def needs_preprocessor(config: bytes) -> bool:
     return b'"model_type"' in config
 
 
-def _bytes(path: Path) -> bytes:
+def read_json(path: Path) -> bytes:
+    """Read a document of a folder, unless it is longer than any model's.
+
+    Raises:
+        CheckpointError: It is too long.
+    """
     if path.stat().st_size > _LONGEST:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no model's is longer than {_LONGEST}.")
     return path.read_bytes()

@@ -5,10 +5,14 @@ with the hash that the table or else the hub states, a damaged copy is fetched a
 """
 
 import contextlib
+import errno
+import json
 import logging
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -16,6 +20,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -23,13 +28,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock, httpx
 
 from beitzoo.weights import proofs
-from beitzoo.weights.proofs import AbsentError, DamagedError, DownloadError
+from beitzoo.weights.proofs import AbsentError, DamagedError, DownloadError, first_line
 from beitzoo.zoo.config import HubFile
 
 _logger = logging.getLogger(__name__)
 
 _TRIES = 3
-_NOT_FETCHED = (httpx.HTTPError, OSError, ValueError)
+# Seconds after which nothing is tried again. One call of the client may outlast it: it obeys a hub's Retry-After.
+_LONGEST = 60
+_NOT_FETCHED = (httpx.HTTPError, OSError, HFValidationError, json.JSONDecodeError)
 # What may name a file in the cache. Hubs give the content's hash; a proxy may give a name of its own making.
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 _ELSE = "or give checkpoint_path= a file that you have."
@@ -40,9 +47,9 @@ def own_folder(cache_dir: Path | None) -> Path:
     return (cache_dir or Path(constants.HF_HOME)) / "beitzoo"
 
 
-def memory(cache_dir: Path | None) -> Path:
+def notes(cache_dir: Path | None) -> Path:
     """Return where notes on proven files are kept."""
-    return proofs.memory_in(own_folder(cache_dir))
+    return proofs.notes_in(own_folder(cache_dir))
 
 
 def fetch(source: HubFile, cache_dir: Path | None = None) -> Path:
@@ -53,6 +60,7 @@ def fetch(source: HubFile, cache_dir: Path | None = None) -> Path:
         DownloadError: It cannot be had; says what was wanted, from where, why it failed and what to do.
     """
     failed: Exception | None = None
+    deadline = time.monotonic() + _LONGEST
     for attempt in range(0 if constants.is_offline_mode() else _TRIES):
         if attempt:
             time.sleep(2 ** (attempt - 1))
@@ -60,13 +68,13 @@ def fetch(source: HubFile, cache_dir: Path | None = None) -> Path:
             return _fetch_online(source, cache_dir)
         except _NOT_FETCHED as error:
             failed = error
-            if not isinstance(error, DamagedError) and (_is_final(error) or find_local(source, cache_dir)):
+            heals = isinstance(error, DamagedError) or not (_is_final(error) or find_local(source, cache_dir))
+            if not heals or time.monotonic() > deadline:
                 break
-    if failed is None or not isinstance(
-        _answer(failed), RemoteEntryNotFoundError | RevisionNotFoundError | DamagedError
-    ):
+    answer = None if failed is None else _answer(failed)
+    if failed is None or not isinstance(answer, RemoteEntryNotFoundError | RevisionNotFoundError | DamagedError):
         return _from_cache(source, cache_dir, failed)
-    kind = AbsentError if isinstance(_answer(failed), RemoteEntryNotFoundError) else DownloadError
+    kind = AbsentError if isinstance(answer, RemoteEntryNotFoundError) else DownloadError
     raise kind(f"Could not get {_name(source)} from {constants.ENDPOINT}: {_explain(failed, source)}") from failed
 
 
@@ -85,31 +93,55 @@ def commit_of(path: Path) -> str | None:
     return commit if _is_commit(commit) else None
 
 
-def stated_hash(source: HubFile, path: Path, memory: Path) -> str | None:
-    """Return the hash in the table, or that under which the hub filed the content: its cache names blobs by it.
+def filed_hash(path: Path) -> str | None:
+    """Return the hash under which the hub filed the content of a cached file: its cache names blobs by it.
 
-    One step of the link only: behind it may be a shared store with names of another kind. Where the cache has no
-    links, it is what the hub said when the file came.
+    One step of the link only: behind it may be a shared store with names of another kind. None where the cache has
+    no links.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
     """
-    if source.sha256 is not None:
-        return source.sha256
-    filed = Path(os.readlink(path)).name if path.is_symlink() else ""
-    return filed if proofs.is_hash(filed) else proofs.recorded(path, memory)
+    try:
+        name = Path(os.readlink(path)).name
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None  # a file, not a link
+    return name if proofs.is_hash(name) else None
 
 
 def _fetch_online(source: HubFile, cache_dir: Path | None) -> Path:
-    cached = find_local(source, cache_dir)
-    etag = None
-    if cached is None or not _is_commit(source.revision):
+    cached, etag, commit = find_local(source, cache_dir), None, source.revision
+    if cached is None or not _is_commit(commit):
         etag, commit = _look(source)
-        if commit is None or cached is None or commit_of(cached) != commit:
-            cached = _download(source, cache_dir, etag)
+    if cached is None or commit_of(cached) != commit:
+        with _turn(source, cache_dir):
+            cached = find_local(source, cache_dir)  # another process may have been quicker
+            if cached is None or commit_of(cached) != commit:
+                cached = _download(source, cache_dir)
     try:
-        _prove(source, cached, memory(cache_dir))
+        _prove(source, cached, cache_dir, etag)
     except DamagedError as error:
         _logger.warning("%s It is fetched again.", error)
-        return _heal(source, cache_dir)
+        with _turn(source, cache_dir):
+            return _heal(source, cache_dir)
     return cached
+
+
+@contextmanager
+def _turn(source: HubFile, cache_dir: Path | None) -> Iterator[None]:
+    """Keep other processes from changing a file of the cache meanwhile; the client takes links away to renew them."""
+    locks = own_folder(cache_dir) / "locks"
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _logger.info("Cannot make %s (%s); going on without taking turns with other processes.", locks, error)
+        yield
+        return
+    name = f"{source.repo_id}--{source.filename}.lock".replace("/", "--")
+    with WeakFileLock(locks / name):
+        yield
 
 
 def _look(source: HubFile) -> tuple[str | None, str | None]:
@@ -127,41 +159,38 @@ def _look(source: HubFile) -> tuple[str | None, str | None]:
     if not _FILE_NAME.fullmatch(etag) or not _is_commit(commit):
         raise OSError(f"this is no answer of a hub: it gives {commit!r} as commit and {etag!r} as hash")
     if source.sha256 not in (None, etag) and len(etag) == 64:
-        raise DownloadError(f"its hash there is {etag}, not {source.sha256}: it was replaced, or is another file.")
+        raise DownloadError(
+            f"its hash there is {etag}, not {source.sha256}, so it was replaced. Update beitzoo, {_ELSE}"
+        )
     return etag, commit
 
 
-def _download(source: HubFile, cache_dir: Path | None, etag: str | None, force: bool = False) -> Path:
-    path = Path(
-        hf_hub_download(
+def _download(source: HubFile, cache_dir: Path | None, force: bool = False) -> Path:
+    try:
+        path = hf_hub_download(
             source.repo_id, source.filename, revision=source.revision, cache_dir=cache_dir, force_download=force
         )
-    )
-    if not path.is_symlink() and etag and proofs.is_hash(etag):
-        proofs.prove_again(path, etag, memory(cache_dir))  # a copy's name does not tell its hash, so a note must
-    return path
+    except RuntimeError as error:  # of the Xet transfer
+        raise OSError(f"{first_line(error)} HF_HUB_DISABLE_XET=1 downloads it by plain HTTP.") from error
+    return Path(path)
 
 
 def _heal(source: HubFile, cache_dir: Path | None) -> Path:
-    """Fetch a damaged file again, one process at a time: what one healed, the next must not take away."""
-    locks = own_folder(cache_dir) / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(locks / f"{source.repo_id.replace('/', '--')}--{source.filename}.lock"):
-        damaged = find_local(source, cache_dir)
-        if damaged is not None:
-            with contextlib.suppress(DamagedError):
-                _prove(source, damaged, memory(cache_dir))
-                return damaged
-        etag, _ = _look(source)
-        if damaged is not None:
-            damaged.unlink()  # the client replaces content, but leaves a link to content of another name as it is
-        path = _download(source, cache_dir, etag, force=True)
-        try:
-            _prove(source, path, memory(cache_dir))
-        except DamagedError:
-            _drop(path)
-            raise
-        return path
+    """Fetch a damaged file again, unless another process has done so meanwhile."""
+    damaged = find_local(source, cache_dir)
+    etag, _ = _look(source)
+    if damaged is not None:
+        with contextlib.suppress(DamagedError):
+            _prove(source, damaged, cache_dir, etag)
+            return damaged
+        damaged.unlink()  # the client replaces content, but leaves a link to content of another name as it is
+    path = _download(source, cache_dir, force=True)
+    try:
+        _prove(source, path, cache_dir, etag)
+    except DamagedError:
+        _drop(path)
+        raise
+    return path
 
 
 def _drop(damaged: Path) -> None:
@@ -171,12 +200,14 @@ def _drop(damaged: Path) -> None:
     damaged.unlink(missing_ok=True)
 
 
-def _prove(source: HubFile, path: Path, memory: Path) -> None:
-    expected = stated_hash(source, path, memory)
+def _prove(source: HubFile, path: Path, cache_dir: Path | None, etag: str | None = None) -> None:
+    """Compare a file with the hash in the table, or else with what the hub says now or said when the file came."""
+    said = etag if etag and proofs.is_hash(etag) else None
+    expected = source.sha256 or filed_hash(path) or said or proofs.recorded(path, notes(cache_dir))
     if expected is None:
         _logger.warning("%s is unverified: nobody states its hash.", path)
     else:
-        proofs.prove(path, expected, memory)
+        proofs.prove(path, expected, notes(cache_dir))
 
 
 def _from_cache(source: HubFile, cache_dir: Path | None, failed: Exception | None) -> Path:
@@ -186,7 +217,7 @@ def _from_cache(source: HubFile, cache_dir: Path | None, failed: Exception | Non
     cached = find_local(source, cache_dir)
     if cached is not None:
         try:
-            _prove(source, cached, memory(cache_dir))
+            _prove(source, cached, cache_dir)
         except OSError as error:
             raise DownloadError(f"{error} It could not be fetched again: {why}") from failed
         if failed is not None:
@@ -211,8 +242,8 @@ def _name(source: HubFile) -> str:
 
 
 def _answer(error: BaseException) -> BaseException:
-    """Return the hub's answer; the client may hide it behind 'check your connection'."""
-    while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
+    """Return the hub's answer, which the client may hide behind 'check your connection'."""
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -236,7 +267,7 @@ def _explain(error: Exception, source: HubFile) -> str:
         RepositoryNotFoundError: f"there is no such repository, or it is private. Check the name; if private, {login}",
         RevisionNotFoundError: f"there is no such revision. See {page}/tree/main for its branches and tags.",
         RemoteEntryNotFoundError: f"there is no such file. See {page}/tree/main for what there is.",
-        HFValidationError: f"that is no name of a repository. Names are 'owner/name': {_first_line(answer)}",
+        HFValidationError: f"that is no name of a repository. Names are 'owner/name': {first_line(answer)}",
         DamagedError: f"{answer} It came so again and again; its host, or the way to it, is at fault.",
     }
     for kind, reason in reasons.items():
@@ -244,9 +275,8 @@ def _explain(error: Exception, source: HubFile) -> str:
             return reason
     if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
         return f"access is refused ({answer.response.status_code}). Check your token with 'hf auth whoami'."
-    return f"{_first_line(answer)} Check the connection and HF_ENDPOINT, {_ELSE}"
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    return line if line.endswith(".") else f"{line}."
+    if isinstance(answer, DownloadError):
+        return str(answer)
+    if isinstance(answer, PermissionError) or getattr(answer, "errno", None) in (errno.ENOSPC, errno.EROFS):
+        return f"{first_line(answer)} Make room in the cache, or choose another with cache_dir= or HF_HOME."
+    return f"{first_line(answer)} Check the connection and HF_ENDPOINT, {_ELSE}"

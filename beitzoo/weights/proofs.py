@@ -26,9 +26,15 @@ class DamagedError(OSError):
     """A file's content is not what was stated."""
 
 
-def memory_in(folder: Path) -> Path:
+def notes_in(folder: Path) -> Path:
     """Return where, in our own folder of a cache, notes on proven files are kept."""
     return folder / "proofs"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, as a sentence."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line if line.endswith(".") else f"{line}."
 
 
 def is_hash(name: str) -> bool:
@@ -36,7 +42,7 @@ def is_hash(name: str) -> bool:
     return _HASH.fullmatch(name) is not None
 
 
-def prove(path: Path, expected: str, memory: Path) -> None:
+def prove(path: Path, expected: str, notes: Path) -> None:
     """Compare a file with its sha256, or with its git blob hash where the hub keeps it in git.
 
     A file that was proven before and has the size and time it had then is not read again.
@@ -44,25 +50,26 @@ def prove(path: Path, expected: str, memory: Path) -> None:
     Args:
         path: The file; links are followed.
         expected: 64 hexadecimal digits of sha256, or 40 of git.
-        memory: Folder of notes on what was proven. Where it cannot be written, files are hashed at every load.
+        notes: Folder of notes on what was proven. Where it cannot be written, files are hashed at every load.
 
     Raises:
         DamagedError: The content has another hash.
         OSError: The file cannot be read.
     """
     file = path.resolve(strict=True)
-    if _is_remembered(file, expected, memory):
+    if _is_remembered(file, expected, notes):
         return
+    stamp = _stamp(file)  # before it is read: what changes meanwhile is not proven
     found = content_hash(file, expected)
     if found != expected:
         raise DamagedError(f"{path} is damaged: its hash is {found}, expected {expected}.")
-    remember(file, expected, memory)
+    _write_note(file, {"hash": expected, "proven": stamp}, notes)
 
 
-def prove_again(path: Path, expected: str, memory: Path) -> None:
+def prove_again(path: Path, expected: str, notes: Path) -> None:
     """Hash a file whatever is remembered of it; if it is damaged, `prove` will not trust it either from now on."""
-    _write_note(path.resolve(strict=True), {"hash": expected, "proven": None}, memory)
-    prove(path, expected, memory)
+    _write_note(path.resolve(strict=True), {"hash": expected, "proven": None}, notes)
+    prove(path, expected, notes)
 
 
 def content_hash(path: Path, like: str) -> str:
@@ -77,42 +84,45 @@ def content_hash(path: Path, like: str) -> str:
         return digest.hexdigest()
 
 
-def remember(path: Path, content: str, memory: Path) -> None:
-    """Note the hash a file has now."""
+def remember(path: Path, notes: Path) -> str:
+    """Note and return the sha256 that a file has now, for which nobody states one."""
     file = path.resolve(strict=True)
-    _write_note(file, {"hash": content, "proven": _stamp(file)}, memory)
+    stamp = _stamp(file)
+    content = content_hash(file, like="0" * 64)
+    _write_note(file, {"hash": content, "proven": stamp}, notes)
+    return content
 
 
-def recorded(path: Path, memory: Path) -> str | None:
+def recorded(path: Path, notes: Path) -> str | None:
     """Return the hash that was noted for a file, whether or not it changed since."""
-    return _read_note(path.resolve(), memory).get("hash")
+    return _read_note(path.resolve(), notes).get("hash")
 
 
-def _is_remembered(file: Path, expected: str, memory: Path) -> bool:
-    note = _read_note(file, memory)
+def _is_remembered(file: Path, expected: str, notes: Path) -> bool:
+    note = _read_note(file, notes)
     return note.get("hash") == expected and note.get("proven") == _stamp(file)
 
 
 def _stamp(file: Path) -> dict[str, int]:
     """Describe the state of a file: what changes it changes this."""
     state = file.stat()
-    return {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    return {name: getattr(state, f"st_{name}") for name in ("size", "mtime_ns", "ctime_ns", "ino")}
 
 
-def _read_note(file: Path, memory: Path) -> dict[str, Any]:
+def _read_note(file: Path, notes: Path) -> dict[str, Any]:
     try:
-        note = json.loads(_note_of(file, memory).read_text(encoding="utf-8"))
+        note = json.loads(_note_of(file, notes).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no note, or one that was damaged: the file must speak for itself
         return {}
     return note if isinstance(note, dict) else {}
 
 
-def _write_note(file: Path, note: dict[str, Any], memory: Path) -> None:
+def _write_note(file: Path, note: dict[str, Any], notes: Path) -> None:
     try:
-        write_text(_note_of(file, memory), json.dumps({"path": str(file), **note}, indent=2) + "\n")
+        write_text(_note_of(file, notes), json.dumps({"path": str(file), **note}, indent=2) + "\n")
     except OSError as error:
-        _logger.info("Cannot note in %s what is known of %s (%s); it will be hashed again.", memory, file, error)
+        _logger.info("Cannot note in %s what is known of %s (%s); it will be hashed again.", notes, file, error)
 
 
-def _note_of(file: Path, memory: Path) -> Path:
-    return memory / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"
+def _note_of(file: Path, notes: Path) -> Path:
+    return notes / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"

@@ -9,8 +9,7 @@ from huggingface_hub.utils import WeakFileLock, httpx
 from tqdm import tqdm
 
 from beitzoo.weights import proofs
-from beitzoo.weights.files import write_atomically
-from beitzoo.weights.proofs import AbsentError, DownloadError
+from beitzoo.weights.proofs import AbsentError, DownloadError, first_line
 from beitzoo.zoo.config import ReleaseFile
 
 _logger = logging.getLogger(__name__)
@@ -36,55 +35,66 @@ def fetch(source: ReleaseFile, folder: Path) -> Path:
         AbsentError: The release has no such file.
         DownloadError: It cannot be had, or the copy changed since it came.
     """
-    path, memory = path_of(source, folder), proofs.memory_in(folder)
+    path, notes = path_of(source, folder), proofs.notes_in(folder)
     try:
         if not path.exists():
-            _download_once(source, path, memory)
-        expected = source.sha256 or proofs.recorded(path, memory)
-        if expected is not None:
-            proofs.prove(path, expected, memory)
+            _download_once(source, path)
+        expected = source.sha256 or proofs.recorded(path, notes) or proofs.remember(path, notes)
+        proofs.prove(path, expected, notes)
+    except DownloadError:
+        raise
     except proofs.DamagedError as error:
         raise DownloadError(f"{error} Delete it and try again.") from error
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        remedy = "Its authors may have moved it," if status == 404 else f"The host refused ({status}); try again later,"
+        raise (AbsentError if status == 404 else DownloadError)(
+            f"Could not get {source.url} into {path.parent}: {first_line(error)} {remedy} {_ELSE}"
+        ) from error
     except _NOT_FETCHED as error:
-        absent = isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 404
-        raise (AbsentError if absent else DownloadError)(
-            f"Could not get {source.url} into {path.parent}: {error or type(error).__name__}. "
-            f"Check the connection, {_ELSE}"
+        raise DownloadError(
+            f"Could not get {source.url} into {path.parent}: {first_line(error)} Check the connection, {_ELSE}"
         ) from error
     if source.sha256 is None:
         _logger.warning("%s is unverified: nobody states its hash.", path)
     return path
 
 
-def _download_once(source: ReleaseFile, path: Path, memory: Path) -> None:
+def _download_once(source: ReleaseFile, path: Path) -> None:
+    """Bring the file into place, one process at a time; what a killed one left is gone on with."""
     if constants.is_offline_mode():
         raise DownloadError(
             f"{source.url} is not in {path.parent}, and the hub client is offline (HF_HUB_OFFLINE). Get it where there "
             f"is a connection ('beitzoo download NAME'), {_ELSE}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    part, etag = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "etag"))
     with WeakFileLock(path.with_name(f".{path.name}.lock")):
         if not path.exists():  # another process may have been quicker
-            write_atomically(path, lambda temporary: _download(source.url, temporary))
-            proofs.remember(path, proofs.content_hash(path, like="0" * 64), memory)
+            _download(source.url, part, etag)
+            part.replace(path)
+            etag.unlink(missing_ok=True)
 
 
-def _download(url: str, path: Path) -> None:
-    """Stream a file into place; a try after a cut asks for the rest, if the host still has the same content."""
-    etag = ""
+def _download(url: str, part: Path, etag: Path) -> None:
+    """Stream a file; after a cut, ask for the rest, if the host still has the content of the same etag."""
     for attempt in range(_TRIES):
-        done = path.stat().st_size if etag else 0
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-", "If-Range": etag} if done else {})
+        same = etag.read_text(encoding="utf-8") if etag.exists() and part.exists() else ""
+        headers = {"Accept-Encoding": "identity"}
+        if same:
+            headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": same}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
             with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:
+                if response.status_code == 416:  # what is here is no beginning of what is there
+                    etag.unlink()
                 response.raise_for_status()
-                etag = response.headers.get("etag", "")
-                _write(response, path)
+                etag.write_text(response.headers.get("etag", ""), encoding="utf-8")
+                _write(response, part)
             return
         except _NOT_FETCHED as error:
             status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 500
-            if status < 500 or attempt == _TRIES - 1:
+            if (status < 500 and status != 416) or attempt == _TRIES - 1:
                 raise
             _logger.info("%s broke off (%s); trying again.", url, error)
             time.sleep(2**attempt)

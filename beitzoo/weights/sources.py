@@ -75,17 +75,19 @@ def verify(source: Source, cache_dir: Path | None = None) -> Verdict:
     path = find_local(source, cache_dir)
     if path is None:
         return Verdict(source, None, "not downloaded")
-    memory = hub.memory(cache_dir)
+    notes = hub.notes(cache_dir)
     stated = None if isinstance(source, LocalFile) else source.sha256
+    recorded = proofs.recorded(path, notes)
     if stated is None and isinstance(source, HubFile):
-        stated = hub.stated_hash(source, path, memory)
-    expected = stated or proofs.recorded(path, memory)
+        stated = hub.filed_hash(path) or recorded
+    expected = stated or recorded
     if expected is None:
         return Verdict(source, path, "unverified", "nobody states its hash")
     try:
-        proofs.prove_again(path, expected, memory)
+        proofs.prove_again(path, expected, notes)
     except OSError as error:
-        return Verdict(source, path, "damaged", str(error))
+        remedy = "The next load fetches it again." if isinstance(source, HubFile) else "Delete it."
+        return Verdict(source, path, "damaged", f"{error} {remedy}")
     return Verdict(source, path, "verified" if stated else "unverified", expected)
 
 
@@ -112,7 +114,7 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
         case PackageFile(name, sha256):
             path = PACKAGE / name
             try:
-                proofs.prove(path, sha256, hub.memory(cache_dir))
+                proofs.prove(path, sha256, hub.notes(cache_dir))
             except OSError as error:
                 raise DownloadError(f"The package's weights are not in order: {error} Reinstall beitzoo.") from error
             return path
