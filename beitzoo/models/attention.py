@@ -15,6 +15,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float 
     The bias takes the queries' dtype: cuDNN's kernel misreads a float32 bias beside half-precision queries
     (pytorch/pytorch pull request 191612).
     """
+    if bias is not None and bias.requires_grad and _steps_pay(q.device.type):
+        return F.dropout(attention_weights(q, k, bias), dropout) @ v
     if bias is not None and dropout == 0 and q.dtype == torch.bfloat16 and _blocks_pay(q.device.type):
         return attend_blocked(q, k, v, bias.to(q.dtype))
     mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
@@ -38,6 +40,11 @@ def attend_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
             scores = torch.baddbmm(bias[part[1]], q[part], k[part].transpose(1, 2), alpha=size**-0.5)
             mixed[part] = scores.softmax(dim=-1) @ v[part]
     return mixed
+
+
+def _steps_pay(device_type: str) -> bool:
+    """Say whether the fused kernel would leave a bias that is trained to single steps, more than are needed."""
+    return device_type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _blocks_pay(device_type: str) -> bool:

@@ -23,7 +23,6 @@ Module = TypeVar("Module", bound=nn.Module)
 # Of biases kept ready, for all blocks together; beyond it (large networks at 512 pixels take 1.6 GB) they are written
 # into the workspace of each forward pass as in any other network.
 READY_BYTES = 64 << 20
-FEW_TOKENS = 256  # of one image, see `_packing_pays`
 
 _KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 # Compiled models call what is prepared for oneDNN from outside the graph; one graph of everything cannot be had.
@@ -53,7 +52,7 @@ def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, 
     backbones = [module for module in model.modules() if isinstance(module, Beit)]
     if not backbones:
         raise ValueError(f"Got a {type(model).__name__} without a Beit in it; there is nothing to prepare.")
-    prepare = _prepare_for(backbones[0], dtype)
+    prepare = _prepare_for(backbones[0].cls_token, dtype)
     for backbone in backbones:
         _check_untouched(backbone)
     twin = model if inplace else copy.deepcopy(model)
@@ -158,9 +157,7 @@ class PackedLinear(PreparedLinear):
 
     @_eager
     def gelu(self, x: Tensor) -> Tensor:
-        """Apply the linear and an exact GELU; a pass of its own where oneDNN's is slow, without 512-bit registers."""
-        if not torch.cpu._is_avx512_supported():
-            return F.gelu(self(x))
+        """Apply the linear and an exact GELU."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
 
     @_eager
@@ -281,9 +278,8 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
     return weight * gamma[:, None], bias * gamma
 
 
-def _prepare_for(model: Beit, dtype: torch.dtype | Literal["int8"] | None) -> Prepare:
+def _prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> Prepare:
     """Choose the kind of linear for a device and a dtype, and say so if they cannot be had."""
-    like = model.cls_token
     on_cpu = like.device.type == "cpu"
     if dtype == "int8":
         if not (on_cpu and "onednn" in torch.backends.quantized.supported_engines):
@@ -295,22 +291,21 @@ def _prepare_for(model: Beit, dtype: torch.dtype | Literal["int8"] | None) -> Pr
     wanted = like.dtype if dtype is None else dtype
     if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise ValueError(f"Got dtype={dtype!r}; use a floating dtype such as torch.bfloat16, 'int8', or None.")
-    kind = PackedLinear if on_cpu and _packing_pays(wanted, model.config.num_tokens) else PreparedLinear
+    kind = PackedLinear if on_cpu and _packing_pays(wanted) else PreparedLinear
     if on_cpu and wanted in (torch.bfloat16, torch.float16) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         warnings.warn(f"This CPU has no arithmetic in {wanted}; torch.float32 is faster on it.", stacklevel=3)
     return lambda weight, bias: kind(weight.to(wanted), None if bias is None else bias.to(wanted))
 
 
-def _packing_pays(dtype: torch.dtype, tokens: int) -> bool:
+def _packing_pays(dtype: torch.dtype) -> bool:
     """Say whether oneDNN's packed linears are there, and on this processor faster than the plain ones.
 
-    With 512-bit registers they are, by a fifth and more. With 256-bit ones they are for few tokens, where the plain
-    product spends a good part of its time on reordering the weight; from 500 tokens on it is the faster one.
+    They are with 512-bit registers. With 256-bit ones they gain a little for one image of 200 tokens, but lose a
+    tenth and more for larger images and batches; and a model does not know what it will be given.
     """
-    if dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    wide = torch.cpu._is_avx512_supported()
-    return dtype == torch.float32 and torch.backends.mkldnn.is_available() and (wide or tokens <= FEW_TOKENS)
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _levels() -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracles import randomise, relative_error
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import beitzoo
 from beitzoo import Beit, optimize
@@ -33,7 +34,7 @@ def images(batch: int = 3, size: tuple[int, int] = (64, 64)) -> Tensor:
 @pytest.fixture(params=["packed", "plain"])
 def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run with oneDNN's linears, and with those of a machine that has none."""
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype, tokens: request.param == "packed")
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: request.param == "packed")
     return request.param
 
 
@@ -74,6 +75,8 @@ def test_the_kind_of_linear_is_the_one_asked_for(linears: str) -> None:
 
 
 def test_nothing_is_packed_where_torch_has_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    assert any(isinstance(m, fast.PackedLinear) for m in optimize(build()).modules())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not any(isinstance(m, fast.PackedLinear) for m in optimize(build()).modules())
 
@@ -197,7 +200,7 @@ def test_threads_share_a_twin(dtype: str | None, linears: str) -> None:
 
 
 def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype, tokens: False)
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: False)
     twin = optimize(build())
     x = images()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -206,7 +209,7 @@ def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_packed_linears_stay_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype, tokens: True)
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: True)
     twin = optimize(build())
     x = images()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model itself instead"):
@@ -273,6 +276,22 @@ def test_blocked_attention_is_attention(block_bytes: int, monkeypatch: pytest.Mo
     mixed = attend_blocked(q, k, v, bias)
     assert relative_error(mixed, attend(q, k, v, bias)) <= 1e-6
     assert mixed.transpose(1, 2).is_contiguous()
+
+
+def test_attention_in_steps_has_the_gradients_of_the_fused_kernel() -> None:
+    q, k, v = torch.randn(3, 2, 2, 9, 4, dtype=torch.float64, requires_grad=True).unbind(0)
+    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    stepped = attend(q, k, v, bias)
+    assert relative_error(stepped, fused) <= 1e-12
+    weights = torch.randn_like(fused)
+    for a, b in zip(
+        torch.autograd.grad(stepped, (q, k, v, bias), weights),
+        torch.autograd.grad(fused, (q, k, v, bias), weights),
+        strict=True,
+    ):
+        assert relative_error(a, b) <= 1e-12
+    assert torch.autograd.gradcheck(attend, (q, k, v, bias))
 
 
 def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
