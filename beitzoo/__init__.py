@@ -3,6 +3,7 @@
 from beitzoo.factory import create_model, save_pretrained, save_transformers, save_unilm
 from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
+from beitzoo.models.fast import optimize
 from beitzoo.weights.checkpoint import CheckpointError
 from beitzoo.weights.proofs import DownloadError
 from beitzoo.zoo.config import BeitConfig, DataConfig, PretrainedConfig
@@ -22,6 +23,7 @@ __all__ = [
     "is_model",
     "list_models",
     "list_pretrained",
+    "optimize",
     "resolve_data_config",
     "save_pretrained",
     "save_transformers",

@@ -76,6 +76,21 @@ class PatchEmbed(nn.Module):
         return images
 
 
+class QkvLinear(nn.Linear):
+    """The linear of queries, keys and values; its bias is put together by the caller, as keys have none.
+
+    Adding the bias inside the product is free, behind it is not. What replaces this module (an adapter, a quantised
+    linear) need not know of that: the bias is then added to its output.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, C) to (B, N, 3 C)."""
+        return F.linear(x, self.weight, bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a bias on queries and values only, and on the scores one for position."""
 
@@ -84,7 +99,7 @@ class Attention(nn.Module):
         dim = config.embed_dim
         self.num_heads = config.num_heads
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv: nn.Module = QkvLinear(dim)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if config.qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if config.qkv_bias else None
         self.relative_position_bias_table = (
@@ -109,11 +124,17 @@ class Attention(nn.Module):
         return attention_weights(q, k, bias.of(self.relative_position_bias_table, q.dtype))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.q_bias is not None and self.v_bias is not None:
-            q, v = q + self.q_bias.to(q.dtype), v + self.v_bias.to(v.dtype)
+        if self.q_bias is None or self.v_bias is None:
+            qkv = self.qkv(x)
+        else:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            if isinstance(self.qkv, QkvLinear):
+                qkv = self.qkv(x, bias=bias)
+            else:
+                qkv = self.qkv(x)
+                qkv = qkv + bias.to(qkv.dtype)
         heads = (self.num_heads, self.head_dim)
-        q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in (q, k, v))  # (B, N, C) -> (B, H, N, D)
+        q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in qkv.chunk(3, dim=-1))  # (B, N, C) -> (B, H, N, D)
         return q, k, v
 
 
@@ -163,10 +184,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
-        branch = self.attn(self.norm1(x), bias)
-        x = x + self.drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch)
-        branch = self.mlp(self.norm2(x))
-        return x + self.drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch)
+        x = self._add(x, self.gamma_1, self.attn(self.norm1(x), bias))
+        return self._add(x, self.gamma_2, self.mlp(self.norm2(x)))
+
+    def _add(self, x: Tensor, gamma: Tensor | None, branch: Tensor) -> Tensor:
+        branch = self.drop_path(branch)
+        return x + branch if gamma is None else torch.addcmul(x, gamma, branch)
 
 
 class Beit(nn.Module):
@@ -291,12 +314,11 @@ class Beit(nn.Module):
     def position_bias(self, grid: Pair) -> PositionBias:
         """Gather what the blocks of one forward pass need to know about positions in this grid."""
         config = self.config
-        index = position.relative_position_index(grid, self.cls_token.device)
-        own = PositionBias(grid, config.grid_size, config.resize_rule, index)
+        bias = PositionBias(grid, config.grid_size, config.resize_rule)
         if self.rel_pos_bias is None:
-            return own
+            return bias
         table = self.rel_pos_bias.relative_position_bias_table
-        return PositionBias(grid, config.grid_size, config.resize_rule, index, own.of(table, table.dtype))
+        return PositionBias(grid, config.grid_size, config.resize_rule, shared=bias.of(table, table.dtype))
 
     def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
         patches, grid = self.patch_embed(images)

@@ -6,7 +6,7 @@ for the class token, which has no place (to a patch, from a patch, to itself). B
 `modeling_finetune.py`, class `Attention`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from beitzoo.zoo.config import Pair, ResizeRule
 
 CLASS_ROWS = 3
+ROW_MULTIPLE = 8
 
 
 def table_rows(grid: Pair) -> int:
@@ -43,13 +44,40 @@ def bias(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     Selecting columns of the transposed table rather than rows of the table gives the attention layout
     at once, and its backward is a sum over columns instead of a sort. That sum has one term for every pair with
     the same offset, too many for half precision: where a gradient is wanted, the result is cast, not the table.
+
+    Rows are padded to a multiple of 8 and cut back to N: fused kernels on GPUs copy a bias that is not aligned so.
     """
     trained = torch.is_grad_enabled() and table.requires_grad
     columns = (table if trained else table.to(dtype)).t().contiguous()  # (H, rows)
-    return columns.index_select(1, index.flatten()).view(-1, *index.shape).to(dtype)
+    tokens = index.shape[1]
+    padded = F.pad(index, (0, -tokens % ROW_MULTIPLE))
+    return columns.index_select(1, padded.flatten()).view(-1, *padded.shape).to(dtype)[..., :tokens]
 
 
-@dataclass(frozen=True)
+def bias_into(workspace: Tensor, table: Tensor, grid: Pair) -> Tensor:
+    """Write the same bias into a workspace, (H, N, N or more), and return the part written, (H, N, N).
+
+    Between patches the bias depends on the offset alone. So for all queries of one image row it is a window
+    of one strip, (H, w, (2h - 1) w), which moves by w for the next row: a small lookup, then h copies of long runs.
+    """
+    h, w = grid
+    out = workspace[..., : 1 + h * w]
+    columns = table.to(out.dtype).t().contiguous()  # (H, rows)
+    x = torch.arange(w, device=table.device)
+    dy = torch.arange(2 * h - 2, -1, -1, device=table.device)
+    rows = dy[None, :, None] * (2 * w - 1) + (x[:, None] - x[None, :] + w - 1)[:, None, :]  # (w, 2h - 1, w)
+    strip = columns.index_select(1, rows.flatten()).view(-1, w, (2 * h - 1) * w)
+    to_patch, from_patch, to_itself = columns[:, -CLASS_ROWS:].unbind(1)
+    out[:, 0] = to_patch[:, None]
+    out[:, 1:, 0] = from_patch[:, None]
+    out[:, 0, 0] = to_itself
+    for y in range(h):
+        start = (h - 1 - y) * w
+        out[:, 1 + y * w : 1 + (y + 1) * w, 1:] = strip[:, :, start : start + h * w]
+    return out
+
+
+@dataclass
 class PositionBias:
     """What one forward pass knows about positions; made in it, handed to every block, never kept.
 
@@ -57,23 +85,43 @@ class PositionBias:
         grid: Rows and columns of patches of these images.
         table_grid: Those that the tables are made for.
         rule: How a table is fitted from one to the other.
-        index: The table row of every pair of tokens, (N, N); all blocks share it.
         shared: The bias that all blocks have in common, (H, N, N), or None.
     """
 
     grid: Pair
     table_grid: Pair
     rule: ResizeRule
-    index: Tensor
     shared: Tensor | None = None
+    _index: Tensor | None = field(default=None, init=False)
+    _workspace: Tensor | None = field(default=None, init=False)
 
     def of(self, table: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Return the bias of a block with this table for queries of a dtype, (H, N, N); None if there is none."""
+        """Return the bias of a block with this table for queries of a dtype, (H, N, N); None if there is none.
+
+        On a CPU and without a gradient, all blocks are written into one workspace (at 512 pixels, finding fresh
+        memory costs more than filling it), so what is returned holds until the next call.
+        """
         shared = None if self.shared is None else self.shared.to(dtype)
         if table is None:
             return shared
-        own = bias(resize_table(table, self.table_grid, self.grid, self.rule), self.index, dtype)
+        table = resize_table(table, self.table_grid, self.grid, self.rule)
+        if table.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            own = bias_into(self._workspace_like(table, dtype), table, self.grid)
+            return own if shared is None else own.add_(shared)
+        own = bias(table, self._index_on(table.device), dtype)
         return own if shared is None else own + shared
+
+    def _index_on(self, device: torch.device) -> Tensor:
+        if self._index is None:
+            self._index = relative_position_index(self.grid, device)
+        return self._index
+
+    def _workspace_like(self, table: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._workspace is None or self._workspace.dtype != dtype:
+            tokens = 1 + self.grid[0] * self.grid[1]
+            shape = (table.shape[1], tokens, tokens + -tokens % ROW_MULTIPLE)
+            self._workspace = table.new_empty(shape, dtype=dtype)
+        return self._workspace
 
 
 class RelativePositionBias(nn.Module):

@@ -231,9 +231,18 @@ def test_hooks_and_replacements_of_qkv_take_effect() -> None:
     x = images()
     before, seen = model(x), []
     handle = model.blocks[1].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    model(x)
+    hooked = model(x)
     handle.remove()
     assert seen == [(2, 17, 192)]
+    assert torch.equal(hooked, before)
+    handle = model.blocks[1].attn.qkv.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    doubled = model(x)
+    handle.remove()
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.mul_(2)
+    assert relative_error(model(x), doubled) < 1e-5
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.div_(2)
 
     class Adapter(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -248,6 +257,9 @@ def test_hooks_and_replacements_of_qkv_take_effect() -> None:
     assert not torch.allclose(after, before)
     after.sum().backward()
     assert model.blocks[1].attn.qkv.up.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.up.weight.zero_()
+    assert relative_error(model(x), before) < 1e-5
 
 
 def test_selective_checkpointing_recomputes_only_those_blocks() -> None:

@@ -1,0 +1,340 @@
+"""`optimize`: the same network, prepared once for inference.
+
+What a forward pass would compute again every time is put into the weights beforehand, and linears are stored the way
+the processor wants to read them. The network is still `Beit`, with its blocks replaced; how it runs is said there.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beitzoo.models.attention import attend
+from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp, QkvLinear
+from beitzoo.models.position import PositionBias
+from beitzoo.zoo.config import Pair
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# Of biases kept ready, for all blocks together; beyond it (large networks at 512 pixels take 1.6 GB) they are written
+# into the workspace of each forward pass as in any other network.
+READY_BYTES = 64 << 20
+
+_KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
+# Compiled models call what is prepared for oneDNN from outside the graph; one graph of everything cannot be had.
+_eager = torch.compiler.disable(reason="optimize() prepared this linear for oneDNN; compile the model itself instead.")
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, inplace: bool = False) -> Module:
+    """Return an inference twin of a model: the same outputs, sooner.
+
+    The twin is a snapshot: it can be run, copied and pickled, but neither trained, moved nor saved as weights, and
+    what later becomes of the model does not reach it.
+
+    Args:
+        model: A `Beit`, or what holds one (`BeitFeatures`), on the device where it shall run, without adapters or
+            hooks inside its blocks.
+        dtype: Of weights and outputs; the model's own if None. Outputs follow to rounding. `"int8"` is for CPUs
+            and changes outputs: by 1.3 % of the largest logit for a base model of random weights on a processor
+            without VNNI; it was not validated on trained weights. Linears of the blocks then compute in 8 bits, scaled
+            per token and per output channel; the rest stays as it is.
+        inplace: Turn the model itself into its twin, and free its weights block by block, rather than copy it.
+
+    Raises:
+        ValueError: There is nothing to prepare, something was added to the blocks, or the dtype cannot be had.
+    """
+    backbones = [module for module in model.modules() if isinstance(module, Beit)]
+    if not backbones:
+        raise ValueError(f"Got a {type(model).__name__} without a Beit in it; there is nothing to prepare.")
+    prepare = _prepare_for(backbones[0].cls_token, dtype)
+    for backbone in backbones:
+        _check_untouched(backbone)
+    twin = model if inplace else copy.deepcopy(model)
+    twin.eval().requires_grad_(False)
+    backbones = [module for module in twin.modules() if isinstance(module, Beit)]
+    for backbone in backbones:
+        backbone.set_grad_checkpointing(False)
+        for index, block in enumerate(backbone.blocks):
+            assert isinstance(block, Block)
+            backbone.blocks[index] = PreparedBlock(block, prepare)
+    if isinstance(dtype, torch.dtype):
+        twin.to(dtype)
+    for backbone in backbones:
+        backbone.__class__ = PreparedBeit  # not a new object: whoever holds a model prepared in place holds its twin
+        assert isinstance(backbone, PreparedBeit)
+        backbone.ready_biases()
+    return twin
+
+
+class PreparedBeit(Beit):
+    """A `Beit` made by `optimize`: for inference only, as it was at that moment."""
+
+    def train(self, mode: bool = True) -> "PreparedBeit":
+        """Refuse training."""
+        return _refuse("be trained") if mode else super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "PreparedBeit":
+        """Refuse gradients."""
+        return _refuse("give gradients") if requires_grad else super().requires_grad_(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: prepared weights are of no other network."""
+        _refuse("be saved as weights (but pickled)")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the weights of other networks are not prepared."""
+        _refuse("load weights")
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Make the twin take images of another size, as `Beit.set_input_size` does."""
+        super().set_input_size(*args, **kwargs)
+        self.ready_biases()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def ready_biases(self) -> None:
+        """Look up the biases of all blocks for the grid of the config, if they take less than `READY_BYTES`."""
+        config = self.config
+        size = config.depth * config.num_heads * config.num_tokens**2 * self.cls_token.element_size()
+        for block in self.blocks:
+            assert isinstance(block, PreparedBlock)
+            bias = self.position_bias(config.grid_size)  # one for each block, as each has one workspace
+            block.attn.keep(bias, self.cls_token.dtype if size <= READY_BYTES else None)
+
+    def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
+        if images.requires_grad and torch.is_grad_enabled():
+            _refuse("give gradients")
+        return super()._embed(images.to(self.cls_token.dtype), bool_masked_pos)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreparedBeit":
+        here = self.cls_token
+        there = fn(here)
+        if (there.device, there.dtype) != (here.device, here.dtype):
+            _refuse("change its device or dtype")
+        return self
+
+
+class PreparedLinear(nn.Module):
+    """A linear, and what a block does behind it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, inputs) to (B, N, outputs)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Apply the linear and an exact GELU."""
+        return F.gelu(self(x))
+
+    def add(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Apply the linear and add a residual."""
+        return residual + self(x)
+
+
+class PackedLinear(PreparedLinear):
+    """A linear whose weight lies in oneDNN's blocks; GELU and addition happen while its output is in the cache.
+
+    The operators are those that torch.compile uses for frozen weights.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
+
+    @_eager
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, inputs) to (B, N, outputs)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    @_eager
+    def gelu(self, x: Tensor) -> Tensor:
+        """Apply the linear and an exact GELU."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+
+    @_eager
+    def add(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Apply the linear and add a residual."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weight": self.weight.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "weight": torch.ops.mkldnn._reorder_linear_weight(state["weight"])})
+
+
+class Int8Linear(PreparedLinear):
+    """A linear that multiplies 8-bit integers: weights scaled per output channel, activations per token.
+
+    A scale per token, found as it comes, makes the output for an image independent of its batch.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        super().__init__(torch.ops.onednn.qlinear_prepack(rounded.contiguous(), None), bias)
+        self.scale = scale
+        self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
+
+    @_eager
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, inputs) to (B, N, outputs)."""
+        levels = _levels()
+        tokens = x.flatten(0, -2).float()
+        scale = tokens.abs().amax(1, keepdim=True).clamp_min(1e-12) / levels
+        rounded = (tokens / scale).round_().add_(levels + 1).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            rounded,
+            1.0,
+            levels + 1,
+            self.weight,
+            self.scale,
+            self.zero_points,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        ).mul_(scale)
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weight": self.weight.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(
+            {**state, "weight": torch.ops.onednn.qlinear_prepack(state["weight"].t().contiguous(), None)}
+        )
+
+
+Prepare = Callable[[Tensor, Tensor | None], PreparedLinear]
+
+
+class PreparedAttention(Attention):
+    """Attention whose queries and values get their bias in the product, up to the projection."""
+
+    def __init__(self, attn: Attention, prepare: Prepare) -> None:
+        nn.Module.__init__(self)  # the parts are given, none is to be made
+        self.num_heads, self.head_dim = attn.num_heads, attn.head_dim
+        qkv = attn.qkv
+        assert isinstance(qkv, nn.Linear)
+        bias = None
+        if attn.q_bias is not None and attn.v_bias is not None:
+            bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+        self.qkv = prepare(qkv.weight.detach(), bias)
+        self.q_bias = self.v_bias = None
+        self.relative_position_bias_table = attn.relative_position_bias_table
+        self.ready: tuple[Pair, Tensor | None] | None = None
+
+    def keep(self, bias: PositionBias, dtype: torch.dtype | None) -> None:
+        """Keep the bias of this block ready for one grid, or with no dtype let go of it."""
+        self.ready = None if dtype is None else (bias.grid, bias.of(self.relative_position_bias_table, dtype))
+
+    def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
+        """Map tokens (B, N, C) to mixed values (B, N, C), not yet projected."""
+        q, k, v = self._project(x)
+        if self.ready is not None and self.ready[0] == bias.grid:
+            of_block = self.ready[1]
+        else:
+            of_block = bias.of(self.relative_position_bias_table, q.dtype)
+        return attend(q, k, v, of_block).transpose(1, 2).flatten(2)
+
+
+class PreparedBlock(Block):
+    """A block with layer scale folded into the last linear of each branch."""
+
+    def __init__(self, block: Block, prepare: Prepare) -> None:
+        nn.Module.__init__(self)
+        self.norm1, self.norm2, self.drop_path = block.norm1, block.norm2, block.drop_path
+        self.attn: PreparedAttention = PreparedAttention(block.attn, prepare)
+        self.proj = prepare(*_scaled(block.attn.proj, block.gamma_1))
+        self.fc1 = prepare(block.mlp.fc1.weight.detach(), block.mlp.fc1.bias.detach())
+        self.fc2 = prepare(*_scaled(block.mlp.fc2, block.gamma_2))
+
+    def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
+        """Map tokens (B, N, C) to tokens (B, N, C)."""
+        x = self.proj.add(x, self.attn(self.norm1(x), bias))
+        return self.fc2.add(x, self.fc1.gelu(self.norm2(x)))
+
+
+def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a linear whose outputs are scaled by gamma; halves are multiplied as float32."""
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    if gamma is None:
+        return weight, bias
+    gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
+    return weight * gamma[:, None], bias * gamma
+
+
+def _prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> Prepare:
+    """Choose the kind of linear for a device and a dtype, and say so if they cannot be had."""
+    on_cpu = like.device.type == "cpu"
+    if dtype == "int8":
+        if not (on_cpu and "onednn" in torch.backends.quantized.supported_engines):
+            raise ValueError(
+                f"Got dtype='int8' on {like.device} here; it needs a CPU and a PyTorch with oneDNN. "
+                "Move the model to the CPU first, or use torch.bfloat16."
+            )
+        return lambda weight, bias: Int8Linear(weight.float(), None if bias is None else bias.float())
+    wanted = like.dtype if dtype is None else dtype
+    if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise ValueError(f"Got dtype={dtype!r}; use a floating dtype such as torch.bfloat16, 'int8', or None.")
+    kind = PackedLinear if on_cpu and _packing_pays(wanted) else PreparedLinear
+    if on_cpu and wanted in (torch.bfloat16, torch.float16) and not _has_bfloat16():
+        warnings.warn(f"This CPU has no arithmetic in {wanted}; torch.float32 is faster on it.", stacklevel=3)
+    return lambda weight, bias: kind(weight.to(wanted), None if bias is None else bias.to(wanted))
+
+
+def _packing_pays(dtype: torch.dtype) -> bool:
+    """Say whether oneDNN's packed linears are there, and on this processor faster than the plain ones.
+
+    They are with 512-bit registers. With 256-bit ones they gain a little for one image of 200 tokens, but lose a
+    tenth and more for larger images and batches; and a model does not know what it will be given.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
+
+
+def _has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _levels() -> int:
+    """Say how far activations are rounded, to each side of zero.
+
+    Without VNNI, products of 8 bits are added in pairs in 16 bits, which overflow if the activations use all 8.
+    """
+    return 127 if torch.cpu._is_vnni_supported() else 63
+
+
+def _check_untouched(model: Beit) -> None:
+    """Refuse blocks in which something was replaced or hooked that the twin would leave out."""
+    if isinstance(model, PreparedBeit):
+        raise ValueError("Got a model that optimize() made; give it the model that one was made from.")
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        known = type(module) in _KNOWN and (type(module) is QkvLinear) == name.endswith("qkv")
+        if not known or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            raise ValueError(
+                f"Got {name!r}, a {type(module).__name__}, not of the plain network or with hooks; a twin would "
+                "run without them. Merge adapters and remove hooks first."
+            )
+
+
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"A model made by optimize() cannot {what}: it is an inference snapshot. Use the model it was made from "
+        "(optimize(model) without inplace=True leaves it as it was), and make a new snapshot."
+    )

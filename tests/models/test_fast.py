@@ -1,0 +1,307 @@
+"""The inference twin gives the model's numbers, and refuses what it is not made for."""
+
+import copy
+import pickle
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import randomise, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import beitzoo
+from beitzoo import Beit, optimize
+from beitzoo.models import attention, fast
+from beitzoo.models.attention import attend, attend_blocked
+from beitzoo.zoo.architectures import ARCHITECTURES
+
+SMALL = ARCHITECTURES["test_beit"]
+CPU_HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def build(**fields: object) -> Beit:
+    model = Beit(replace(SMALL, **fields)).eval()
+    randomise(model)
+    return model
+
+
+def images(batch: int = 3, size: tuple[int, int] = (64, 64)) -> Tensor:
+    return torch.randn(batch, 3, *size)
+
+
+@pytest.fixture(params=["packed", "plain"])
+def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run with oneDNN's linears, and with those of a machine that has none."""
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: request.param == "packed")
+    return request.param
+
+
+FLAGS: list[dict[str, object]] = [
+    {},
+    {"global_pool": "token"},
+    {"num_classes": 0, "global_pool": ""},
+    {"init_values": 0.0, "qkv_bias": False},
+    {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "img_size": (48, 80)},
+    {"use_shared_rel_pos_bias": True},
+    {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_every_option_gives_the_models_outputs(flags: dict[str, object], inplace: bool, linears: str) -> None:
+    model = build(**flags)
+    x = images(size=model.config.img_size)
+    logits, tokens = model(x), model.forward_features(x)
+    maps = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    attention_maps = model.attention_maps(x)
+    twin = optimize(model, inplace=inplace)
+    assert (twin is model) == inplace
+    assert isinstance(twin, Beit)
+    assert relative_error(twin(x), logits) <= 1e-5
+    assert relative_error(twin(x[:1]), logits[:1]) <= 1e-5
+    assert relative_error(twin.forward_features(x), tokens) <= 1e-5
+    for ours, theirs in zip(twin.forward_intermediates(x, norm=True, intermediates_only=True), maps, strict=True):
+        assert relative_error(ours, theirs) <= 1e-5
+    assert relative_error(twin.attention_maps(x), attention_maps) <= 1e-5
+    assert twin(images(0, model.config.img_size)).shape == (0, *logits.shape[1:])
+
+
+def test_the_kind_of_linear_is_the_one_asked_for(linears: str) -> None:
+    kind = fast.PackedLinear if linears == "packed" else fast.PreparedLinear
+    assert {type(m) for m in optimize(build()).modules() if isinstance(m, fast.PreparedLinear)} == {kind}
+
+
+def test_nothing_is_packed_where_torch_has_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    assert any(isinstance(m, fast.PackedLinear) for m in optimize(build()).modules())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not any(isinstance(m, fast.PackedLinear) for m in optimize(build()).modules())
+
+
+@pytest.mark.parametrize("ready_bytes", [0, 1 << 30])
+def test_any_grid_with_biases_ready_or_not(ready_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "READY_BYTES", ready_bytes)
+    model = build(dynamic_img_size=True, use_shared_rel_pos_bias=True)
+    twin = optimize(model)
+    assert all((block.attn.ready is None) == (ready_bytes == 0) for block in twin.blocks)
+    with torch.inference_mode():
+        for size in [(64, 64), (32, 96), (16, 16)]:
+            x = images(size=size)
+            assert relative_error(twin(x), model(x)) <= 1e-5
+    for either in (model, twin):
+        either.set_input_size((96, 48))
+    x = images(size=(96, 48))
+    assert relative_error(twin(x), model(x)) <= 1e-5
+
+
+def test_other_heads_and_channels_work_as_ever() -> None:
+    model = build()
+    twin = optimize(model)
+    head = nn.Linear(64, 5)
+    for either in (model, twin):
+        either.reset_classifier(5)
+        either.head.load_state_dict(head.state_dict())
+        either.set_in_chans(1)
+    x = images()[:, :1]
+    assert relative_error(twin(x), model(x)) <= 1e-5
+
+
+def test_feature_extractors_hold_a_twin() -> None:
+    features = beitzoo.create_model("test_beit", features_only=True, out_indices=[0, 1]).eval()
+    randomise(features)
+    x = images()
+    twin = optimize(features)
+    assert isinstance(twin.backbone, fast.PreparedBeit)
+    for ours, theirs in zip(twin(x), features(x), strict=True):
+        assert relative_error(ours, theirs) <= 1e-5
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        twin.train()
+
+
+def test_a_twin_is_a_snapshot() -> None:
+    model = build()
+    x = images()
+    twin = optimize(model)
+    before = twin(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(x), before)
+    assert repr(twin).startswith("PreparedBeit(")
+
+
+def test_what_needs_the_model_itself_is_refused() -> None:
+    twin = optimize(build(drop_rate=0.5))
+    x = images()
+    assert twin.eval() is twin
+    assert not twin(x).requires_grad
+    for refused, reason in [
+        (lambda: twin.train(), "be trained"),
+        (lambda: twin.requires_grad_(), "give gradients"),
+        (lambda: twin(x.clone().requires_grad_()), "give gradients"),
+        (lambda: twin.state_dict(), "be saved as weights"),
+        (lambda: twin.load_state_dict({}), "load weights"),
+        (lambda: twin.half(), "change its device or dtype"),
+        (lambda: twin.to("meta"), "change its device or dtype"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"cannot {reason}.*inference snapshot.*Use the model it was made from"):
+            refused()
+    assert not twin.training
+    assert torch.equal(twin.to("cpu", torch.float32)(x), twin(x))
+    with pytest.raises(ValueError, match=r"Got a model that optimize\(\) made"):
+        optimize(twin)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="Got a Linear without a Beit"):
+        optimize(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"Got dtype='int4'; use a floating dtype"):
+        optimize(build(), dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype='int8' on meta.*Move the model to the CPU"):
+        optimize(build().to("meta"), dtype="int8")
+
+
+def test_additions_to_blocks_are_refused_not_lost() -> None:
+    model = build()
+    handle = model.blocks[1].attn.qkv.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"Got 'blocks.1.attn.qkv', a QkvLinear, .*with hooks"):
+        optimize(model, inplace=True)
+    handle.remove()
+    model.blocks[0].mlp.fc1 = nn.Sequential(model.blocks[0].mlp.fc1)
+    with pytest.raises(ValueError, match=r"Got 'blocks.0.mlp.fc1', a Sequential.*Merge adapters"):
+        optimize(model, inplace=True)
+    assert type(model) is Beit
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_twins_are_copied_and_pickled(dtype: str | None, linears: str) -> None:
+    twin = optimize(build(), dtype=dtype)  # type: ignore[arg-type]
+    x = images()
+    expected = twin(x)
+    assert torch.equal(copy.deepcopy(twin)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(twin))(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_threads_share_a_twin(dtype: str | None, linears: str) -> None:
+    twin = optimize(build(), dtype=dtype)  # type: ignore[arg-type]
+    batches = [images(1 + i % 3) for i in range(8)]
+    expected = [twin(x) for x in batches]
+    found: dict[int, Tensor] = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: twin(batches[i])})) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(relative_error(found[i], expected[i]) < 1e-6 for i in range(8))
+
+
+def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: False)
+    twin = optimize(build())
+    x = images()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(x), twin(x)) < 1e-6
+    assert relative_error(torch.export.export(twin, (x,)).module()(x), twin(x)) < 1e-6
+
+
+def test_packed_linears_stay_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: True)
+    twin = optimize(build())
+    x = images()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model itself instead"):
+        torch.compile(twin, fullgraph=True, backend="eager")(x)
+    assert relative_error(torch.compile(twin, backend="eager")(x), twin(x)) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:This CPU has no arithmetic")
+def test_bfloat16_is_no_further_from_float32_than_the_model_in_bfloat16() -> None:
+    """Over many images: of few, either may be the luckier."""
+    model = build(embed_dim=128, depth=4, num_classes=100)
+    x = images(16)
+    with torch.inference_mode():
+        full = model(x)
+        ours = optimize(model, dtype=torch.bfloat16)(x)
+        plain = model.bfloat16()(x.bfloat16())
+    assert ours.dtype == torch.bfloat16
+    errors = [float((logits.float() - full).norm() / full.norm()) for logits in (ours, plain)]
+    assert 0 < errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.skipif(CPU_HAS_BF16, reason="this CPU has bfloat16 arithmetic")
+def test_a_dtype_that_the_processor_lacks_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"no arithmetic in torch.bfloat16; torch.float32 is faster"):
+        optimize(build(), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_int8_is_near_and_independent_of_the_batch(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cpu._is_vnni_supported():
+        vnni = False
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    model = build()
+    twin = optimize(model, dtype="int8")
+    x = images()
+    with torch.inference_mode():
+        assert 1e-4 < relative_error(twin(x), model(x)) <= 0.04
+        louder = torch.cat([x[:1], 50 * x])
+        torch.testing.assert_close(twin(louder)[:1], twin(x)[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_int8_linear_is_the_rounded_product() -> None:
+    weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, 5, 64) * 3
+    levels = fast._levels()
+    weight_scale = weight.abs().amax(1, keepdim=True) / 127
+    scale = x.abs().amax(-1, keepdim=True) / levels
+    exact = (x / scale).round().double() @ (weight / weight_scale).round().double().t()
+    expected = (exact * scale * weight_scale.t() + bias).float()
+    torch.testing.assert_close(fast.Int8Linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_never_overflows() -> None:
+    """All at full range: the largest sums there can be."""
+    x, weight = torch.ones(3, 3072), torch.ones(16, 3072)
+    torch.testing.assert_close(fast.Int8Linear(weight, None)(x), torch.full((3, 16), 3072.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(fast.Int8Linear(-weight, None)(x), torch.full((3, 16), -3072.0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4 << 20])
+def test_blocked_attention_is_attention(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK_BYTES", block_bytes)
+    q, k, v = torch.randn(3, 2, 5, 17, 8).unbind(0)
+    bias = torch.randn(5, 17, 24)[..., :17]
+    mixed = attend_blocked(q, k, v, bias)
+    assert relative_error(mixed, attend(q, k, v, bias)) <= 1e-6
+    assert mixed.transpose(1, 2).is_contiguous()
+
+
+def test_attention_in_steps_has_the_gradients_of_the_fused_kernel() -> None:
+    q, k, v = torch.randn(3, 2, 2, 9, 4, dtype=torch.float64, requires_grad=True).unbind(0)
+    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    stepped = attend(q, k, v, bias)
+    assert relative_error(stepped, fused) <= 1e-12
+    weights = torch.randn_like(fused)
+    for a, b in zip(
+        torch.autograd.grad(stepped, (q, k, v, bias), weights),
+        torch.autograd.grad(fused, (q, k, v, bias), weights),
+        strict=True,
+    ):
+        assert relative_error(a, b) <= 1e-12
+    assert torch.autograd.gradcheck(attend, (q, k, v, bias))
+
+
+def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(attention, "_has_bfloat16_without_amx", lambda: True)
+    monkeypatch.setattr(attention, "attend_blocked", lambda q, *_: seen.append(q.dtype) or q)
+    model = build().bfloat16()
+    model(images().bfloat16())
+    assert not seen  # with a gradient
+    with torch.no_grad():
+        model(images().bfloat16())
+        model.float()(images())
+    assert seen == [torch.bfloat16] * model.config.depth
