@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import beitzoo
 from beitzoo.factory import save_pretrained, save_transformers
 from beitzoo.measure.options import Precision, stored_dtype
 from beitzoo.models.beit import Beit
+from beitzoo.models.fast import optimize
 from beitzoo.zoo.config import closest
 
 
@@ -94,8 +94,6 @@ def check_installed(name: str) -> None:
     missing = [package for package in PEERS[name].packages if _version(package) is None]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}; install it with: pip install 'beitzoo[peers]'")
-    if name == "beitzoo+optimize" and not hasattr(beitzoo, "optimize"):
-        raise ValueError("beitzoo.optimize is not available in this version.")
 
 
 def peer_version(name: str) -> str:
@@ -144,9 +142,8 @@ def _transformers(model: Beit, folder: Path) -> nn.Module:
 
 def _optimized(asked: Asked) -> Callable[[], Tensor]:
     _refuse(asked, "beitzoo.optimize", ("float32", "bfloat16", "float16", "int8"))
-    dtype = "int8" if asked.precision == "int8" else stored_dtype(asked.precision)
-    network = beitzoo.optimize(asked.model, dtype=dtype)  # type: ignore[attr-defined]
-    images = asked.images if asked.precision == "int8" else asked.images.to(dtype)
+    network = optimize(asked.model, dtype="int8" if asked.precision == "int8" else stored_dtype(asked.precision))
+    images = asked.images
 
     def run() -> Tensor:
         with torch.inference_mode():
