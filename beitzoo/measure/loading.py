@@ -3,6 +3,7 @@
 Each turn is a fresh process that has imported its library but made nothing yet.
 """
 
+import random
 import statistics
 import tempfile
 import time
@@ -32,6 +33,7 @@ class Load:
 
     library: Library
     model: str
+    input_size: tuple[int, int, int]
     folder: Path
 
 
@@ -43,7 +45,7 @@ def first_logits(load: Load) -> Row:
     model = make().eval()
     loaded = time.perf_counter()
     with torch.inference_mode():
-        model(torch.zeros(1, 3, 224, 224))
+        model(torch.zeros(1, *load.input_size))
     seconds = time.perf_counter() - started
     return {
         "load_time": loaded - started,
@@ -80,14 +82,16 @@ def run(
     columns = (*COLUMNS, *ENVIRONMENT)
     if results_file is not None:
         check_columns(results_file, columns)
+    order = random.Random(0)
     turns: dict[Library, list[Row]] = {library: [] for library in LIBRARIES}
     with tempfile.TemporaryDirectory() as folder:
         network = create_model(model)
+        size = (network.config.in_chans, *network.config.img_size)
         save_pretrained(network, Path(folder) / "timm")
         save_transformers(network, Path(folder) / "transformers")
         for _ in tqdm(range(rounds), unit="round", disable=None):
-            for library in LIBRARIES:
-                outcome = run_in_child(first_logits, Load(library, model, Path(folder)))
+            for library in order.sample(LIBRARIES, len(LIBRARIES)):
+                outcome = run_in_child(first_logits, Load(library, model, size, Path(folder)))
                 if outcome.error is not None:
                     raise ValueError(f"{library} did not load {model}: {outcome.error}")
                 turns[library].append(outcome.row)

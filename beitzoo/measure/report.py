@@ -192,10 +192,19 @@ def _groups(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
         if row["ratio"]:
             ours, theirs = str(row["subject_precision"]), str(row["precision"])
             precision = ours if ours == theirs else f"{ours} against {theirs}"
-            name = f"{row['model']}, batch {row['batch_size']}"
+            name = _contest(row)
             group = groups.setdefault((str(row["bench"]), precision, str(row["subject"])), {})
             group[name, str(row["peer"])] = {**row, "model": name}
     return {group: list(members.values()) for group, members in groups.items()}
+
+
+def _contest(row: Row) -> str:
+    """Name what was measured, with all in which rows of one picture may differ."""
+    config = find(str(row["model"])).config
+    own_size = "x".join(map(str, (config.in_chans, *config.img_size)))
+    size = "" if row["input_size"] == own_size else f" {row['input_size']}"
+    options = f" {row['options']}" if row["options"] else ""
+    return f"{row['model']}{size}, batch {row['batch_size']}{options}"
 
 
 def _canvas(width: float, height: float) -> "tuple[Figure, Axes]":

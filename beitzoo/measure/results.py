@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -80,7 +81,7 @@ def append_row(path: Path, row: Mapping[str, Value], form: Format = "csv") -> No
     with _locked(path):
         text = path.read_text(encoding="utf-8")
         if form == "json":
-            filled = {name: value for name, value in row.items() if value not in (None, "")}
+            filled = {name: value for name, value in row.items() if name in ENVIRONMENT or value not in (None, "")}
             _replace(path, json.dumps([*json.loads(text or "[]"), filled], indent=2) + "\n")
         else:
             _replace(path, text + _csv_text([row], header=not text))
@@ -172,7 +173,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Return the last commit that changed the package, with a plus if files differ from it; empty without a checkout.
+    """Return the last commit that changed the package, and a hash of what differs from it; empty without a checkout.
 
     Not the checkout's own commit: one that only adds rows to a table must not make them rows of other code.
     """
@@ -182,4 +183,6 @@ def _commit() -> str:
     git = ["git", "-C", str(package)]
     commit = subprocess.run([*git, "log", "-1", "--format=%h", "--", "."], capture_output=True, text=True)
     changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True)
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    difference = subprocess.run([*git, "diff", "HEAD", "--", "."], capture_output=True, text=True).stdout
+    state = hashlib.sha256((changes.stdout + difference).encode()).hexdigest()[:7]
+    return commit.stdout.strip() + (f"+{state}" if changes.stdout.strip() else "")

@@ -166,9 +166,11 @@ class TrainingStep:
         self._update()
 
     def outputs(self) -> Tensor:
-        """Return what the network in training mode makes of the batch."""
+        """Return what the network makes of the batch without dropout."""
+        self.network.eval()
         with casting(self._precision, self._images.device):
             output: Tensor = self.network(self._images)
+        self.network.train()
         return output
 
     def parts(self, count: int) -> Row:

@@ -12,7 +12,7 @@ from beitzoo.measure import speed
 from beitzoo.measure.child import Outcome, run_in_child
 from beitzoo.measure.comparison import compare
 from beitzoo.measure.options import BenchmarkOptions, Phase
-from beitzoo.measure.peers import check_installed
+from beitzoo.measure.peers import check_installed, peer_version
 from beitzoo.measure.results import ENVIRONMENT, Format, Row, append_row, check_columns, drop_rows, read_rows
 
 _TIMM_COLUMNS = (
@@ -71,7 +71,8 @@ COMPARISON_COLUMNS = (
     "error",
 )
 # What makes two rows the same measurement: all that was asked for, and where; not when.
-_KEY = ("model", "peer", "subject", "subject_precision", *_ASKED, *(name for name in ENVIRONMENT if name != "date"))
+_PLACE = tuple(name for name in ENVIRONMENT if name != "date")
+_KEY = ("model", "peer", "peer_version", "subject", "subject_precision", *_ASKED, *_PLACE)
 _PHASES = {"inference": speed.measure_inference, "train": speed.measure_training}
 
 _logger = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ def _asked(job: BenchmarkOptions, stamp: Row) -> Row:
     if job.peer is not None:
         precision = job.subject_precision or job.precision
         asked |= {"peer": job.peer, "subject": job.subject, "subject_precision": precision}
+        asked |= {"peer_version": peer_version(job.peer)}
     return asked
 
 

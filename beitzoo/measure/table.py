@@ -1,6 +1,6 @@
 """What is known about models, from the zoo's tables and the measurements of this checkout, for people to read."""
 
-import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -37,26 +37,31 @@ def count_parameters(model: torch.nn.Module) -> int:
 def measured_speed(name: str, results: Path = RESULTS) -> Row | None:
     """Return the newest row about one image at a time in float32 with no further options; None if there is none.
 
-    A row of the checkpoint goes before one of its architecture, which is the same network but for the head.
+    Only rows of one machine are looked at, that with the most of them, so that models can be compared. A row of the
+    checkpoint goes before one of its architecture, which is the same network but for the head.
     """
     rows = [row for row in read_rows(results / "benchmark.csv") if _is_plain(row)]
+    machines = Counter((row["device"], row["threads"]) for row in rows)
+    if machines:
+        (machine, _), *_ = machines.most_common(1)
+        rows = [row for row in rows if (row["device"], row["threads"]) == machine]
     for wanted in (name, split_name(name)[0]):
         found = [row for row in rows if row["model"] == wanted]
         if found:
-            return max(found, key=lambda row: str(row["date"]))
+            return max(reversed(found), key=lambda row: str(row["date"]))  # of one day, the last
     return None
 
 
 def images_per_second(row: Row) -> float:
     """Return the throughput of a row by its median step, which a busy neighbour moves less than timm's mean."""
-    return 1e3 * float(row["infer_batch_size"] or 0) / float(row["infer_step_time_median"] or math.inf)
+    return 1e3 * float(row["infer_batch_size"] or 0) / float(row["infer_step_time_median"] or 0)
 
 
 def _is_plain(row: Row) -> bool:
     config = find(str(row["model"])).config
     size = "x".join(map(str, (config.in_chans, *config.img_size)))
     asked = [row.get(name) for name in ("precision", "infer_batch_size", "options", "input_size", "error")]
-    return asked == ["float32", "1", "", size, ""]
+    return asked == ["float32", "1", "", size, ""] and bool(row["infer_step_time_median"])  # none in a profile
 
 
 def _row(name: str, row: PretrainedConfig) -> str:

@@ -91,6 +91,10 @@ class PreparedBeit(Beit):
         """Refuse: the weights of other networks are not prepared."""
         _refuse("load weights")
 
+    def init_weights(self) -> None:
+        """Refuse training from scratch."""
+        _refuse("be initialised")
+
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """Make the twin take images of another size, as `Beit.set_input_size` does."""
         super().set_input_size(*args, **kwargs)
@@ -108,9 +112,14 @@ class PreparedBeit(Beit):
             block.attn.keep(bias, self.cls_token.dtype if size <= READY_BYTES else None)
 
     def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
-        if images.requires_grad and torch.is_grad_enabled():
+        images = images.to(self.cls_token.dtype) if images.is_floating_point() else images
+        tokens, bias = super()._embed(images, bool_masked_pos)
+        if tokens.requires_grad:
             _refuse("give gradients")
-        return super()._embed(images.to(self.cls_token.dtype), bool_masked_pos)
+        return tokens, bias
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _refuse("load weights")  # asked by a module around it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreparedBeit":
         here = self.cls_token
@@ -153,16 +162,17 @@ class PackedLinear(PreparedLinear):
     @_eager
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
 
     @_eager
     def gelu(self, x: Tensor) -> Tensor:
         """Apply the linear and an exact GELU."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "gelu", [], "none")
 
     @_eager
     def add(self, residual: Tensor, x: Tensor) -> Tensor:
         """Apply the linear and add a residual."""
+        x, residual = x.to(self.weight.dtype), residual.to(self.weight.dtype)  # autocast does not know this operator
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -289,8 +299,9 @@ def _prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> P
             )
         return lambda weight, bias: Int8Linear(weight.float(), None if bias is None else bias.float())
     wanted = like.dtype if dtype is None else dtype
-    if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise ValueError(f"Got dtype={dtype!r}; use a floating dtype such as torch.bfloat16, 'int8', or None.")
+    if wanted not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"Got dtype={dtype!r}; use torch.bfloat16, float16, float32, float64, 'int8', or None.")
+    assert isinstance(wanted, torch.dtype)
     kind = PackedLinear if on_cpu and _packing_pays(wanted) else PreparedLinear
     if on_cpu and wanted in (torch.bfloat16, torch.float16) and not _has_bfloat16():
         warnings.warn(f"This CPU has no arithmetic in {wanted}; torch.float32 is faster on it.", stacklevel=3)
@@ -326,6 +337,7 @@ def _check_untouched(model: Beit) -> None:
         raise ValueError("Got a model that optimize() made; give it the model that one was made from.")
     for name, module in model.blocks.named_modules(prefix="blocks"):
         known = type(module) in _KNOWN and (type(module) is QkvLinear) == name.endswith("qkv")
+        known = known and getattr(module, "approximate", "none") == "none"  # of GELU
         if not known or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise ValueError(
                 f"Got {name!r}, a {type(module).__name__}, not of the plain network or with hooks; a twin would "

@@ -92,5 +92,15 @@ def test_environment_says_what_a_reader_needs() -> None:
     stamp = environment(torch.device("cpu"))
     assert tuple(stamp) == ENVIRONMENT
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", str(stamp["date"]))
-    assert re.fullmatch(r"([0-9a-f]{7,}\+?)?", str(stamp["commit"]))
+    assert re.fullmatch(r"([0-9a-f]{7,}(\+[0-9a-f]{7})?)?", str(stamp["commit"]))
     assert all(isinstance(value, str | int) for value in stamp.values())
+
+
+def test_rows_without_a_commit_stay_of_one_table(tmp_path: Path) -> None:
+    columns = ("model", *ENVIRONMENT)
+    row = dict.fromkeys(columns, "x") | {"commit": ""}
+    for form in ("csv", "json"):
+        path = tmp_path / f"rows.{form}"
+        append_row(path, row, form)
+        append_row(path, row, form)
+        assert len(read_rows(path, form)) == 2

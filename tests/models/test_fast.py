@@ -158,7 +158,7 @@ def test_what_needs_the_model_itself_is_refused() -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="Got a Linear without a Beit"):
         optimize(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"Got dtype='int4'; use a floating dtype"):
+    with pytest.raises(ValueError, match=r"Got dtype='int4'; use torch.bfloat16"):
         optimize(build(), dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dtype='int8' on meta.*Move the model to the CPU"):
         optimize(build().to("meta"), dtype="int8")
@@ -305,3 +305,39 @@ def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest
         model(images().bfloat16())
         model.float()(images())
     assert seen == [torch.bfloat16] * model.config.depth
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_twin_runs_under_autocast(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: packed)
+    model = randomise(beitzoo.create_model("test_beit")).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_error(beitzoo.optimize(model)(x).float(), expected) < 2e-2
+
+
+def test_a_module_around_a_twin_cannot_load_or_train_it() -> None:
+    features = beitzoo.create_model("test_beit", features_only=True)
+    state = features.state_dict()
+    twin = beitzoo.optimize(features)
+    with pytest.raises(RuntimeError, match="cannot load weights"):
+        twin.load_state_dict(state, strict=False)
+    backbone = next(module for module in twin.modules() if isinstance(module, beitzoo.Beit))
+    with pytest.raises(RuntimeError, match="cannot be initialised"):
+        backbone.init_weights()
+    backbone.cls_token.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="cannot give gradients"):
+        twin(torch.randn(1, 3, 64, 64))
+
+
+def test_a_twin_refuses_what_its_model_refuses() -> None:
+    model = beitzoo.create_model("test_beit").eval()
+    with pytest.raises(RuntimeError):
+        beitzoo.optimize(model)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"Got dtype=torch\.float8_e4m3fn"):
+        beitzoo.optimize(model, dtype=torch.float8_e4m3fn)
+    model.blocks[0].mlp.act = torch.nn.GELU("tanh")
+    with pytest.raises(ValueError, match="not of the plain network"):
+        beitzoo.optimize(model)
