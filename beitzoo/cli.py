@@ -16,7 +16,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from beitzoo.factory import create_model, look_up
-from beitzoo.images.files import find_images
+from beitzoo.images.files import find_images, images_at
 from beitzoo.measure.options import usable_device as _device
 from beitzoo.measure.table import count_parameters, images_per_second, measured_speed, model_table
 from beitzoo.predict import Tally, predict
@@ -97,8 +97,7 @@ def predict_(
         name: create_model(name, pretrained=True, device=where) for name in dict.fromkeys(models or [DEFAULT_MODEL])
     }
     total = None if "-" in images else len(networks) * sum(1 for _ in find_images(images))
-    paths = find_images(_places(images))
-    tally = Tally(predict(networks, paths, topk=topk, batch_size=batch_size, workers=workers))
+    tally = Tally(predict(networks, _paths(images), topk=topk, batch_size=batch_size, workers=workers))
     unit = "image" if len(networks) == 1 else "row"
     rows_on_terminal = output is None and sys.stdout.isatty()
     with warnings.catch_warnings(), open_output(output) as file:
@@ -240,14 +239,15 @@ def _verdict_row(name: str, verdict: sources.Verdict) -> dict[str, str | None]:
     return {"model": name, "state": verdict.state, "file": path, "detail": verdict.detail}
 
 
-def _places(arguments: Iterable[str]) -> Iterator[str]:
-    """Put the lines of stdin, which are taken as they are needed, where an argument is '-'."""
+def _paths(arguments: Iterable[str]) -> Iterator[Path]:
+    """Find the images of all arguments; where one is '-', those named on stdin, read line by line as needed."""
     for argument in arguments:
         if argument == "-":
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
-            yield from (line for line in lines if line)
+            for line in filter(None, lines):
+                yield from images_at(line)
         else:
-            yield argument
+            yield from find_images([argument])
 
 
 def _need(extra: str, *modules: str) -> None:

@@ -120,13 +120,14 @@ def test_predict_with_several_models_as_csv(tmp_path: Path) -> None:
 def test_predict_takes_a_list_from_stdin(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.png").write_bytes((SAMPLES / "digit_8.png").read_bytes())
-    listed = f"{SAMPLES}/digit_2.png\n\n{tmp_path}/sub\r\n/absent.png\n".encode() + b"\xff\xfe.png"
+    listed = f"{SAMPLES}/digit_2.png\n\n{tmp_path}/sub\r\n/absent.png\na\0b*\n{SAMPLES}/digit_[1].png\n".encode()
     result = CliRunner().invoke(
-        app, ["predict", str(SAMPLES / "digit_1.png"), "-", "--json", "--topk", "1"], input=listed
+        app, ["predict", str(SAMPLES / "digit_1.png"), "-", "--json", "--topk", "1"], input=listed + b"\xff\xfe.png"
     )
     rows = json.loads(result.stdout)
     assert [row["answers"][0]["label"] for row in rows if row["answers"]] == ["1", "2", "8"]
-    assert [row["path"] for row in rows if row["error"]] == ["/absent.png", "\udcff\udcfe.png"]
+    failed = ["/absent.png", "a\0b*", f"{SAMPLES}/digit_[1].png", "\udcff\udcfe.png"]
+    assert [row["path"] for row in rows if row["error"]] == failed
     assert result.exit_code == 1
 
 
