@@ -71,7 +71,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_every_file_gets_its_own_row_or_its_own_failure(outcomes: dict[Path, str]) -> None:
     assert len(outcomes) > 280
-    result = CliRunner().invoke(app, ["predict", *map(str, outcomes), "--json", "--topk", "10"])
+    result = CliRunner().invoke(app, ["predict", *map(str, outcomes), "--format", "json", "--topk", "10"])
     rows = json.loads(result.stdout)
     assert result.exit_code == 1
     assert [row["path"] for row in rows] == [str(path) for path in outcomes]
