@@ -16,7 +16,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from beitzoo.factory import create_model, look_up
-from beitzoo.images.files import find_images
+from beitzoo.images.files import find_images, images_at
 from beitzoo.measure.options import usable_device as _device
 from beitzoo.measure.table import count_parameters, images_per_second, measured_speed, model_table
 from beitzoo.predict import Tally, predict
@@ -73,7 +73,11 @@ def info(name: str, as_json: AsJson = False) -> None:
 @app.command("predict")
 def predict_(
     images: Annotated[
-        list[str], typer.Argument(help="Files, folders or globs; '-' reads them from stdin, a line each.")
+        list[str],
+        typer.Argument(
+            help="Files, folders or globs; '-' reads files and folders from stdin, a line each. While the list goes "
+            "on, rows come three batches behind it; -b 1 keeps that short."
+        ),
     ],
     models: Annotated[
         list[str] | None,
@@ -81,29 +85,23 @@ def predict_(
     ] = None,
     topk: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
     form: Annotated[Form, typer.Option("--format", help="Of the rows, which are written as they come.")] = Form.TABLE,
-    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write to this file; until the end, to FILE.partial.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 2,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Classify images. An unreadable one is a row with the reason, and exit code 1 at the end."""
-    if as_json and form is Form.CSV:
-        raise ValueError(
-            "--json is short for --format json, and --format csv was given as well; leave one of them out."
-        )
     where = _device(device)
     networks = {
         name: create_model(name, pretrained=True, device=where) for name in dict.fromkeys(models or [DEFAULT_MODEL])
     }
     total = None if "-" in images else len(networks) * sum(1 for _ in find_images(images))
-    paths = find_images(_places(images))
-    tally = Tally(predict(networks, paths, topk=topk, batch_size=batch_size, workers=workers))
+    tally = Tally(predict(networks, _paths(images), topk=topk, batch_size=batch_size, workers=workers))
     unit = "image" if len(networks) == 1 else "row"
     rows_on_terminal = output is None and sys.stdout.isatty()
     with warnings.catch_warnings(), open_output(output) as file:
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in its row
-        write_rows(watch(tally, unit, total, bar=not rows_on_terminal), Form.JSON if as_json else form, file, topk)
+        write_rows(watch(tally, unit, total, bar=not rows_on_terminal), form, file, topk)
     _exit_with_one_if_failed(tally, unit)
 
 
@@ -251,14 +249,15 @@ def _expand(patterns: list[str]) -> list[str]:
     return names
 
 
-def _places(arguments: Iterable[str]) -> Iterator[str]:
-    """Put the lines of stdin, which are taken as they are needed, where an argument is '-'."""
+def _paths(arguments: Iterable[str]) -> Iterator[Path]:
+    """Find the images of all arguments; where one is '-', those named on stdin, read line by line as needed."""
     for argument in arguments:
         if argument == "-":
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
-            yield from (line for line in lines if line)
+            for line in filter(None, lines):
+                yield from images_at(line)
         else:
-            yield argument
+            yield from find_images([argument])
 
 
 def _need(extra: str, *modules: str) -> None:

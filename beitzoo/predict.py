@@ -86,18 +86,29 @@ def predict(
 
     Args:
         models: A classifier, or several by name; they are put in eval mode.
-        paths: Files; read as far as needed, so they may come from a pipe.
+        paths: Files; read as far as needed, so they may come from a pipe. The first row waits for three batches of
+            them, or their end.
         topk: Classes per image, likeliest first; no more than there are.
         batch_size: Images per forward pass.
         workers: Threads that decode the next batches while a model computes.
 
     Raises:
-        ValueError: A model has no head, or takes images that are not in files.
-        MemoryError: A single image does not fit beside the models.
+        ValueError: At the call: there is no model, one has no head or takes images that are not in files, or a number
+            is not positive.
+        MemoryError: While the rows are computed: a single image does not fit beside the models.
     """
+    for name, number in (("topk", topk), ("batch_size", batch_size), ("workers", workers)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it can be 1 or more. Leave it out for the default.")
     named = {None: models} if isinstance(models, Beit) else models
+    if not named:
+        raise ValueError("There are no models; one or more can look at the images. Give a model, or some by name.")
     classifiers = [_Classifier(name, model, topk, batch_size) for name, model in named.items()]
-    for looks in _batches(paths, [classifier.view for classifier in classifiers], batch_size, workers):
+    return _rows(classifiers, _batches(paths, [classifier.view for classifier in classifiers], batch_size, workers))
+
+
+def _rows(classifiers: Sequence["_Classifier"], batches: Iterable[list[tuple[Path, "_Look"]]]) -> Iterator[Prediction]:
+    for looks in batches:
         columns = [classifier.classify([images for _, images in looks]) for classifier in classifiers]
         for (path, _), outcomes in zip(looks, zip(*columns, strict=True), strict=True):
             for classifier, outcome in zip(classifiers, outcomes, strict=True):
@@ -112,6 +123,10 @@ class _View:
     in_chans: int
     data: tuple[tuple[str, Any], ...]
 
+
+# What Pillow raises at a resize for the shape of one image, such as a side that would have no pixels left, or more than
+# there is memory for. All else, torch's RuntimeError too, means that the transform is wrong, and for every image.
+_ODD_IMAGE = (ValueError, OSError, MemoryError, ZeroDivisionError)
 
 # One image as all models see it, or why none does.
 _Look = dict[_View, Tensor] | str
@@ -209,5 +224,5 @@ def _look(path: Path, transforms: Mapping[_View, Transform]) -> _Look:
         return str(error)
     try:
         return {view: transform(images[view.in_chans]) for view, transform in transforms.items()}
-    except Exception as error:  # such as a side of no pixels after the resize; it is this image's alone
+    except _ODD_IMAGE as error:
         return f"cannot be prepared: {error or type(error).__name__}"

@@ -38,7 +38,8 @@ class Form(StrEnum):
 def open_output(path: Path | None) -> Iterator[TextIO]:
     """Open the place that rows go to: stdout, or a file that is there whole or not at all.
 
-    Until all rows are written they are in a file beside it, `NAME.partial`, which an interrupted run leaves.
+    Until all rows are written they are in a file beside it, `NAME.partial`, which an interrupted run leaves. A link
+    stays, and the file it leads to is the one that is written; into a pipe or a device go the rows themselves.
 
     Raises:
         OSError: The file cannot be written, or another run's `.partial` is in the way.
@@ -52,6 +53,11 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
         return
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give --output the name of a file.")
+    if path.exists() and not path.is_file():  # there is nothing to keep in it, and no file may take its place
+        with path.open("w", encoding="utf-8", errors=errors, newline="") as file:
+            yield file
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -112,8 +118,9 @@ def _csv(predictions: Iterable[Prediction], topk: int) -> Iterator[str]:
 
 def _csv_line(values: Iterable[object]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue()
+    # The writer quotes what has a character of its line end in it, so that with this one no \r stays bare in a name.
+    csv.writer(line, lineterminator="\r\n").writerow(values)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _table(predictions: Iterable[Prediction], paint: Paint) -> Iterator[str]:

@@ -74,7 +74,7 @@ def test_info_of_an_architecture_without_weights() -> None:
 
 
 def test_predict_as_json() -> None:
-    result = run("predict", str(SAMPLES / "*.png"), "--json", "--topk", "2")
+    result = run("predict", str(SAMPLES / "*.png"), "--format", "json", "--topk", "2")
     rows = json.loads(result.stdout)
     assert result.exit_code == 0
     assert [row["answers"][0]["label"] for row in rows] == list("0123456789")
@@ -83,7 +83,7 @@ def test_predict_as_json() -> None:
 
 def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"")
-    result = run("predict", str(SAMPLES / "digit_3.png"), str(tmp_path / "broken.png"), "--json")
+    result = run("predict", str(SAMPLES / "digit_3.png"), str(tmp_path / "broken.png"), "--format", "json")
     rows = json.loads(result.stdout)
     assert result.exit_code == 1
     assert rows[0]["answers"][0]["label"] == "3"
@@ -120,13 +120,16 @@ def test_predict_with_several_models_as_csv(tmp_path: Path) -> None:
 def test_predict_takes_a_list_from_stdin(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.png").write_bytes((SAMPLES / "digit_8.png").read_bytes())
-    listed = f"{SAMPLES}/digit_2.png\n\n{tmp_path}/sub\r\n/absent.png\n".encode() + b"\xff\xfe.png"
+    listed = f"{SAMPLES}/digit_2.png\n\n{tmp_path}/sub\r\n/absent.png\na\0b*\n{SAMPLES}/digit_[1].png\n".encode()
     result = CliRunner().invoke(
-        app, ["predict", str(SAMPLES / "digit_1.png"), "-", "--json", "--topk", "1"], input=listed
+        app,
+        ["predict", str(SAMPLES / "digit_1.png"), "-", "--format", "json", "--topk", "1"],
+        input=listed + b"\xff\xfe.png",
     )
     rows = json.loads(result.stdout)
     assert [row["answers"][0]["label"] for row in rows if row["answers"]] == ["1", "2", "8"]
-    assert [row["path"] for row in rows if row["error"]] == ["/absent.png", "\udcff\udcfe.png"]
+    failed = ["/absent.png", "a\0b*", f"{SAMPLES}/digit_[1].png", "\udcff\udcfe.png"]
+    assert [row["path"] for row in rows if row["error"]] == failed
     assert result.exit_code == 1
 
 
@@ -136,7 +139,7 @@ def test_predict_says_when_there_is_nothing(form: str, expected: str, tmp_path: 
     assert (nothing.exit_code, nothing.stdout) == (1, expected)
     assert "nothing was listed on stdin" in nothing.stderr
     for place in (tmp_path, tmp_path / "*.png"):
-        (row,) = json.loads(run("predict", str(place), "--json").stdout)
+        (row,) = json.loads(run("predict", str(place), "--format", "json").stdout)
         assert row["path"] == str(place)
         assert row["error"] in ("a folder, not an image", "there is no such file")
 
@@ -147,7 +150,7 @@ def test_predict_turns_photos_upright(tmp_path: Path) -> None:
     with Image.open(SAMPLES / "digit_6.png") as upright:
         upright.rotate(180).save(tmp_path / "turned.png", exif=exif)
         upright.rotate(180).save(tmp_path / "plain.png")
-    rows = json.loads(run("predict", str(tmp_path / "*.png"), "--json").stdout)
+    rows = json.loads(run("predict", str(tmp_path / "*.png"), "--format", "json").stdout)
     assert [row["answers"][0]["label"] == "6" for row in rows] == [False, True]
 
 
@@ -165,7 +168,7 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_ctrl_c_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
     """The list on stdin never ends, so that only the signal ends the run."""
     out, partial = tmp_path / "rows.json", tmp_path / "rows.json.partial"
-    command = [sys.executable, "-m", "beitzoo", "predict", "-", "-b", "2", "--json", "--output", str(out)]
+    command = [sys.executable, "-m", "beitzoo", "predict", "-", "-b", "2", "--format", "json", "--output", str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stderr is not None
@@ -237,7 +240,6 @@ def test_report_draws_and_writes(tmp_path: Path) -> None:
         (["finetune", "absent.toml", "--out", "/tmp/absent"], "There is no recipe absent.toml"),
         (["finetune", "configs/finetune/digits.toml", "--out", "x", "--set", "train.lr=-1"], "train.lr"),
         (["predict", "x.png", "--device", "gpu"], "There is no device 'gpu' here"),
-        (["predict", "x.png", "--json", "--format", "csv"], "leave one of them out"),
         (["predict", str(SAMPLES / "digit_1.png"), "--output", "tests"], "tests is a folder"),
         (["download", "nothing*"], "No checkpoint matches 'nothing*'"),
         (["info", "beit_base_patch16_224.mim"], "it has in22k_ft_in22k_in1k"),
@@ -270,17 +272,7 @@ def test_the_options_are_frozen() -> None:
     assert options == {
         "list": ["markdown", "pattern", "pretrained"],
         "info": ["as_json", "name"],
-        "predict": [
-            "as_json",
-            "batch_size",
-            "device",
-            "form",
-            "images",
-            "models",
-            "output",
-            "topk",
-            "workers",
-        ],
+        "predict": ["batch_size", "device", "form", "images", "models", "output", "topk", "workers"],
         "download": ["cache_dir", "models"],
         "verify": ["as_json", "cache_dir", "models"],
         "finetune": ["out", "recipe", "settings"],

@@ -16,7 +16,8 @@ import beitzoo
 from beitzoo.cli import app
 from beitzoo.predict import predict
 
-# Prepares each image given on stdin and prints its processor seconds and by how many bytes the peak of memory grew.
+# Prepares each image given on stdin and prints how many times the processor time of a photograph it takes, and by how
+# many bytes the peak of memory grew. The photograph is taken before and after, as all slows down where a machine does.
 MEASURE = """
 import json, sys, time, torch, warnings
 from pathlib import Path
@@ -31,16 +32,25 @@ transform = create_transform(
 def memory(name):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
-costs = []
-for path in ["beitzoo/assets/samples/coffee.jpg", *json.load(sys.stdin)]:
-    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-    seconds, before = time.process_time(), memory("VmRSS")
+def seconds(path):
+    start = time.process_time()
     try:
         transform(open_image(Path(path)))
     except ImageError:
         pass
-    costs.append((time.process_time() - seconds, memory("VmHWM") - before))
-json.dump(costs[1:], sys.stdout)
+    return time.process_time() - start
+
+photo = "beitzoo/assets/samples/coffee.jpg"
+seconds(photo)
+unit = seconds(photo)
+costs = []
+for path in json.load(sys.stdin):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    before = memory("VmRSS")
+    taken, growth = seconds(path), memory("VmHWM") - before
+    last, unit = unit, seconds(photo)
+    costs.append((taken / max(last, unit), growth))
+json.dump(costs, sys.stdout)
 """
 
 
@@ -52,6 +62,10 @@ def costs(paths: list[Path]) -> list[tuple[float, int]]:
 
 # What Pillow says about damaged files is the command's to silence; here errors would take the place of answers.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning:PIL")
+
+measured_by_linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is counted anew through /proc only"
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +85,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_every_file_gets_its_own_row_or_its_own_failure(outcomes: dict[Path, str]) -> None:
     assert len(outcomes) > 280
-    result = CliRunner().invoke(app, ["predict", *map(str, outcomes), "--json", "--topk", "10"])
+    result = CliRunner().invoke(app, ["predict", *map(str, outcomes), "--format", "json", "--topk", "10"])
     rows = json.loads(result.stdout)
     assert result.exit_code == 1
     assert [row["path"] for row in rows] == [str(path) for path in outcomes]
@@ -91,17 +105,19 @@ def test_every_file_gets_its_own_row_or_its_own_failure(outcomes: dict[Path, str
         assert together == pytest.approx({answer.index: answer.probability for answer in own.answers}, rel=1e-4)
 
 
+@measured_by_linux
 def test_no_file_takes_long_or_much(outcomes: dict[Path, str]) -> None:
     paths = list(outcomes)
     measured = costs(paths)
-    for path, (seconds, growth) in zip(paths, measured, strict=True):
-        assert seconds < 2, path
+    for path, (photographs, growth) in zip(paths, measured, strict=True):
+        assert photographs < 200, path  # 44 measured at most, of an image as long as a street
         assert growth < 512_000_000, path
     # The measurement sees what is there: 4 bytes for each of 17 million pixels.
     street = next(growth for path, (_, growth) in zip(paths, measured, strict=True) if "1x60000.png" in path.name)
     assert street > 60_000_000
 
 
+@measured_by_linux
 @pytest.mark.slow
 def test_the_largest_images_that_are_opened_take_no_more(tmp_path: Path) -> None:
     """One file of each costly kind, of nearly as many pixels as are decoded at most."""
@@ -119,7 +135,7 @@ def test_the_largest_images_that_are_opened_take_no_more(tmp_path: Path) -> None
         image = Image.new(mode, (side, side), 30000) if mode == "I;16" else picture(400, 300, mode).resize((side, side))
         (tmp_path / name).write_bytes(encode(image, form, **options))
     paths = sorted(tmp_path.iterdir())
-    for path, (seconds, growth) in zip(paths, costs(paths), strict=True):
-        print(f"{path.name}: {seconds:.2f} s, {growth / 1e6:.0f} MB")
-        assert seconds < 4, path  # the RGBA picture took 2.9 on cores that others used as well
+    for path, (photographs, growth) in zip(paths, costs(paths), strict=True):
+        print(f"{path.name}: {photographs:.0f} photographs, {growth / 1e6:.0f} MB")
+        assert photographs < 1200, path  # the RGBA picture measured 615
         assert growth < 512_000_000, path

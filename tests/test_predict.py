@@ -78,12 +78,24 @@ def test_a_fresh_head_has_numbers_for_names() -> None:
 
 def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(ValueError, match="takes 4 channels"):
-        next(predict(beitzoo.create_model("test_beit", in_chans=4), DIGITS))
+        predict(beitzoo.create_model("test_beit", in_chans=4), DIGITS)
     for options in ({"num_classes": 0}, {"global_pool": ""}):
         with pytest.raises(ValueError, match="no head"):
-            next(predict(beitzoo.create_model("test_beit", **options), DIGITS))
+            predict(beitzoo.create_model("test_beit", **options), DIGITS)
     with pytest.raises(ValueError, match="b has no head"):
-        next(predict({"b": beitzoo.create_model("test_beit", num_classes=0)}, DIGITS))
+        predict({"b": beitzoo.create_model("test_beit", num_classes=0)}, DIGITS)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("name", ["topk", "batch_size", "workers"])
+def test_numbers_are_checked_at_the_call(name: str, number: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {number}; it can be 1 or more. Leave it out"):
+        predict(beitzoo.create_model("test_beit"), DIGITS, **{name: number})
+
+
+def test_no_models_are_refused_at_the_call() -> None:
+    with pytest.raises(ValueError, match=r"There are no models; .* Give a model"):
+        predict({}, DIGITS)
 
 
 def test_several_models_see_each_image_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +204,17 @@ def test_what_cannot_be_prepared_is_a_row(tmp_path: Path) -> None:
     assert thin.error is not None
     assert thin.error.startswith("cannot be prepared: ")
     assert digit.answers
+
+
+def test_a_broken_transform_is_no_fault_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("shapes differ"), AttributeError("mode"), TypeError("missing argument")):
+
+        def fail(image: Image.Image, error: Exception = error) -> torch.Tensor:
+            raise error
+
+        monkeypatch.setattr(beitzoo.predict, "create_transform", lambda fail=fail, **_: fail)
+        with pytest.raises(type(error), match=str(error)):
+            next(predict(beitzoo.create_model(pretrained=True), DIGITS))
 
 
 def test_tally_counts_rows_and_failures() -> None:

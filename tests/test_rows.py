@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +57,14 @@ def test_csv_has_a_line_per_row_and_columns_for_each_class() -> None:
     assert rows[1] == ["a.png", "m", "", "cat, tabby", "1", "0.875", "dog", "0", "0.125", "", "", ""]
     assert written([], Form.CSV, topk=1) == "path,model,error,label_1,index_1,probability_1\n"
     assert rows[2] == ['odd, "name"\n.png', "m", "damaged", *[""] * 9]
+
+
+def test_a_carriage_return_in_a_name_ends_no_row() -> None:
+    names = ["a\r.png", "\r\n", "b\r\nc.png"]
+    text = written([Prediction(Path(name), error="damaged\r") for name in names], Form.CSV, topk=1)
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert rows[1:] == [[name, "", "damaged\r", "", "", ""] for name in names]
+    assert text.splitlines(keepends=True)[0].endswith("probability_1\n")
 
 
 def test_table_is_aligned_and_shows_names_as_they_are() -> None:
@@ -148,3 +158,32 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(IsADirectoryError, match="is a folder"), open_output(tmp_path):
         pass
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    target, link, dangling = tmp_path / "sub" / "rows", tmp_path / "link", tmp_path / "dangling"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to("sub/rows")
+    dangling.symlink_to("new/rows")
+    for path in (link, dangling):
+        with open_output(path) as file:
+            file.write("rows")
+        assert path.is_symlink()
+        assert path.read_text() == "rows"
+    assert target.read_text() == "rows"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["dangling", "link", "new", "rows", "rows", "sub"]
+
+
+def test_a_pipe_and_a_device_stay_what_they_are(tmp_path: Path) -> None:
+    pipe, null = tmp_path / "pipe", tmp_path / "null"
+    os.mkfifo(pipe)
+    null.symlink_to(os.devnull)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, null):
+        with open_output(path) as file:
+            write_rows([CAT], Form.CSV, file, 2)
+    assert os.read(reader, 4096).endswith(b'a.png,m,,"cat, tabby",1,0.875,dog,0,0.125\n')
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(tmp_path.iterdir()) == [null, pipe]

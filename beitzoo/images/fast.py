@@ -52,7 +52,7 @@ class FastTransform:
     """timm's evaluation transform on uint8 tensors, (channels, height, width), or on PIL images.
 
     Args:
-        exact: The transform it stands in for; it takes over where an image is very long.
+        exact: The transform it stands in for; its crop is used, and it takes over where an image is very long.
         options: What that one was made of, as `resolve_data_config` returns it.
 
     Raises:
@@ -70,7 +70,7 @@ class FastTransform:
                 f"There is no fast transform with the steps {', '.join(type(step).__name__ for step in steps)}; it "
                 "has a resize and a centre crop, to a square unless it squashes. Leave out fast=True."
             )
-        resize, self.crop = steps
+        resize, self.crop = steps[0], exact.transforms[1]
         self.resize = v2.Resize(resize.size, interpolation=resize.interpolation, antialias=True)
         scale = 255 * torch.tensor((options["mean"], options["std"]), dtype=torch.float32)
         self.mean, self.std = scale.view(2, -1, 1, 1)

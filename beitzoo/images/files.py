@@ -124,28 +124,53 @@ def find_images(places: Iterable[str]) -> Iterator[Path]:
     among the paths, so that it is reported and not passed over.
     """
     for place in places:
-        path = os.path.expanduser(place)
-        matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        found = False
-        for match in matches:
-            for file in images_below(Path(match)) if os.path.isdir(match) else [Path(match)]:
-                found = True
-                yield file
-        if not found:
-            yield Path(path)
+        path = place if "\0" in place else os.path.expanduser(place)
+        is_glob = "\0" not in path and not os.path.lexists(path)
+        yield from _images_of(sorted(glob.glob(path, recursive=True)) if is_glob else [path], path)
+
+
+def images_at(name: str) -> Iterator[Path]:
+    """Return the file of that name, whatever characters are in it, or the images below the folder; else the name."""
+    return _images_of([name], name)
+
+
+def _images_of(names: Iterable[str], place: str) -> Iterator[Path]:
+    found = False
+    for name in names:
+        for image in images_below(Path(name)) if os.path.isdir(name) else [Path(name)]:
+            found = True
+            yield image
+    if not found:
+        yield Path(place)
 
 
 def images_below(folder: Path) -> Iterator[Path]:
-    """Walk through a folder in order of names; a folder in it that cannot be listed is among the paths itself."""
+    """Walk through a folder in order of names; a folder in it that cannot be listed is among the paths itself.
+
+    Links to folders are followed, except back to a folder they are in, whose images are found anyway.
+    """
+    left: list[tuple[Path, bool, frozenset[tuple[int, int]]]] = [(folder, True, frozenset())]
+    while left:
+        path, is_folder, above = left.pop()
+        if not is_folder:
+            if path.suffix.lower() in SUFFIXES:
+                yield path
+            continue
+        try:
+            status = path.stat()
+            within = above | {(status.st_dev, status.st_ino)}
+            if within == above:
+                continue
+            with os.scandir(path) as entries:
+                inside = sorted(((entry.name, _is_folder(entry)) for entry in entries), reverse=True)
+        except OSError:
+            yield path
+            continue
+        left += [(path / name, is_folder, within) for name, is_folder in inside]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        with os.scandir(folder) as entries:
-            names = sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries)
-    except OSError:
-        yield folder
-        return
-    for name, is_folder, is_link in names:
-        if is_folder:
-            if not is_link:  # a link could lead round in a circle
-                yield from images_below(folder / name)
-        elif Path(name).suffix.lower() in SUFFIXES:
-            yield folder / name
+        return entry.is_dir()
+    except OSError:  # a link to itself; it is no folder to search, and as a file it gets its reason
+        return False

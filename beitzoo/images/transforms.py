@@ -60,7 +60,26 @@ def create_transform(is_training: bool = False, *, fast: bool = False, **options
     for place, step in enumerate(steps):
         if type(step).__name__ in ("Resize", "ResizeKeepRatio"):
             steps[place] = _Bounded(step)
+        if type(step).__name__ == "CenterCrop" and options.get("crop_mode") == "center_floor":
+            steps[place] = _FloorCrop(*step.size)
     return transform
+
+
+class _FloorCrop:
+    """Crop the centre as transformers does: half a pixel is rounded down, where timm rounds to even."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.height = height
+        self.width = width
+
+    def __call__(self, image: Any) -> Any:
+        from torchvision.transforms.functional import crop, get_dimensions
+
+        _, height, width = get_dimensions(image)
+        return crop(image, (height - self.height) // 2, (width - self.width) // 2, self.height, self.width)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size=({self.height}, {self.width}))"
 
 
 class _Bounded:

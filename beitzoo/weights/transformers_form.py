@@ -162,7 +162,10 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> tuple[str, str]:
 
 
 def _processor(config: BeitConfig, data: DataConfig) -> dict[str, Any]:
-    """Write the settings of `BeitImageProcessor` that give the same pixels."""
+    """Write the settings of `BeitImageProcessor` that give the same pixels.
+
+    Of `center`, where half a pixel is rounded to even, transformers may crop one pixel beside.
+    """
     data = data.fitted_to(config)
     if data.crop_mode == "border":
         raise ValueError("transformers cannot prepare images so: it does not pad to a border. Use save_pretrained.")
@@ -264,10 +267,9 @@ def _data(config: BeitConfig) -> DataConfig:
 def _stated_data(config: BeitConfig, settings: _Preprocessor) -> DataConfig:
     """Express the processor in timm's words.
 
-    A resize to both sides is `squash`, one to the shorter side is `center`; whatever it scales by is folded into mean
-    and deviation. The numbers are those of transformers' PIL back end to rounding; its torchvision back end differs by
-    one of 255 levels at most. Only where an odd number of pixels is cropped behind a resize to the shorter side, timm
-    may round to the other half, and crop one pixel beside transformers.
+    A resize to both sides is `squash`, one to the shorter side is `center_floor`; whatever it scales by is folded into
+    mean and deviation. The numbers are those of transformers' PIL back end to rounding; its torchvision back end
+    differs by one of 255 levels at most.
     """
     if not settings.do_resize:
         raise ValueError("its preprocessor does not resize (do_resize), so that inputs have any size; set it to true.")
@@ -291,14 +293,14 @@ def _stated_data(config: BeitConfig, settings: _Preprocessor) -> DataConfig:
 
 
 def _resized(size: _ProcessorSize) -> tuple[Pair, CropMode]:
-    """Return height and width after the resize, for `center` of the shorter side, and whether proportions are kept."""
+    """Return height and width after the resize, with `center_floor` of the shorter side, and how it is cropped."""
     if not isinstance(size, dict):
         return _pair(size), "squash"
     match {name: side for name, side in size.items() if side is not None}:
         case {"height": int(height), "width": int(width), **others} if not others:
             return (height, width), "squash"
         case {"shortest_edge": int(side), **others} if not others:
-            return (side, side), "center"
+            return (side, side), "center_floor"
     raise ValueError(
         f"its preprocessor resizes by {', '.join(size)}; height and width are read, or shortest_edge and a centre crop."
     )
@@ -307,7 +309,7 @@ def _resized(size: _ProcessorSize) -> tuple[Pair, CropMode]:
 def _cropped(settings: _Preprocessor, resized: Pair, crop_mode: CropMode) -> Pair:
     """Return height and width after the centre crop, if there is one."""
     if not settings.do_center_crop:
-        if crop_mode == "center":
+        if crop_mode == "center_floor":
             raise ValueError("its preprocessor resizes the shorter side and crops nothing; set do_center_crop to true.")
         return resized
     crop, _ = _resized(settings.crop_size or 224)

@@ -11,7 +11,7 @@ Pair = tuple[int, int]
 GlobalPool = Literal["avg", "token", ""]
 ResizeRule = Literal["geometric_cubic", "geometric_linear", "bilinear"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-CropMode = Literal["center", "squash", "border"]
+CropMode = Literal["center", "center_floor", "squash", "border"]
 
 _FLAGS = (
     "qkv_bias",
@@ -159,7 +159,8 @@ class DataConfig:
         std: Per channel, divided by afterwards.
         interpolation: Filter of the resize.
         crop_pct: Share of the resized image that the crop keeps, per side.
-        crop_mode: Crop the centre, squash to the crop, or pad to it.
+        crop_mode: Crop the centre, squash to the crop, or pad to it. Of an odd number of pixels to cut, `center` rounds
+            the half to even, as timm, and `center_floor` down, as transformers; timm takes that word for `center`.
         reduce_zero_label: Maps of classes count from 1, and 0 is a pixel without one, as in ADE20K.
     """
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 import beitzoo
 from beitzoo.images import files
 from beitzoo.images.datasets import ImageSet, LabelledImages, collate, labelled_folder
-from beitzoo.images.files import ImageError, find_images, open_image
+from beitzoo.images.files import ImageError, find_images, images_at, open_image
 from beitzoo.zoo.pretrained import PRETRAINED
 
 PHOTO = Path("beitzoo/assets/samples/chelsea.jpg")
@@ -150,6 +150,51 @@ def test_what_is_no_file_is_found_and_then_refused(tmp_path: Path) -> None:
             open_image(path)
     with pytest.raises(ImageError, match="cannot be opened: File name too long"):
         open_image(Path("x" * 5000))
+
+
+def test_a_listed_name_is_no_pattern(tmp_path: Path) -> None:
+    for name in ("img1.png", "img2.png", "photos1/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    absent = [str(tmp_path / name) for name in ("img[1].png", "img*.png", "photos[1]", "\0/*.png", "[a]\0")]
+    assert [list(images_at(name)) for name in absent] == [[Path(name)] for name in absent]
+    assert list(find_images(absent[:3])) == [
+        tmp_path / n for n in ("img1.png", "img1.png", "img2.png", "photos1/a.png")
+    ]
+    strange = ["~a\0b", "\0/*.png", "[a]\0", *absent[3:]]
+    assert list(find_images(strange)) == list(map(Path, strange))
+    assert list(images_at(str(tmp_path / "photos1"))) == [tmp_path / "photos1" / "a.png"]
+
+
+def test_linked_folders_are_searched_and_circles_left(tmp_path: Path) -> None:
+    for name in ("photos/a/1.png", "photos/b/2.png", "elsewhere/3.png", "elsewhere/deep/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    photos = tmp_path / "photos"
+    (photos / "linked").symlink_to("../elsewhere")
+    (photos / "a" / "up").symlink_to(photos)
+    (tmp_path / "elsewhere" / "deep" / "home").symlink_to(photos)  # from photos/linked/deep it is a circle
+    (photos / "self.png").symlink_to("self.png")
+    expected = ["a/1.png", "b/2.png", "linked/3.png", "linked/deep/4.png", "self.png"]
+    assert [str(path.relative_to(photos)) for path in find_images([str(photos)])] == expected
+    with pytest.raises(ImageError, match="symbolic links"):
+        open_image(photos / "self.png")
+    (tmp_path / "to_photos").symlink_to(photos)
+    assert len(list(find_images([str(tmp_path / "to_photos")]))) == 5
+
+
+def test_folders_may_be_deep(tmp_path: Path) -> None:
+    """Deeper than calls of Python, and so are made and removed one by one."""
+    folders = [tmp_path]
+    for _ in range(1100):
+        folders.append(folders[-1] / "d")
+        folders[-1].mkdir()
+    image = folders[-1] / "a.png"
+    image.touch()
+    assert list(find_images([str(tmp_path)])) == [image]
+    image.unlink()
+    for folder in reversed(folders[1:]):
+        folder.rmdir()
 
 
 def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_pixels_are_those_of_transformers(settings: dict[str, Any], tmp_path: Pa
     """Its PIL back end to rounding; its torchvision back end, the default, to one level."""
     side = 64 if settings else 224
     model = beitzoo.create_model(write(tmp_path, settings, image_size=side))
-    image = Image.open(PHOTO).crop((3, 5, 303, 255)) if "shortest_edge" in str(settings) else Image.open(PHOTO)
+    image = Image.open(PHOTO)
     ours = beitzoo.create_transform(**beitzoo.resolve_data_config(model))(image)
     pil = BeitImageProcessorPil.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
     tensor = BeitImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
@@ -70,6 +71,32 @@ def test_pixels_are_those_of_transformers(settings: dict[str, Any], tmp_path: Pa
     level = LEVEL if "image_std" not in settings else (ours.max() - ours.min()).item() / 200
     assert (ours - tensor).abs().max() < 1.01 * level
     assert (ours - tensor).abs().mean() < 0.01 * level
+    image.close()
+
+
+def test_random_processors_crop_the_same_pixels(tmp_path: Path) -> None:
+    """Of the whole photo, whose long side leaves an odd number of pixels to cut as often as an even one."""
+    draw = random.Random(5)
+    image = Image.open(PHOTO)
+    odd = 0
+    for number in range(24):
+        crop = draw.randrange(32, 97, 16)
+        edge = crop + draw.randrange(40)
+        odd += (edge * image.width // image.height - crop) % 2
+        settings = {
+            "size": {"shortest_edge": edge},
+            "do_center_crop": True,
+            "crop_size": {"height": crop, "width": crop},
+            "resample": draw.choice([1, 2, 3]),
+        }
+        model = beitzoo.create_model(write(tmp_path / str(number), settings, image_size=crop), device="meta")
+        config = beitzoo.resolve_data_config(model)
+        ours = beitzoo.create_transform(**config)(image)
+        pil = BeitImageProcessorPil.from_pretrained(tmp_path / str(number))(image, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(ours, pil[0], atol=1e-5, rtol=0)
+        fast = beitzoo.create_transform(**config, fast=True)(image)
+        assert (fast - ours).abs().max() < 1.01 * LEVEL
+    assert odd > 6
     image.close()
 
 
@@ -150,6 +177,7 @@ def test_a_saved_processor_gives_our_pixels(data: dict[str, Any], tmp_path: Path
     again = beitzoo.create_model(f"local-dir:{tmp_path}")
     was, now = beitzoo.resolve_data_config(model), beitzoo.resolve_data_config(again)
     assert now.pop("crop_pct") == pytest.approx(was.pop("crop_pct"), abs=0.01)  # 224 of 248 pixels, 0.9032
+    assert now.pop("crop_mode") == was.pop("crop_mode").replace("center", "center_floor")
     assert now == was
 
 
