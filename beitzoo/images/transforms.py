@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from beitzoo.images.fast import FastTransform
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -49,6 +47,8 @@ def create_transform(is_training: bool = False, *, fast: bool = False, **options
         **options: What `resolve_data_config` returns, and any option of `timm.data.create_transform`.
     """
     if fast:
+        from beitzoo.images.fast import FastTransform  # late, as it imports Pillow
+
         if is_training:
             raise ValueError("There is no fast transform for training; leave out fast=True.")
         return FastTransform(create_transform(**options), options)
