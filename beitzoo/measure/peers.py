@@ -142,11 +142,7 @@ def _transformers(model: Beit, folder: Path) -> nn.Module:
 
 def _optimized(asked: Asked) -> Callable[[], Tensor]:
     _refuse(asked, "beitzoo.optimize", ("float32", "bfloat16", "float16", "int8"))
-    network = optimize(
-        asked.model,
-        dtype="int8" if asked.precision == "int8" else stored_dtype(asked.precision),
-        batch_size=len(asked.images),
-    )
+    network = optimize(asked.model, dtype="int8" if asked.precision == "int8" else stored_dtype(asked.precision))
     images = asked.images
 
     def run() -> Tensor:

@@ -24,9 +24,6 @@ Module = TypeVar("Module", bound=nn.Module)
 # into the workspace of each forward pass as in any other network.
 READY_BYTES = 64 << 20
 
-# Tokens of a batch up to which packed linears are faster with 256-bit registers; measured at 197 (yes) and 577 (no).
-_FEW_ROWS = 256
-
 _KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 # Compiled models call what is prepared for oneDNN from outside the graph; one graph of everything cannot be had.
 _eager = torch.compiler.disable(reason="optimize() prepared this linear for oneDNN; compile the model itself instead.")
@@ -34,13 +31,7 @@ _eager = torch.compiler.disable(reason="optimize() prepared this linear for oneD
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def optimize(
-    model: Module,
-    dtype: torch.dtype | Literal["int8"] | None = None,
-    *,
-    inplace: bool = False,
-    batch_size: int | None = None,
-) -> Module:
+def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, inplace: bool = False) -> Module:
     """Return an inference twin of a model: the same outputs, sooner.
 
     The twin is a snapshot: it can be run, copied and pickled, but neither trained, moved nor saved as weights, and
@@ -54,8 +45,6 @@ def optimize(
             without VNNI; it was not validated on trained weights. Linears of the blocks then compute in 8 bits, scaled
             per token and per output channel; the rest stays as it is.
         inplace: Turn the model itself into its twin, and free its weights block by block, rather than copy it.
-        batch_size: How many images will come at once, if that is known. Any number can come; the twin is fastest
-            for this one. On a CPU with 256-bit registers, 1 makes a tenth of difference at 224 pixels.
 
     Raises:
         ValueError: There is nothing to prepare, something was added to the blocks, or the dtype cannot be had.
@@ -63,8 +52,7 @@ def optimize(
     backbones = [module for module in model.modules() if isinstance(module, Beit)]
     if not backbones:
         raise ValueError(f"Got a {type(model).__name__} without a Beit in it; there is nothing to prepare.")
-    rows = None if batch_size is None else batch_size * backbones[0].config.num_tokens
-    prepare = _prepare_for(backbones[0].cls_token, dtype, rows)
+    prepare = _prepare_for(backbones[0].cls_token, dtype)
     for backbone in backbones:
         _check_untouched(backbone)
     twin = model if inplace else copy.deepcopy(model)
@@ -300,8 +288,8 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
     return weight * gamma[:, None], bias * gamma
 
 
-def _prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None, rows: int | None) -> Prepare:
-    """Choose the kind of linear for a device, a dtype and tokens of a batch, and say so if they cannot be had."""
+def _prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> Prepare:
+    """Choose the kind of linear for a device and a dtype, and say so if they cannot be had."""
     on_cpu = like.device.type == "cpu"
     if dtype == "int8":
         if not (on_cpu and "onednn" in torch.backends.quantized.supported_engines):
@@ -314,22 +302,20 @@ def _prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None, rows
     if wanted not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"Got dtype={dtype!r}; use torch.bfloat16, float16, float32, float64, 'int8', or None.")
     assert isinstance(wanted, torch.dtype)
-    kind = PackedLinear if on_cpu and _packing_pays(wanted, rows) else PreparedLinear
+    kind = PackedLinear if on_cpu and _packing_pays(wanted) else PreparedLinear
     if on_cpu and wanted in (torch.bfloat16, torch.float16) and not _has_bfloat16():
         warnings.warn(f"This CPU has no arithmetic in {wanted}; torch.float32 is faster on it.", stacklevel=3)
     return lambda weight, bias: kind(weight.to(wanted), None if bias is None else bias.to(wanted))
 
 
-def _packing_pays(dtype: torch.dtype, rows: int | None) -> bool:
+def _packing_pays(dtype: torch.dtype) -> bool:
     """Say whether oneDNN's packed linears are there, and on this processor faster than the plain ones.
 
-    They are with 512-bit registers. With 256-bit ones they gain a tenth for one image of 200 tokens, but lose one
-    and more for larger images and batches, so it must be known what will come.
+    They are with 512-bit registers. With 256-bit ones they gain a little for one image of 200 tokens, but lose a
+    tenth and more for larger images and batches; and a model does not know what it will be given.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()):
         return False
-    if not torch.cpu._is_avx512_supported():
-        return dtype == torch.float32 and rows is not None and rows <= _FEW_ROWS
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
 
 

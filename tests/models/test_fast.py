@@ -34,7 +34,7 @@ def images(batch: int = 3, size: tuple[int, int] = (64, 64)) -> Tensor:
 @pytest.fixture(params=["packed", "plain"])
 def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run with oneDNN's linears, and with those of a machine that has none."""
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype, rows: request.param == "packed")
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: request.param == "packed")
     return request.param
 
 
@@ -200,7 +200,7 @@ def test_threads_share_a_twin(dtype: str | None, linears: str) -> None:
 
 
 def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype, rows: False)
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: False)
     twin = optimize(build())
     x = images()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -209,7 +209,7 @@ def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_packed_linears_stay_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype, rows: True)
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: True)
     twin = optimize(build())
     x = images()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model itself instead"):
@@ -309,7 +309,7 @@ def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_twin_runs_under_autocast(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype, rows: packed)
+    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: packed)
     model = randomise(beitzoo.create_model("test_beit")).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -341,15 +341,3 @@ def test_a_twin_refuses_what_its_model_refuses() -> None:
     model.blocks[0].mlp.act = torch.nn.GELU("tanh")
     with pytest.raises(ValueError, match="not of the plain network"):
         beitzoo.optimize(model)
-
-
-def test_a_batch_that_is_known_to_be_small_is_packed_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    model = build()
-    tokens = model.config.num_tokens
-    for batch_size, packed in ((None, False), (1, True), (256 // tokens + 1, False)):
-        twin = optimize(model, batch_size=batch_size)
-        assert any(isinstance(module, fast.PackedLinear) for module in twin.modules()) == packed
-        x = images()
-        with torch.inference_mode():
-            assert relative_error(twin(x), model(x)) < 1e-5
