@@ -43,6 +43,9 @@ _TIMM_COLUMNS += ["crop_pct", "interpolation"]
 _SEGMENT_COLUMNS = ["model", "img_size", "miou", "macc", "aacc", "protocol", "param_count"]
 
 
+_IN_FILE_NAMES = str.maketrans("+ ", "--")
+
+
 def write_accuracies(folder: Path) -> list[Path]:
     """Write a CSV for each set of images with published accuracies, in timm's columns and with their source.
 
@@ -110,7 +113,7 @@ def draw_all(results: Path, out: Path) -> list[Path]:
     if speeds:
         figures["accuracy-speed"] = _draw_accuracy(speeds)
     for group, rows in _groups(read_rows(results / "comparison.csv")).items():
-        figures["-".join(("ratio", *group)).replace("+", "-")] = _draw_ratios(rows, *group)
+        figures["-".join(("ratio", *group)).translate(_IN_FILE_NAMES)] = _draw_ratios(rows, *group)
     if not figures:
         raise ValueError(f"There are no measured rows in {results}; run benchmark.py with --results-file first.")
     paths = []
