@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from beitzoo.models.attention import attend
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp, QkvLinear
+from beitzoo.models.linear import Linear, linear
 from beitzoo.models.position import PositionBias
 from beitzoo.zoo.config import Pair
 
@@ -24,7 +25,7 @@ Module = TypeVar("Module", bound=nn.Module)
 # into the workspace of each forward pass as in any other network.
 READY_BYTES = 64 << 20
 
-_KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
+_KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 # Compiled models call what is prepared for oneDNN from outside the graph; one graph of everything cannot be had.
 _eager = torch.compiler.disable(reason="optimize() prepared this linear for oneDNN; compile the model itself instead.")
 
@@ -139,7 +140,7 @@ class PreparedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """Apply the linear and an exact GELU."""

@@ -1,0 +1,133 @@
+"""Linears of few tokens are computed in parts, to the same numbers, and only where that was seen to pay."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from oracles import relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from beitzoo.models import linear
+from beitzoo.models.linear import Linear
+
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Products(TorchDispatchMode):
+    """Note which products are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "mm" in func._schema.name:
+            self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def products(layer: nn.Module, x: Tensor) -> list[str]:
+    with Products() as products:
+        layer(x)
+    return products.names
+
+
+def build(inputs: int = 48, outputs: int = 768, bias: bool = True) -> Linear:
+    return Linear(inputs, outputs, bias=bias).requires_grad_(False)
+
+
+@needs_mkl
+@pytest.mark.parametrize("shape", [(1, 197), (3, 5), (512,), (2, 1, 7)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_parts_give_the_same_numbers(shape: tuple[int, ...], bias: bool, count: int) -> None:
+    layer, x = build(bias=bias), torch.randn(*shape, 48)
+    with torch.inference_mode(), threads(count):
+        assert products(layer, x) == ["baddbmm" if bias else "bmm"]
+        y = layer(x)
+        assert y.shape == (*shape, 768)
+        assert y.is_contiguous()
+        assert relative_error(y, x.double() @ layer.weight.double().t() + (layer.bias.double() if bias else 0)) < 1e-6
+        strided = torch.randn(48, *shape).movedim(0, -1)
+        assert relative_error(layer(strided), F.linear(strided, layer.weight, layer.bias)) < 1e-6
+
+
+@needs_mkl
+@pytest.mark.parametrize(
+    ("layer", "x", "count"),
+    [
+        (build(), torch.randn(1, 513, 48), 2),
+        (build(), torch.randn(0, 197, 48), 2),
+        (build(), torch.randn(1, 197, 48), 3),
+        (build(outputs=508), torch.randn(1, 197, 48), 2),
+        (build(outputs=770), torch.randn(1, 197, 48), 2),
+        (build().double(), torch.randn(1, 197, 48).double(), 2),
+        (build().bfloat16(), torch.randn(1, 197, 48).bfloat16(), 2),
+    ],
+    ids=["many", "none", "three threads", "narrow", "uneven", "float64", "bfloat16"],
+)
+def test_elsewhere_the_product_is_one(layer: Linear, x: Tensor, count: int) -> None:
+    with torch.inference_mode(), threads(count):
+        assert products(layer, x) in (["addmm"], [])
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
+
+
+@needs_mkl
+def test_gradients_and_autocast_keep_one_product() -> None:
+    layer, x = Linear(48, 768), torch.randn(1, 197, 48)
+    assert products(layer, x) == ["addmm"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert products(layer, x) == ["addmm"]
+
+
+class Doubled(Tensor):
+    """A weight that brings its own product, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is F.linear:
+            x, weight, bias = args
+            return F.linear(x, 2 * weight.as_subclass(Tensor), bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_weight_of_another_class_multiplies_as_it_likes() -> None:
+    layer, x = build(), torch.randn(1, 197, 48)
+    expected = F.linear(x, 2 * layer.weight, layer.bias)
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Doubled), requires_grad=False)
+    assert type(layer.weight) is not nn.Parameter
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_exported_graphs_have_one_product() -> None:
+    layer, x = build(), torch.randn(1, 197, 48)
+    with torch.no_grad():
+        graph = torch.export.export(layer, (x,)).graph
+        with pytest.warns(FutureWarning, match="deprecated"):
+            traced = torch.jit.trace(layer, x).graph
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+    assert "baddbmm" not in str(traced)
+
+
+def test_it_is_a_linear_of_torch() -> None:
+    layer = build()
+    assert isinstance(layer, nn.Linear)
+    assert linear.PARTS * linear.LEAST_WIDTH <= 768  # the narrowest linear of base
+    twin = nn.Linear(48, 768)
+    twin.load_state_dict(layer.state_dict(), strict=True)
+    torch.testing.assert_close(twin.weight, layer.weight, rtol=0, atol=0)
