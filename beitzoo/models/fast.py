@@ -5,18 +5,17 @@ the processor wants to read them. The network is still `Beit`, with its blocks r
 """
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from beitzoo.models.attention import attend
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp, QkvLinear
-from beitzoo.models.linear import Linear, linear
+from beitzoo.models.linear import Linear
 from beitzoo.models.position import PositionBias
+from beitzoo.models.prepared import Prepare, prepare_for
 from beitzoo.zoo.config import Pair
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -26,8 +25,6 @@ Module = TypeVar("Module", bound=nn.Module)
 READY_BYTES = 64 << 20
 
 _KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
-# Compiled models call what is prepared for oneDNN from outside the graph; one graph of everything cannot be had.
-_eager = torch.compiler.disable(reason="optimize() prepared this linear for oneDNN; compile the model itself instead.")
 
 
 @torch.inference_mode(False)
@@ -53,7 +50,7 @@ def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, 
     backbones = [module for module in model.modules() if isinstance(module, Beit)]
     if not backbones:
         raise ValueError(f"Got a {type(model).__name__} without a Beit in it; there is nothing to prepare.")
-    prepare = _prepare_for(backbones[0].cls_token, dtype)
+    prepare = prepare_for(backbones[0].cls_token, dtype)
     for backbone in backbones:
         _check_untouched(backbone)
     twin = model if inplace else copy.deepcopy(model)
@@ -130,109 +127,6 @@ class PreparedBeit(Beit):
         return self
 
 
-class PreparedLinear(nn.Module):
-    """A linear, and what a block does behind it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, inputs) to (B, N, outputs)."""
-        return linear(x, self.weight, self.bias)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """Apply the linear and an exact GELU."""
-        return F.gelu(self(x))
-
-    def add(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Apply the linear and add a residual."""
-        return residual + self(x)
-
-
-class PackedLinear(PreparedLinear):
-    """A linear whose weight lies in oneDNN's blocks; GELU and addition happen while its output is in the cache.
-
-    The operators are those that torch.compile uses for frozen weights.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
-
-    @_eager
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, inputs) to (B, N, outputs)."""
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
-
-    @_eager
-    def gelu(self, x: Tensor) -> Tensor:
-        """Apply the linear and an exact GELU."""
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "gelu", [], "none")
-
-    @_eager
-    def add(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Apply the linear and add a residual."""
-        x, residual = x.to(self.weight.dtype), residual.to(self.weight.dtype)  # autocast does not know this operator
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "weight": self.weight.to_dense()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "weight": torch.ops.mkldnn._reorder_linear_weight(state["weight"])})
-
-
-class Int8Linear(PreparedLinear):
-    """A linear that multiplies 8-bit integers: weights scaled per output channel, activations per token.
-
-    A scale per token, found as it comes, makes the output for an image independent of its batch.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-        rounded = (weight / scale[:, None]).round().to(torch.int8)
-        super().__init__(torch.ops.onednn.qlinear_prepack(rounded.contiguous(), None), bias)
-        self.scale = scale
-        self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
-
-    @_eager
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, inputs) to (B, N, outputs)."""
-        levels = _levels()
-        tokens = x.flatten(0, -2).float()
-        scale = tokens.abs().amax(1, keepdim=True).clamp_min(1e-12) / levels
-        rounded = (tokens / scale).round_().add_(levels + 1).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            rounded,
-            1.0,
-            levels + 1,
-            self.weight,
-            self.scale,
-            self.zero_points,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        ).mul_(scale)
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "weight": self.weight.to_dense()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(
-            {**state, "weight": torch.ops.onednn.qlinear_prepack(state["weight"].t().contiguous(), None)}
-        )
-
-
-Prepare = Callable[[Tensor, Tensor | None], PreparedLinear]
-
-
 class PreparedAttention(Attention):
     """Attention whose queries and values get their bias in the product, up to the projection."""
 
@@ -287,49 +181,6 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
         return weight, bias
     gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
     return weight * gamma[:, None], bias * gamma
-
-
-def _prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> Prepare:
-    """Choose the kind of linear for a device and a dtype, and say so if they cannot be had."""
-    on_cpu = like.device.type == "cpu"
-    if dtype == "int8":
-        if not (on_cpu and "onednn" in torch.backends.quantized.supported_engines):
-            raise ValueError(
-                f"Got dtype='int8' on {like.device} here; it needs a CPU and a PyTorch with oneDNN. "
-                "Move the model to the CPU first, or use torch.bfloat16."
-            )
-        return lambda weight, bias: Int8Linear(weight.float(), None if bias is None else bias.float())
-    wanted = like.dtype if dtype is None else dtype
-    if wanted not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"Got dtype={dtype!r}; use torch.bfloat16, float16, float32, float64, 'int8', or None.")
-    assert isinstance(wanted, torch.dtype)
-    kind = PackedLinear if on_cpu and _packing_pays(wanted) else PreparedLinear
-    if on_cpu and wanted in (torch.bfloat16, torch.float16) and not _has_bfloat16():
-        warnings.warn(f"This CPU has no arithmetic in {wanted}; torch.float32 is faster on it.", stacklevel=3)
-    return lambda weight, bias: kind(weight.to(wanted), None if bias is None else bias.to(wanted))
-
-
-def _packing_pays(dtype: torch.dtype) -> bool:
-    """Say whether oneDNN's packed linears are there, and on this processor faster than the plain ones.
-
-    They are with 512-bit registers. With 256-bit ones they gain a little for one image of 200 tokens, but lose a
-    tenth and more for larger images and batches; and a model does not know what it will be given.
-    """
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
-
-
-def _has_bfloat16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _levels() -> int:
-    """Say how far activations are rounded, to each side of zero.
-
-    Without VNNI, products of 8 bits are added in pairs in 16 bits, which overflow if the activations use all 8.
-    """
-    return 127 if torch.cpu._is_vnni_supported() else 63
 
 
 def _check_untouched(model: Beit) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import beitzoo
 from beitzoo import Beit, optimize
-from beitzoo.models import attention, fast
+from beitzoo.models import attention, fast, prepared
 from beitzoo.models.attention import attend, attend_blocked
 from beitzoo.zoo.architectures import ARCHITECTURES
 
@@ -34,7 +34,7 @@ def images(batch: int = 3, size: tuple[int, int] = (64, 64)) -> Tensor:
 @pytest.fixture(params=["packed", "plain"])
 def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run with oneDNN's linears, and with those of a machine that has none."""
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: request.param == "packed")
+    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: request.param == "packed")
     return request.param
 
 
@@ -70,15 +70,15 @@ def test_every_option_gives_the_models_outputs(flags: dict[str, object], inplace
 
 
 def test_the_kind_of_linear_is_the_one_asked_for(linears: str) -> None:
-    kind = fast.PackedLinear if linears == "packed" else fast.PreparedLinear
-    assert {type(m) for m in optimize(build()).modules() if isinstance(m, fast.PreparedLinear)} == {kind}
+    kind = prepared.PackedLinear if linears == "packed" else prepared.PreparedLinear
+    assert {type(m) for m in optimize(build()).modules() if isinstance(m, prepared.PreparedLinear)} == {kind}
 
 
 def test_nothing_is_packed_where_torch_has_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
-    assert any(isinstance(m, fast.PackedLinear) for m in optimize(build()).modules())
+    assert any(isinstance(m, prepared.PackedLinear) for m in optimize(build()).modules())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not any(isinstance(m, fast.PackedLinear) for m in optimize(build()).modules())
+    assert not any(isinstance(m, prepared.PackedLinear) for m in optimize(build()).modules())
 
 
 @pytest.mark.parametrize("ready_bytes", [0, 1 << 30])
@@ -200,7 +200,7 @@ def test_threads_share_a_twin(dtype: str | None, linears: str) -> None:
 
 
 def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: False)
+    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: False)
     twin = optimize(build())
     x = images()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -209,7 +209,7 @@ def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_packed_linears_stay_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: True)
+    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: True)
     twin = optimize(build())
     x = images()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model itself instead"):
@@ -253,19 +253,19 @@ def test_int8_is_near_and_independent_of_the_batch(vnni: bool, monkeypatch: pyte
 
 def test_int8_linear_is_the_rounded_product() -> None:
     weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, 5, 64) * 3
-    levels = fast._levels()
+    levels = prepared._levels()
     weight_scale = weight.abs().amax(1, keepdim=True) / 127
     scale = x.abs().amax(-1, keepdim=True) / levels
     exact = (x / scale).round().double() @ (weight / weight_scale).round().double().t()
     expected = (exact * scale * weight_scale.t() + bias).float()
-    torch.testing.assert_close(fast.Int8Linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prepared.Int8Linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_int8_never_overflows() -> None:
     """All at full range: the largest sums there can be."""
     x, weight = torch.ones(3, 3072), torch.ones(16, 3072)
-    torch.testing.assert_close(fast.Int8Linear(weight, None)(x), torch.full((3, 16), 3072.0), rtol=1e-5, atol=0)
-    torch.testing.assert_close(fast.Int8Linear(-weight, None)(x), torch.full((3, 16), -3072.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(prepared.Int8Linear(weight, None)(x), torch.full((3, 16), 3072.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(prepared.Int8Linear(-weight, None)(x), torch.full((3, 16), -3072.0), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4 << 20])
@@ -309,7 +309,7 @@ def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_twin_runs_under_autocast(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_packing_pays", lambda dtype: packed)
+    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: packed)
     model = randomise(beitzoo.create_model("test_beit")).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
