@@ -1,17 +1,15 @@
 """Linears in the form in which a processor wants to read them; what `optimize` puts into its twins."""
 
+import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitzoo.models.linear import linear
-
-# Compiled models call what is prepared for oneDNN from outside the graph; one graph of everything cannot be had.
-_eager = torch.compiler.disable(reason="optimize() prepared this linear for oneDNN; compile the model itself instead.")
 
 Prepare = Callable[[Tensor, Tensor | None], "PreparedLinear"]
 
@@ -57,7 +55,16 @@ class PreparedLinear(nn.Module):
         return residual + self(x)
 
 
-class PackedLinear(PreparedLinear):
+class OneDnnLinear(PreparedLinear):
+    """A linear of oneDNN's, which compiled models call from outside their graph; in one it cannot be had."""
+
+    def __new__(cls, *args: Any) -> Self:
+        """Make sure of the above first; not while this is imported, as it imports the compiler, which takes seconds."""
+        _keep_out_of_graphs(cls)  # type: ignore[arg-type]  # mypy asks for the hash of an instance
+        return super().__new__(cls)
+
+
+class PackedLinear(OneDnnLinear):
     """A linear whose weight lies in oneDNN's blocks; GELU and addition happen while its output is in the cache.
 
     The operators are those that torch.compile uses for frozen weights.
@@ -66,17 +73,14 @@ class PackedLinear(PreparedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
 
-    @_eager
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
         return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
 
-    @_eager
     def gelu(self, x: Tensor) -> Tensor:
         """Apply the linear and an exact GELU."""
         return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "gelu", [], "none")
 
-    @_eager
     def add(self, residual: Tensor, x: Tensor) -> Tensor:
         """Apply the linear and add a residual."""
         x, residual = x.to(self.weight.dtype), residual.to(self.weight.dtype)  # autocast does not know this operator
@@ -89,7 +93,7 @@ class PackedLinear(PreparedLinear):
         super().__setstate__({**state, "weight": torch.ops.mkldnn._reorder_linear_weight(state["weight"])})
 
 
-class Int8Linear(PreparedLinear):
+class Int8Linear(OneDnnLinear):
     """A linear that multiplies 8-bit integers: weights scaled per output channel, activations per token.
 
     A scale per token, found as it comes, makes the output for an image independent of its batch.
@@ -102,7 +106,6 @@ class Int8Linear(PreparedLinear):
         self.scale = scale
         self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
 
-    @_eager
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
         levels = _levels()
@@ -134,6 +137,14 @@ class Int8Linear(PreparedLinear):
         super().__setstate__(
             {**state, "weight": torch.ops.onednn.qlinear_prepack(state["weight"].t().contiguous(), None)}
         )
+
+
+@functools.cache
+def _keep_out_of_graphs(kind: type[OneDnnLinear]) -> None:
+    reason = "optimize() prepared this linear for oneDNN; compile the model itself instead."
+    for name in ("forward", "gelu", "add"):
+        if name in vars(kind):
+            setattr(kind, name, torch.compiler.disable(getattr(kind, name), reason=reason))
 
 
 def _packing_pays(dtype: torch.dtype) -> bool:
