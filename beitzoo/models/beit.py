@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beitzoo.models import position
 from beitzoo.models.attention import attend, attention_weights
-from beitzoo.models.linear import Linear, linear
+from beitzoo.models.linear import TokenLinear, token_linear
 from beitzoo.models.position import PositionBias, RelativePositionBias
 from beitzoo.zoo.config import BeitConfig, GlobalPool, Pair, PretrainedConfig, check_divisible, override
 
@@ -77,7 +77,7 @@ class PatchEmbed(nn.Module):
         return images
 
 
-class QkvLinear(Linear):
+class QkvLinear(TokenLinear):
     """The linear of queries, keys and values; its bias is put together by the caller, as keys have none.
 
     Adding the bias inside the product is free, behind it is not. What replaces this module (an adapter, a quantised
@@ -89,7 +89,7 @@ class QkvLinear(Linear):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map tokens (B, N, C) to (B, N, 3 C)."""
-        return linear(x, self.weight, bias)
+        return token_linear(x, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -109,7 +109,7 @@ class Attention(nn.Module):
             else None
         )
         self.attn_drop = config.attn_drop_rate
-        self.proj = Linear(dim, dim)
+        self.proj = TokenLinear(dim, dim)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
     def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
@@ -144,9 +144,9 @@ class Mlp(nn.Module):
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.embed_dim, config.hidden_dim)
+        self.fc1 = TokenLinear(config.embed_dim, config.hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = Linear(config.hidden_dim, config.embed_dim)
+        self.fc2 = TokenLinear(config.hidden_dim, config.embed_dim)
         self.drop = nn.Dropout(config.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from beitzoo.models.attention import attend
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp, QkvLinear
-from beitzoo.models.linear import Linear
+from beitzoo.models.linear import TokenLinear
 from beitzoo.models.position import PositionBias
 from beitzoo.models.prepared import Prepare, prepare_for
 from beitzoo.zoo.config import Pair
@@ -24,7 +24,8 @@ Module = TypeVar("Module", bound=nn.Module)
 # into the workspace of each forward pass as in any other network.
 READY_BYTES = 64 << 20
 
-_KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
+_KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, nn.LayerNorm, nn.GELU, nn.Dropout}
+_KNOWN |= {TokenLinear, nn.Linear}
 
 
 @torch.inference_mode(False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitzoo.models.linear import linear
+from beitzoo.models.linear import token_linear
 
 Prepare = Callable[[Tensor, Tensor | None], "PreparedLinear"]
 
@@ -44,7 +44,7 @@ class PreparedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
-        return linear(x, self.weight, self.bias)
+        return token_linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """Apply the linear and an exact GELU."""
@@ -56,11 +56,11 @@ class PreparedLinear(nn.Module):
 
 
 class OneDnnLinear(PreparedLinear):
-    """A linear of oneDNN's, which compiled models call from outside their graph; in one it cannot be had."""
+    """A linear of oneDNN's. Compiled models call it from outside their graph: inside it cannot be had."""
 
-    def __new__(cls, *args: Any) -> Self:
-        """Make sure of the above first; not while this is imported, as it imports the compiler, which takes seconds."""
-        _keep_out_of_graphs(cls)  # type: ignore[arg-type]  # mypy asks for the hash of an instance
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep the kinds below out of graphs before there is one: done at import it would import the compiler."""
+        _keep_out_of_graphs()
         return super().__new__(cls)
 
 
@@ -140,18 +140,18 @@ class Int8Linear(OneDnnLinear):
 
 
 @functools.cache
-def _keep_out_of_graphs(kind: type[OneDnnLinear]) -> None:
+def _keep_out_of_graphs() -> None:
     reason = "optimize() prepared this linear for oneDNN; compile the model itself instead."
-    for name in ("forward", "gelu", "add"):
-        if name in vars(kind):
+    for kind in (PackedLinear, Int8Linear):
+        for name in {"forward", "gelu", "add"} & vars(kind).keys():
             setattr(kind, name, torch.compiler.disable(getattr(kind, name), reason=reason))
 
 
 def _packing_pays(dtype: torch.dtype) -> bool:
     """Say whether oneDNN's packed linears are there, and on this processor faster than the plain ones.
 
-    They are with 512-bit registers. With 256-bit ones they gain a little for one image of 200 tokens, but lose a
-    tenth and more for larger images and batches; and a model does not know what it will be given.
+    They were with 512-bit registers, 1.3 times for one image. With 256-bit ones they lost a twelfth for one image and
+    a tenth for larger images and batches, and that before `token_linear` had its parts.
     """
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()):
         return False

@@ -74,6 +74,14 @@ def test_the_kind_of_linear_is_the_one_asked_for(linears: str) -> None:
     assert {type(m) for m in optimize(build()).modules() if isinstance(m, prepared.PreparedLinear)} == {kind}
 
 
+def test_a_plain_linear_in_a_block_is_taken_over() -> None:
+    model = build()
+    fc1 = model.blocks[0].mlp.fc1
+    model.blocks[0].mlp.fc1 = nn.Linear(fc1.in_features, fc1.out_features)
+    x = images()
+    assert relative_error(optimize(model)(x), model(x)) <= 1e-5
+
+
 def test_nothing_is_packed_where_torch_has_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     assert any(isinstance(m, prepared.PackedLinear) for m in optimize(build()).modules())

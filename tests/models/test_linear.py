@@ -1,17 +1,20 @@
-"""Linears of few tokens are computed in parts, to the same numbers, and only where that was seen to pay."""
+"""Linears of few tokens are computed in parts, to the same numbers, and only in float32 inference on a CPU."""
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from oracles import relative_error
+from oracles import randomise, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beitzoo.models import linear
-from beitzoo.models.linear import Linear
+from beitzoo import Beit, optimize
+from beitzoo.models import linear, prepared
+from beitzoo.models.linear import TokenLinear
+from beitzoo.zoo.architectures import ARCHITECTURES
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
 
@@ -45,8 +48,8 @@ def products(layer: nn.Module, x: Tensor) -> list[str]:
     return products.names
 
 
-def build(inputs: int = 48, outputs: int = 768, bias: bool = True) -> Linear:
-    return Linear(inputs, outputs, bias=bias).requires_grad_(False)
+def build(inputs: int = 48, outputs: int = 768, bias: bool = True) -> TokenLinear:
+    return TokenLinear(inputs, outputs, bias=bias).requires_grad_(False)
 
 
 @needs_mkl
@@ -74,12 +77,13 @@ def test_parts_give_the_same_numbers(shape: tuple[int, ...], bias: bool, count: 
         (build(), torch.randn(1, 197, 48), 3),
         (build(outputs=508), torch.randn(1, 197, 48), 2),
         (build(outputs=770), torch.randn(1, 197, 48), 2),
+        (build(), torch.randn(48), 2),
         (build().double(), torch.randn(1, 197, 48).double(), 2),
         (build().bfloat16(), torch.randn(1, 197, 48).bfloat16(), 2),
     ],
-    ids=["many", "none", "three threads", "narrow", "uneven", "float64", "bfloat16"],
+    ids=["many", "none", "three threads", "narrow", "uneven", "one token", "float64", "bfloat16"],
 )
-def test_elsewhere_the_product_is_one(layer: Linear, x: Tensor, count: int) -> None:
+def test_elsewhere_the_product_is_one(layer: TokenLinear, x: Tensor, count: int) -> None:
     with torch.inference_mode(), threads(count):
         assert products(layer, x) in (["addmm"], [])
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
@@ -87,7 +91,7 @@ def test_elsewhere_the_product_is_one(layer: Linear, x: Tensor, count: int) -> N
 
 @needs_mkl
 def test_gradients_and_autocast_keep_one_product() -> None:
-    layer, x = Linear(48, 768), torch.randn(1, 197, 48)
+    layer, x = TokenLinear(48, 768), torch.randn(1, 197, 48)
     assert products(layer, x) == ["addmm"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -124,10 +128,35 @@ def test_exported_graphs_have_one_product() -> None:
     assert "baddbmm" not in str(traced)
 
 
-def test_it_is_a_linear_of_torch() -> None:
-    layer = build()
-    assert isinstance(layer, nn.Linear)
-    assert linear.PARTS * linear.LEAST_WIDTH <= 768  # the narrowest linear of base
-    twin = nn.Linear(48, 768)
-    twin.load_state_dict(layer.state_dict(), strict=True)
-    torch.testing.assert_close(twin.weight, layer.weight, rtol=0, atol=0)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_sparse_weight_multiplies_as_it_likes() -> None:
+    layer, x = build(), torch.randn(1, 197, 48)
+    expected = layer(x)
+    layer.weight = nn.Parameter(layer.weight.data.to_sparse_csr(), requires_grad=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)
+
+
+@needs_mkl
+@pytest.mark.parametrize("twin", [False, True], ids=["plain", "twin"])
+def test_a_network_of_bases_width_uses_parts(twin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: False)
+    config = ARCHITECTURES["beit_base_patch16_224"]
+    model = Beit(replace(config, depth=1, img_size=(64, 80), num_classes=10)).eval()
+    randomise(model)
+    network, x = optimize(model) if twin else model, torch.randn(2, 3, 64, 80)
+    with torch.inference_mode(), threads(2):
+        assert products(network, x).count("baddbmm") == 4
+        logits = network(x)
+        monkeypatch.setattr(linear, "MOST_TOKENS", 0)
+        assert "baddbmm" not in products(network, x)
+        assert relative_error(logits, network(x)) < 1e-5
+
+
+@needs_mkl
+def test_compiled_graphs_have_one_product() -> None:
+    layer, x = build(), torch.randn(1, 197, 48)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), threads(2):
+        assert products(layer, x) == ["baddbmm"]
+        torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
