@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # One image at 224 pixels has 197 tokens. MKL makes less of so few rows than of a batch of four narrower products, which
-# need not be shared out between threads: on AMD cores with 256-bit registers those ran 1.1 to 1.3 times as fast for all
-# linears of base and large at 50 to 200 rows with two threads, 1.03 to 1.07 times with one. From 577 rows on the gain
-# was gone.
+# need not be shared out between threads. On AMD cores with 256-bit registers those ran 1.1 to 1.3 times as fast for all
+# linears of base and large at 50 to 200 rows with two threads, 1.03 to 1.07 times with one; at 394 rows, or for the
+# narrower linears of tiny and small, nothing was gained or something lost.
 PARTS = 4
-MOST_TOKENS = 512
-LEAST_WIDTH = 128  # outputs of a part
+MOST_TOKENS = 256
+LEAST_WIDTH = 768  # of inputs and of outputs
 
 
 class TokenLinear(nn.Linear):
@@ -36,7 +36,7 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _parts_pay(x: Tensor, weight: Tensor) -> bool:
-    """Say whether this is float32 inference in eager mode on a CPU with MKL, with few tokens and a wide output."""
+    """Say whether this is float32 inference in eager mode on a CPU with MKL, with few tokens and wide layers."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return (
@@ -44,7 +44,7 @@ def _parts_pay(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.ndim > 1
         and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
-        and weight.shape[0] >= PARTS * LEAST_WIDTH
+        and min(weight.shape) >= LEAST_WIDTH
         and weight.shape[0] % PARTS == 0
         and torch.backends.mkl.is_available()
         and PARTS % torch.get_num_threads() == 0

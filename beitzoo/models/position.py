@@ -16,6 +16,7 @@ from beitzoo.zoo.config import Pair, ResizeRule
 
 CLASS_ROWS = 3
 ROW_MULTIPLE = 8
+FEW_SCORES = 125_000  # up to here (3 heads at 224 pixels) one lookup takes less time than the steps of a strip
 
 
 def table_rows(grid: Pair) -> int:
@@ -54,19 +55,16 @@ def bias(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return columns.index_select(1, padded.flatten()).view(-1, *padded.shape).to(dtype)[..., :tokens]
 
 
-def bias_into(workspace: Tensor, table: Tensor, grid: Pair) -> Tensor:
-    """Write the same bias into a workspace, (H, N, N or more), and return the part written, (H, N, N).
+def bias_into(workspace: Tensor, columns: Tensor, grid: Pair, rows: Tensor) -> None:
+    """Write the same bias into a workspace, (H, N, N or more), from a transposed table, (H, table rows).
 
     Between patches the bias depends on the offset alone. So for all queries of one image row it is a window
-    of one strip, (H, w, (2h - 1) w), which moves by w for the next row: a small lookup, then h copies of long runs.
+    of one strip, (H, w, (2h - 1) w), which moves by w for the next row: a small lookup of `strip_rows`, then h copies
+    of long runs.
     """
     h, w = grid
     out = workspace[..., : 1 + h * w]
-    columns = table.to(out.dtype).t().contiguous()  # (H, rows)
-    x = torch.arange(w, device=table.device)
-    dy = torch.arange(2 * h - 2, -1, -1, device=table.device)
-    rows = dy[None, :, None] * (2 * w - 1) + (x[:, None] - x[None, :] + w - 1)[:, None, :]  # (w, 2h - 1, w)
-    strip = columns.index_select(1, rows.flatten()).view(-1, w, (2 * h - 1) * w)
+    strip = columns.index_select(1, rows).view(-1, w, (2 * h - 1) * w)
     to_patch, from_patch, to_itself = columns[:, -CLASS_ROWS:].unbind(1)
     out[:, 0] = to_patch[:, None]
     out[:, 1:, 0] = from_patch[:, None]
@@ -74,7 +72,15 @@ def bias_into(workspace: Tensor, table: Tensor, grid: Pair) -> Tensor:
     for y in range(h):
         start = (h - 1 - y) * w
         out[:, 1 + y * w : 1 + (y + 1) * w, 1:] = strip[:, :, start : start + h * w]
-    return out
+
+
+def strip_rows(grid: Pair, device: torch.device) -> Tensor:
+    """Return the table rows of the strip that `bias_into` cuts up, one after the other."""
+    h, w = grid
+    x = torch.arange(w, device=device)
+    dy = torch.arange(2 * h - 2, -1, -1, device=device)
+    rows = dy[None, :, None] * (2 * w - 1) + (x[:, None] - x[None, :] + w - 1)[:, None, :]  # (w, 2h - 1, w)
+    return rows.flatten()
 
 
 @dataclass
@@ -94,6 +100,7 @@ class PositionBias:
     shared: Tensor | None = None
     _index: Tensor | None = field(default=None, init=False)
     _workspace: Tensor | None = field(default=None, init=False)
+    _rows: Tensor | None = field(default=None, init=False)
 
     def of(self, table: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return the bias of a block with this table for queries of a dtype, (H, N, N); None if there is none.
@@ -106,7 +113,7 @@ class PositionBias:
             return shared
         table = resize_table(table, self.table_grid, self.grid, self.rule)
         if table.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            own = bias_into(self._workspace_like(table, dtype), table, self.grid)
+            own = self._written(table, dtype)
             return own if shared is None else own.add_(shared)
         own = bias(table, self._index_on(table.device), dtype)
         return own if shared is None else own + shared
@@ -115,6 +122,21 @@ class PositionBias:
         if self._index is None:
             self._index = relative_position_index(self.grid, device)
         return self._index
+
+    def _written(self, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """Write the bias of a block into the workspace; what is looked up is the same for all blocks."""
+        workspace = self._workspace_like(table, dtype)
+        tokens, padded = workspace.shape[1:]
+        columns = table.to(dtype).t().contiguous()  # (H, rows)
+        few = workspace.numel() <= FEW_SCORES
+        if self._rows is None:
+            index = F.pad(self._index_on(table.device), (0, padded - tokens)) if few else None
+            self._rows = strip_rows(self.grid, table.device) if index is None else index.flatten()
+        if few:
+            torch.index_select(columns, 1, self._rows, out=workspace.flatten(1))
+        else:
+            bias_into(workspace, columns, self.grid, self._rows)
+        return workspace[..., :tokens]
 
     def _workspace_like(self, table: Tensor, dtype: torch.dtype) -> Tensor:
         if self._workspace is None or self._workspace.dtype != dtype:

@@ -48,23 +48,23 @@ def products(layer: nn.Module, x: Tensor) -> list[str]:
     return products.names
 
 
-def build(inputs: int = 48, outputs: int = 768, bias: bool = True) -> TokenLinear:
+def build(inputs: int = 768, outputs: int = 1024, bias: bool = True) -> TokenLinear:
     return TokenLinear(inputs, outputs, bias=bias).requires_grad_(False)
 
 
 @needs_mkl
-@pytest.mark.parametrize("shape", [(1, 197), (3, 5), (512,), (2, 1, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 197), (3, 5), (256,), (2, 1, 7)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_parts_give_the_same_numbers(shape: tuple[int, ...], bias: bool, count: int) -> None:
-    layer, x = build(bias=bias), torch.randn(*shape, 48)
+    layer, x = build(bias=bias), torch.randn(*shape, 768)
     with torch.inference_mode(), threads(count):
         assert products(layer, x) == ["baddbmm" if bias else "bmm"]
         y = layer(x)
-        assert y.shape == (*shape, 768)
+        assert y.shape == (*shape, 1024)
         assert y.is_contiguous()
         assert relative_error(y, x.double() @ layer.weight.double().t() + (layer.bias.double() if bias else 0)) < 1e-6
-        strided = torch.randn(48, *shape).movedim(0, -1)
+        strided = torch.randn(768, *shape).movedim(0, -1)
         assert relative_error(layer(strided), F.linear(strided, layer.weight, layer.bias)) < 1e-6
 
 
@@ -72,16 +72,17 @@ def test_parts_give_the_same_numbers(shape: tuple[int, ...], bias: bool, count: 
 @pytest.mark.parametrize(
     ("layer", "x", "count"),
     [
-        (build(), torch.randn(1, 513, 48), 2),
-        (build(), torch.randn(0, 197, 48), 2),
-        (build(), torch.randn(1, 197, 48), 3),
-        (build(outputs=508), torch.randn(1, 197, 48), 2),
-        (build(outputs=770), torch.randn(1, 197, 48), 2),
-        (build(), torch.randn(48), 2),
-        (build().double(), torch.randn(1, 197, 48).double(), 2),
-        (build().bfloat16(), torch.randn(1, 197, 48).bfloat16(), 2),
+        (build(), torch.randn(1, 257, 768), 2),
+        (build(), torch.randn(0, 197, 768), 2),
+        (build(), torch.randn(1, 197, 768), 3),
+        (build(outputs=764), torch.randn(1, 197, 768), 2),
+        (build(outputs=1022), torch.randn(1, 197, 768), 2),
+        (build(inputs=764), torch.randn(1, 197, 764), 2),
+        (build(), torch.randn(768), 2),
+        (build().double(), torch.randn(1, 197, 768).double(), 2),
+        (build().bfloat16(), torch.randn(1, 197, 768).bfloat16(), 2),
     ],
-    ids=["many", "none", "three threads", "narrow", "uneven", "one token", "float64", "bfloat16"],
+    ids=["many", "none", "three threads", "few outputs", "uneven", "few inputs", "one token", "float64", "bfloat16"],
 )
 def test_elsewhere_the_product_is_one(layer: TokenLinear, x: Tensor, count: int) -> None:
     with torch.inference_mode(), threads(count):
@@ -91,7 +92,7 @@ def test_elsewhere_the_product_is_one(layer: TokenLinear, x: Tensor, count: int)
 
 @needs_mkl
 def test_gradients_and_autocast_keep_one_product() -> None:
-    layer, x = TokenLinear(48, 768), torch.randn(1, 197, 48)
+    layer, x = TokenLinear(768, 1024), torch.randn(1, 197, 768)
     assert products(layer, x) == ["addmm"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -110,7 +111,7 @@ class Doubled(Tensor):
 
 
 def test_a_weight_of_another_class_multiplies_as_it_likes() -> None:
-    layer, x = build(), torch.randn(1, 197, 48)
+    layer, x = build(), torch.randn(1, 197, 768)
     expected = F.linear(x, 2 * layer.weight, layer.bias)
     layer.weight = nn.Parameter(layer.weight.data.as_subclass(Doubled), requires_grad=False)
     assert type(layer.weight) is not nn.Parameter
@@ -119,7 +120,7 @@ def test_a_weight_of_another_class_multiplies_as_it_likes() -> None:
 
 
 def test_exported_graphs_have_one_product() -> None:
-    layer, x = build(), torch.randn(1, 197, 48)
+    layer, x = build(), torch.randn(1, 197, 768)
     with torch.no_grad():
         graph = torch.export.export(layer, (x,)).graph
         with pytest.warns(FutureWarning, match="deprecated"):
@@ -130,7 +131,7 @@ def test_exported_graphs_have_one_product() -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_a_sparse_weight_multiplies_as_it_likes() -> None:
-    layer, x = build(), torch.randn(1, 197, 48)
+    layer, x = build(), torch.randn(1, 197, 768)
     expected = layer(x)
     layer.weight = nn.Parameter(layer.weight.data.to_sparse_csr(), requires_grad=False)
     with torch.inference_mode():
@@ -155,7 +156,7 @@ def test_a_network_of_bases_width_uses_parts(twin: bool, monkeypatch: pytest.Mon
 
 @needs_mkl
 def test_compiled_graphs_have_one_product() -> None:
-    layer, x = build(), torch.randn(1, 197, 48)
+    layer, x = build(), torch.randn(1, 197, 768)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), threads(2):
         assert products(layer, x) == ["baddbmm"]

@@ -31,7 +31,8 @@ def test_bias_is_the_table_read_through_the_index(grid: tuple[int, int]) -> None
     assert torch.equal(look_up(table, grid), looked_up)
     h, w = grid
     workspace = torch.full((3, 1 + h * w, 8 + h * w), torch.nan)
-    assert torch.equal(position.bias_into(workspace, table, grid), looked_up)
+    position.bias_into(workspace, table.t(), grid, position.strip_rows(grid, table.device))
+    assert torch.equal(workspace[..., : 1 + h * w], looked_up)
     half = look_up(table, grid, torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, looked_up.bfloat16())
@@ -47,8 +48,12 @@ def test_bias_first_made_under_inference_mode_can_be_trained_through() -> None:
 
 
 @pytest.mark.parametrize("shared", [None, torch.ones(2, 7, 7)], ids=["own", "shared"])
-def test_every_mode_finds_the_same_biases(shared: torch.Tensor | None) -> None:
+@pytest.mark.parametrize("few", [0, 1000], ids=["strip", "lookup"])
+def test_every_mode_finds_the_same_biases(
+    shared: torch.Tensor | None, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With and without a gradient, one after the other from what one forward pass knows, in either dtype."""
+    monkeypatch.setattr(position, "FEW_SCORES", few)
     tables = [torch.randn(position.table_rows((2, 3)), 2, requires_grad=True) for _ in range(2)]
     expected = [look_up(t, (2, 3)) + (0 if shared is None else shared) for t in tables]
     bias = position.PositionBias((2, 3), (2, 3), "geometric_cubic", shared)
