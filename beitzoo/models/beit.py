@@ -134,8 +134,8 @@ class Attention(nn.Module):
             else:
                 qkv = self.qkv(x)
                 qkv = qkv + bias.to(qkv.dtype)
-        heads = (self.num_heads, self.head_dim)
-        q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in qkv.chunk(3, dim=-1))  # (B, N, C) -> (B, H, N, D)
+        parts = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, H, D)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
 

@@ -37,15 +37,15 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _parts_pay(x: Tensor, weight: Tensor) -> bool:
     """Say whether this is float32 inference in eager mode on a CPU with MKL, with few tokens and wide layers."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if min(weight.shape) < LEAST_WIDTH or weight.shape[0] % PARTS != 0 or x.device.type != "cpu":
         return False
     return (
         _is_plain(weight)
         and x.dtype == weight.dtype == torch.float32
         and x.ndim > 1
         and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
-        and min(weight.shape) >= LEAST_WIDTH
-        and weight.shape[0] % PARTS == 0
         and torch.backends.mkl.is_available()
         and PARTS % torch.get_num_threads() == 0
         and not torch.is_autocast_enabled("cpu")
