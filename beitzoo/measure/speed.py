@@ -21,11 +21,8 @@ from beitzoo.zoo.config import BeitConfig
 
 def measure_inference(options: BenchmarkOptions) -> Row:
     """Time forward passes of one fixed random batch."""
-    set_switches(options)
-    torch.manual_seed(options.seed)
-    model, load_time = load(options)
-    device = model.cls_token.device
-    images = random_images(model.config, options, device)
+    model, images, load_time = _set_up(options)
+    device = images.device
     network = prepared(model.eval(), options)
     step = inference_step(network, images.to(stored_dtype(options.precision)), options.precision)
     compile_time = time_call(step, device) if options.torchcompile else None
@@ -41,11 +38,8 @@ def measure_inference(options: BenchmarkOptions) -> Row:
 
 def measure_training(options: BenchmarkOptions) -> Row:
     """Time steps of training on one fixed random batch: forward, backward, update."""
-    set_switches(options)
-    torch.manual_seed(options.seed)
-    model, load_time = load(options)
-    device = model.cls_token.device
-    images = random_images(model.config, options, device)
+    model, images, load_time = _set_up(options)
+    device = images.device
     training = TrainingStep(model, images, options)
     compile_time = time_call(training, device) if options.torchcompile else None
     times = time_steps(training, options.num_warm_iter, options.num_bench_iter, device)
@@ -57,6 +51,14 @@ def measure_training(options: BenchmarkOptions) -> Row:
         "train_compile_time": compile_time and round(compile_time, 3),
         "train_peak_memory": round(peak_memory(device), 1),
     }
+
+
+def _set_up(options: BenchmarkOptions) -> tuple[Beit, Tensor, float]:
+    """Create the network and its batch of images; return them and the seconds that the network took."""
+    set_switches(options)
+    torch.manual_seed(options.seed)
+    model, load_time = load(options)
+    return model, random_images(model.config, options, model.cls_token.device), load_time
 
 
 def counted_columns(config: BeitConfig) -> Row:
