@@ -15,7 +15,7 @@ from beitzoo.models.attention import attend
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp, QkvLinear
 from beitzoo.models.linear import TokenLinear
 from beitzoo.models.position import PositionBias
-from beitzoo.models.prepared import Prepare, prepare_for
+from beitzoo.models.prepared import Prepare, PreparedLinear, prepare_for
 from beitzoo.zoo.config import Pair
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -159,20 +159,27 @@ class PreparedAttention(Attention):
 
 
 class PreparedBlock(Block):
-    """A block with layer scale folded into the last linear of each branch."""
+    """A block with layer scale folded into the last linear of each branch, its MLP in parts where that is faster."""
 
     def __init__(self, block: Block, prepare: Prepare) -> None:
         nn.Module.__init__(self)
         self.norm1, self.norm2, self.drop_path = block.norm1, block.norm2, block.drop_path
         self.attn: PreparedAttention = PreparedAttention(block.attn, prepare)
         self.proj = prepare(*_scaled(block.attn.proj, block.gamma_1))
-        self.fc1 = prepare(block.mlp.fc1.weight.detach(), block.mlp.fc1.bias.detach())
-        self.fc2 = prepare(*_scaled(block.mlp.fc2, block.gamma_2))
+        fc1, (weight, bias) = block.mlp.fc1, _scaled(block.mlp.fc2, block.gamma_2)
+        parts = -(-weight.shape[1] // (self.proj.most_inputs or weight.shape[1]))
+        biases = [bias, *[None] * (parts - 1)]
+        self.fc1 = nn.ModuleList(map(prepare, fc1.weight.detach().chunk(parts), fc1.bias.detach().chunk(parts)))
+        self.fc2 = nn.ModuleList(map(prepare, weight.chunk(parts, dim=1), biases))
 
     def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
         x = self.proj.add(x, self.attn(self.norm1(x), bias))
-        return self.fc2.add(x, self.fc1.gelu(self.norm2(x)))
+        y = self.norm2(x)
+        for fc1, fc2 in zip(self.fc1, self.fc2, strict=True):
+            assert isinstance(fc1, PreparedLinear) and isinstance(fc2, PreparedLinear)
+            x = fc2.add(x, fc1.gelu(y))
+        return x
 
 
 def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,15 @@ def images(batch: int = 3, size: tuple[int, int] = (64, 64)) -> Tensor:
     return torch.randn(batch, 3, *size)
 
 
-@pytest.fixture(params=["packed", "plain"])
-def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run with oneDNN's linears, and with those of a machine that has none."""
-    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: request.param == "packed")
+@pytest.fixture(params=[prepared.PackedLinear, prepared.ConvolutionLinear, prepared.PreparedLinear])
+def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[prepared.PreparedLinear]:
+    """Run with the linears of every kind of processor."""
+    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: request.param)
     return request.param
+
+
+def kinds_in(twin: Beit) -> set[type]:
+    return {type(module) for module in twin.modules() if isinstance(module, prepared.PreparedLinear)}
 
 
 FLAGS: list[dict[str, object]] = [
@@ -51,7 +55,7 @@ FLAGS: list[dict[str, object]] = [
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_every_option_gives_the_models_outputs(flags: dict[str, object], inplace: bool, linears: str) -> None:
+def test_every_option_gives_the_models_outputs(flags: dict[str, object], inplace: bool, linears: type) -> None:
     model = build(**flags)
     x = images(size=model.config.img_size)
     logits, tokens = model(x), model.forward_features(x)
@@ -69,9 +73,8 @@ def test_every_option_gives_the_models_outputs(flags: dict[str, object], inplace
     assert twin(images(0, model.config.img_size)).shape == (0, *logits.shape[1:])
 
 
-def test_the_kind_of_linear_is_the_one_asked_for(linears: str) -> None:
-    kind = prepared.PackedLinear if linears == "packed" else prepared.PreparedLinear
-    assert {type(m) for m in optimize(build()).modules() if isinstance(m, prepared.PreparedLinear)} == {kind}
+def test_the_kind_of_linear_is_the_one_asked_for(linears: type) -> None:
+    assert kinds_in(optimize(build())) == {linears}
 
 
 def test_a_plain_linear_in_a_block_is_taken_over() -> None:
@@ -82,11 +85,50 @@ def test_a_plain_linear_in_a_block_is_taken_over() -> None:
     assert relative_error(optimize(model)(x), model(x)) <= 1e-5
 
 
-def test_nothing_is_packed_where_torch_has_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
-    assert any(isinstance(m, prepared.PackedLinear) for m in optimize(build()).modules())
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not any(isinstance(m, prepared.PackedLinear) for m in optimize(build()).modules())
+@pytest.mark.parametrize(
+    ("onednn", "avx512", "avx2", "width", "kind"),
+    [
+        (False, True, True, 768, prepared.PreparedLinear),
+        (True, True, True, 64, prepared.PackedLinear),
+        (True, False, True, 384, prepared.ConvolutionLinear),
+        (True, False, True, 192, prepared.PreparedLinear),
+        (True, False, False, 768, prepared.PreparedLinear),
+    ],
+)
+def test_the_kind_of_linear_follows_the_processor(
+    onednn: bool, avx512: bool, avx2: bool, width: int, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
+    assert kinds_in(optimize(build(embed_dim=width, depth=1))) == {kind}
+    assert kinds_in(optimize(build(embed_dim=width, depth=1), dtype=torch.float64)) == {prepared.PreparedLinear}
+
+
+def test_shapes_that_keep_changing_end_in_a_plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "MOST_LAYOUTS", 2)
+    weight, bias = torch.randn(48, 64), torch.randn(48)
+    linear = prepared.ConvolutionLinear(weight, bias)
+    laid_out = []
+    for batch in (1, 1, 3, 2, 1):
+        x, residual = torch.randn(batch, 17, 64), torch.randn(batch, 17, 48)
+        expected = F.linear(x, weight, bias)
+        assert relative_error(linear(x), expected) <= 1e-6
+        assert relative_error(linear.add(residual, x), residual + expected) <= 1e-6
+        assert relative_error(linear.gelu(x), F.gelu(expected)) <= 1e-6
+        laid_out.append(linear.layout.weight.is_mkldnn)
+    assert laid_out == [True, True, True, False, False]
+    assert torch.equal(linear.layout.weight, weight)
+
+
+def test_long_products_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: prepared.ConvolutionLinear)
+    monkeypatch.setattr(prepared.ConvolutionLinear, "most_inputs", 100)
+    model = build()
+    twin = optimize(model)
+    assert [len(block.fc1) for block in twin.blocks] == [3] * model.config.depth  # 256 hidden channels
+    x = images()
+    assert relative_error(twin(x), model(x)) <= 1e-5
 
 
 @pytest.mark.parametrize("ready_bytes", [0, 1 << 30])
@@ -185,7 +227,7 @@ def test_additions_to_blocks_are_refused_not_lost() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
-def test_twins_are_copied_and_pickled(dtype: str | None, linears: str) -> None:
+def test_twins_are_copied_and_pickled(dtype: str | None, linears: type) -> None:
     twin = optimize(build(), dtype=dtype)  # type: ignore[arg-type]
     x = images()
     expected = twin(x)
@@ -194,7 +236,7 @@ def test_twins_are_copied_and_pickled(dtype: str | None, linears: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
-def test_threads_share_a_twin(dtype: str | None, linears: str) -> None:
+def test_threads_share_a_twin(dtype: str | None, linears: type) -> None:
     twin = optimize(build(), dtype=dtype)  # type: ignore[arg-type]
     batches = [images(1 + i % 3) for i in range(8)]
     expected = [twin(x) for x in batches]
@@ -208,7 +250,7 @@ def test_threads_share_a_twin(dtype: str | None, linears: str) -> None:
 
 
 def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: False)
+    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: prepared.PreparedLinear)
     twin = optimize(build())
     x = images()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -216,8 +258,10 @@ def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> No
     assert relative_error(torch.export.export(twin, (x,)).module()(x), twin(x)) < 1e-6
 
 
-def test_packed_linears_stay_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: True)
+@pytest.mark.parametrize("kind", [prepared.PackedLinear, prepared.ConvolutionLinear])
+def test_linears_of_onednn_stay_outside_the_graph(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: kind)
+    torch._dynamo.reset()  # of the other kind there is a broken graph that would be taken
     twin = optimize(build())
     x = images()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model itself instead"):
@@ -315,9 +359,7 @@ def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest
     assert seen == [torch.bfloat16] * model.config.depth
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_twin_runs_under_autocast(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: packed)
+def test_a_twin_runs_under_autocast(linears: type) -> None:
     model = randomise(beitzoo.create_model("test_beit")).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

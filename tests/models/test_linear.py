@@ -141,7 +141,7 @@ def test_a_sparse_weight_multiplies_as_it_likes() -> None:
 @needs_mkl
 @pytest.mark.parametrize("twin", [False, True], ids=["plain", "twin"])
 def test_a_network_of_bases_width_uses_parts(twin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_packing_pays", lambda dtype: False)
+    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: prepared.PreparedLinear)
     config = ARCHITECTURES["beit_base_patch16_224"]
     model = Beit(replace(config, depth=1, img_size=(64, 80), num_classes=10)).eval()
     randomise(model)
