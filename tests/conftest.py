@@ -11,9 +11,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
-# Workers beside each other would fight for the cores, and so would the processes that their tests start.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
+# Of workers beside each other and the processes that tests start; more would fight for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
 from collections.abc import Iterator

@@ -5,6 +5,7 @@ the processor wants to read them. The network is still `Beit`, with its blocks r
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -34,7 +35,9 @@ def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, 
     """Return an inference twin of a model: the same outputs, sooner.
 
     The twin is a snapshot: it can be run, copied and pickled, but neither trained, moved nor saved as weights, and
-    what later becomes of the model does not reach it.
+    what later becomes of the model does not reach it. Compile or export the model itself, not its twin. On a CPU
+    without AVX-512, weights are laid out in the first pass of each shape of input, which is slower; where shapes keep
+    changing, that ends, and with it most of what is gained.
 
     Args:
         model: A `Beit`, or what holds one (`BeitFeatures`), on the device where it shall run, without adapters or
@@ -167,7 +170,7 @@ class PreparedBlock(Block):
         self.attn: PreparedAttention = PreparedAttention(block.attn, prepare)
         self.proj = prepare(*_scaled(block.attn.proj, block.gamma_1))
         fc1, (weight, bias) = block.mlp.fc1, _scaled(block.mlp.fc2, block.gamma_2)
-        parts = -(-weight.shape[1] // (self.proj.most_inputs or weight.shape[1]))
+        parts = math.ceil(weight.shape[1] / self.proj.most_inputs)  # all linears are of one kind
         biases = [bias, *[None] * (parts - 1)]
         self.fc1 = nn.ModuleList(map(prepare, fc1.weight.detach().chunk(parts), fc1.bias.detach().chunk(parts)))
         self.fc2 = nn.ModuleList(map(prepare, weight.chunk(parts, dim=1), biases))

@@ -1,6 +1,7 @@
 """Linears in the form in which a processor wants to read them; what `optimize` puts into its twins."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Prepare = Callable[[Tensor, Tensor | None], "PreparedLinear"]
 
 
 def prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> Prepare:
-    """Choose the kind of linear for a device and a dtype, and say so if they cannot be had."""
+    """Choose the kind of linear for a dtype and the device and width of `like`, and say so if they cannot be had."""
     on_cpu = like.device.type == "cpu"
     if dtype == "int8":
         if not (on_cpu and "onednn" in torch.backends.quantized.supported_engines):
@@ -42,7 +43,7 @@ def prepare_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> Pr
 class PreparedLinear(nn.Module):
     """A linear, and what a block does behind it."""
 
-    most_inputs: ClassVar[int | None] = None  # more of them are better mapped in parts, and the outputs added up
+    most_inputs: ClassVar[int] = sys.maxsize  # more of them are better mapped in parts, and the outputs added up
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -103,24 +104,24 @@ class PackedLinear(OneDnnLinear):
 class ConvolutionLinear(OneDnnLinear):
     """A float32 linear as a 1x1 convolution, for which oneDNN has better kernels where registers are of 256 bits.
 
-    The weight lies in blocks that suit one shape of input. Another shape has it laid out anew, which takes as long as
-    one or two forward passes; oneDNN itself would do so in every call, and much slower. Where shapes keep changing,
-    this ends after `MOST_LAYOUTS`: from then on it is a plain linear.
+    The weight lies in blocks that suit one shape of input and one number of threads. For others it is laid out anew,
+    which takes as long as one or two forward passes; oneDNN itself would do so in every call, and much slower. Where
+    they keep changing, this ends after `MOST_LAYOUTS`: from then on it is a plain linear.
     """
 
     most_inputs = 2048
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight, bias)
+        nn.Module.__init__(self)
         self.layout = Layout(weight)
-        del self.weight
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
         x = x.float()  # autocast does not know these operators
         weight = self._weight_for(x)
         if not weight.is_mkldnn:
-            return token_linear(x, weight, self.bias)
+            return self._plain(x, weight)
         convolve = torch.ops.mkldnn._convolution_pointwise
         return _as_tokens(convolve(_as_image(x), weight, self.bias, *_ONE_BY_ONE, "none", [], ""))
 
@@ -133,7 +134,7 @@ class ConvolutionLinear(OneDnnLinear):
         x, residual = x.float(), residual.float()
         weight = self._weight_for(x)
         if not weight.is_mkldnn:
-            return residual + token_linear(x, weight, self.bias)
+            return residual + self._plain(x, weight)
         convolve = torch.ops.mkldnn._convolution_pointwise.binary
         operands = _as_image(x), _as_image(residual), weight, self.bias
         return _as_tokens(convolve(*operands, *_ONE_BY_ONE, "add", None, None, [], None))
@@ -141,12 +142,17 @@ class ConvolutionLinear(OneDnnLinear):
     def _weight_for(self, x: Tensor) -> Tensor:
         conditions = (*x.shape, torch.get_num_threads())
         layout = self.layout
-        if layout.conditions != conditions and not layout.is_final:
+        if layout.conditions != conditions and layout.count <= MOST_LAYOUTS:
             layout = self.layout = layout.anew(conditions)
         return layout.weight
 
+    def _plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # as above
+            return token_linear(x, weight, self.bias)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": Layout(self.layout.dense())}
+        weight = self.layout.dense().clone()  # of a part of a weight, pickle would write the whole
+        return {**self.__dict__, "layout": Layout(weight)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,17 +163,14 @@ class Layout:
     conditions: tuple[int, ...] = ()  # batch, tokens, inputs and threads
     count: int = 0  # of layouts so far
 
-    @property
-    def is_final(self) -> bool:
-        """Whether it was laid out so often that it stays dense."""
-        return self.count > MOST_LAYOUTS
-
     def dense(self) -> Tensor:
         """Return the weight as (outputs, inputs)."""
         return self.weight.to_dense().flatten(1) if self.weight.is_mkldnn else self.weight
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def anew(self, conditions: tuple[int, ...]) -> "Layout":
-        """Lay the weight out for other conditions, or take up the last layout if that was done too often."""
+        """Lay the weight out for other conditions, or leave it dense for good if that was done too often."""
         weight, count = self.dense(), self.count + 1
         if count <= MOST_LAYOUTS:
             batch, tokens, inputs, _ = conditions
@@ -242,17 +245,23 @@ def _as_tokens(x: Tensor) -> Tensor:
 def _fastest(dtype: torch.dtype, width: int) -> type[PreparedLinear]:
     """Choose the kind of linear that is the fastest on this CPU for a network of this width.
 
-    Packed linears ran 1.3 times as fast as plain ones for one image where registers have 512 bits, and lost a tenth
-    where they have 256. There convolutions won 1.04 to 1.16 times over plain ones with their parts, for small (384
-    wide), base and large; tiny and nano (192 and 64 wide) were slower.
+    Measured on two AMD cores: with 512-bit registers packed linears ran 1.3 times as fast as plain ones for one image.
+    With 256-bit ones they lost a tenth, and convolutions won 1.04 to 1.16 times over plain linears with their parts
+    for small (384 wide), base and large; tiny and nano (192 and 64 wide) were slower.
     """
-    if not torch.backends.mkldnn.is_available():
-        return PreparedLinear
     if torch.cpu._is_avx512_supported():
         packs = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
-        return PackedLinear if packs else PreparedLinear
+        return (
+            PackedLinear if packs and _has_operators("_reorder_linear_weight", "_linear_pointwise") else PreparedLinear
+        )
     convolves = torch.cpu._is_avx2_supported() and dtype == torch.float32 and width >= 384
+    convolves = convolves and _has_operators("_reorder_convolution_weight", "_convolution_pointwise")
     return ConvolutionLinear if convolves else PreparedLinear
+
+
+def _has_operators(*names: str) -> bool:
+    """Say whether this PyTorch has operators of oneDNN that it does not promise to keep."""
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def _has_bfloat16() -> bool:

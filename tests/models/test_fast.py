@@ -86,23 +86,42 @@ def test_a_plain_linear_in_a_block_is_taken_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("onednn", "avx512", "avx2", "width", "kind"),
+    ("onednn", "avx512", "avx2", "bf16", "dtype", "width", "kind"),
     [
-        (False, True, True, 768, prepared.PreparedLinear),
-        (True, True, True, 64, prepared.PackedLinear),
-        (True, False, True, 384, prepared.ConvolutionLinear),
-        (True, False, True, 192, prepared.PreparedLinear),
-        (True, False, False, 768, prepared.PreparedLinear),
+        (False, True, True, True, torch.float32, 768, prepared.PreparedLinear),
+        (False, False, True, False, torch.float32, 768, prepared.PreparedLinear),
+        (True, True, True, False, torch.float32, 64, prepared.PackedLinear),
+        (True, True, True, True, torch.bfloat16, 64, prepared.PackedLinear),
+        (True, True, True, False, torch.bfloat16, 768, prepared.PreparedLinear),
+        (True, True, True, True, torch.float64, 768, prepared.PreparedLinear),
+        (True, False, True, False, torch.float32, 384, prepared.ConvolutionLinear),
+        (True, False, True, False, torch.float32, 192, prepared.PreparedLinear),
+        (True, False, True, True, torch.bfloat16, 768, prepared.PreparedLinear),
+        (True, False, False, False, torch.float32, 768, prepared.PreparedLinear),
     ],
 )
 def test_the_kind_of_linear_follows_the_processor(
-    onednn: bool, avx512: bool, avx2: bool, width: int, kind: type, monkeypatch: pytest.MonkeyPatch
+    onednn: bool,
+    avx512: bool,
+    avx2: bool,
+    bf16: bool,
+    dtype: torch.dtype,
+    width: int,
+    kind: type,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
-    assert kinds_in(optimize(build(embed_dim=width, depth=1))) == {kind}
-    assert kinds_in(optimize(build(embed_dim=width, depth=1), dtype=torch.float64)) == {prepared.PreparedLinear}
+    monkeypatch.setattr(prepared, "_has_bfloat16", lambda: bf16)
+    assert prepared._fastest(dtype, width) is kind
+
+
+def test_a_pytorch_without_these_operators_gets_plain_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    for avx512 in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda avx512=avx512: avx512)
+        assert prepared._fastest(torch.float32, 768) is prepared.PreparedLinear
 
 
 def test_shapes_that_keep_changing_end_in_a_plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +140,37 @@ def test_shapes_that_keep_changing_end_in_a_plain_linear(monkeypatch: pytest.Mon
     assert torch.equal(linear.layout.weight, weight)
 
 
+def test_a_plain_linear_at_the_end_is_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "MOST_LAYOUTS", 0)
+    weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, 17, 64)
+    linear = prepared.ConvolutionLinear(weight, bias)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert relative_error(linear(x), F.linear(x.double(), weight.double(), bias.double())) <= 1e-6
+        assert linear.add(torch.zeros(2, 17, 48), x).dtype == torch.float32
+    assert not linear.layout.weight.is_mkldnn
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_onednn_takes_weights_as_they_were_laid_out(capfd: pytest.CaptureFixture[str]) -> None:
+    """In any other form it would lay them out in every call."""
+    linear = prepared.ConvolutionLinear(torch.randn(768, 384), torch.randn(768))
+    x, residual = torch.randn(1, 197, 384), torch.randn(1, 197, 768)
+    with torch.inference_mode():
+        linear(x)
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            linear(x)
+            linear.add(residual, x)
+    lines = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    assert [",convolution," in line for line in lines] == [True, True]
+
+
+def test_a_part_of_a_weight_is_pickled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: prepared.ConvolutionLinear)
+    whole = len(pickle.dumps(optimize(build())))
+    monkeypatch.setattr(prepared.ConvolutionLinear, "most_inputs", 64)
+    assert len(pickle.dumps(optimize(build()))) < 1.1 * whole
+
+
 def test_long_products_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: prepared.ConvolutionLinear)
     monkeypatch.setattr(prepared.ConvolutionLinear, "most_inputs", 100)
@@ -128,7 +178,10 @@ def test_long_products_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     twin = optimize(model)
     assert [len(block.fc1) for block in twin.blocks] == [3] * model.config.depth  # 256 hidden channels
     x = images()
-    assert relative_error(twin(x), model(x)) <= 1e-5
+    with torch.inference_mode():
+        logits = twin(x)
+    assert relative_error(logits, model(x)) <= 1e-5
+    assert torch.equal(copy.deepcopy(twin)(x), logits)  # laid out in inference mode, and used outside
 
 
 @pytest.mark.parametrize("ready_bytes", [0, 1 << 30])
@@ -235,11 +288,16 @@ def test_twins_are_copied_and_pickled(dtype: str | None, linears: type) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(twin))(x), expected)
 
 
+@pytest.mark.parametrize("most_layouts", [2, 16])
 @pytest.mark.parametrize("dtype", [None, "int8"])
-def test_threads_share_a_twin(dtype: str | None, linears: type) -> None:
-    twin = optimize(build(), dtype=dtype)  # type: ignore[arg-type]
+def test_threads_share_a_twin(
+    dtype: str | None, most_layouts: int, linears: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared, "MOST_LAYOUTS", most_layouts)
+    model = build()
+    twin = optimize(model, dtype=dtype)  # type: ignore[arg-type]
     batches = [images(1 + i % 3) for i in range(8)]
-    expected = [twin(x) for x in batches]
+    expected = [optimize(model, dtype=dtype)(x) for x in batches]  # type: ignore[arg-type]
     found: dict[int, Tensor] = {}
     threads = [threading.Thread(target=lambda i=i: found.update({i: twin(batches[i])})) for i in range(8)]
     for thread in threads:
