@@ -139,7 +139,7 @@ def _timed(times: dict[str, list[float]], model: Beit, options: BenchmarkOptions
 def _of_gemm(times: dict[str, list[float]], model: Beit, options: BenchmarkOptions) -> Row:
     """Set the arithmetic that was done in relation to what `torch.mm` does in the same rounds.
 
-    A training step is counted as three forward passes, the usual estimate. Packed weights and products in parts can
+    A training step is counted as three forward passes, the usual estimate. Products in parts and convolutions can
     exceed 1.
     """
     passes = 3 if options.bench == "train" else 1
