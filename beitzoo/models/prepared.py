@@ -105,8 +105,8 @@ class ConvolutionLinear(OneDnnLinear):
     """A float32 linear as a 1x1 convolution, for which oneDNN has better kernels where registers are of 256 bits.
 
     The weight lies in blocks that suit one shape of input and one number of threads. For others it is laid out anew,
-    which takes as long as one or two forward passes; oneDNN itself would do so in every call, and much slower. Where
-    they keep changing, this ends after `MOST_LAYOUTS`: from then on it is a plain linear.
+    which takes about as long as a forward pass; oneDNN itself would do so in every call, and much slower. Where they
+    keep changing, this ends after `MOST_LAYOUTS`: from then on it is a plain linear.
     """
 
     most_inputs = 2048
