@@ -11,7 +11,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
-# Of workers beside each other and the processes that tests start; more would fight for the cores.
+# Of each worker, and of the processes that tests start; more would fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil

@@ -53,15 +53,23 @@ def check_columns(path: Path, columns: Sequence[str], form: Format = "csv") -> N
         ValueError: The file is of another kind: other columns, or the other format.
         OSError: The file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent), path.open("a", encoding="utf-8"):
-        pass  # both the file and its folder must be writable: rows replace the file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent), path.open("a", encoding="utf-8"):
+            pass  # both the file and its folder must be writable: rows replace the file
+    except OSError as error:
+        raise OSError(f"Cannot write {path} ({error.strerror}); give another file with --results-file.") from error
     with _locked(path):
         header, rows = _parse(path, form)
         if not header or header == list(columns):
             return
-        if not (set(ENVIRONMENT) | {"model"} <= set(header) <= set(columns)):
-            raise ValueError(f"{path} has the columns {header}, not {list(columns)}; give another --results-file.")
+        missing = [name for name in ("model", *ENVIRONMENT) if name not in header]
+        foreign = [name for name in header if name not in columns]
+        if missing or foreign:
+            raise ValueError(
+                f"{path} is no table of such rows: it lacks the columns {missing} and has {foreign} of its own. "
+                "Give another file with --results-file."
+            )
         if form == "csv":
             _replace(path, _csv_text([{name: row.get(name) for name in columns} for row in rows], header=True))
 

@@ -251,9 +251,8 @@ def _fastest(dtype: torch.dtype, width: int) -> type[PreparedLinear]:
     """
     if torch.cpu._is_avx512_supported():
         packs = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
-        return (
-            PackedLinear if packs and _has_operators("_reorder_linear_weight", "_linear_pointwise") else PreparedLinear
-        )
+        packs = packs and _has_operators("_reorder_linear_weight", "_linear_pointwise")
+        return PackedLinear if packs else PreparedLinear
     convolves = torch.cpu._is_avx2_supported() and dtype == torch.float32 and width >= 384
     convolves = convolves and _has_operators("_reorder_convolution_weight", "_convolution_pointwise")
     return ConvolutionLinear if convolves else PreparedLinear
