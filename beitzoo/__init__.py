@@ -3,10 +3,11 @@
 from beitzoo.factory import create_model, save_pretrained, save_transformers, save_unilm
 from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
-from beitzoo.models.fast import optimize
+from beitzoo.models.optimize import optimize
 from beitzoo.weights.checkpoint import CheckpointError
-from beitzoo.weights.proofs import DownloadError
-from beitzoo.zoo.config import BeitConfig, DataConfig, PretrainedConfig
+from beitzoo.weights.checksums import DownloadError
+from beitzoo.zoo.checkpoints import DataConfig, PretrainedConfig
+from beitzoo.zoo.networks import BeitConfig
 from beitzoo.zoo.registry import UnknownModelError, get_pretrained_cfg, is_model, list_models, list_pretrained
 
 __all__ = [

@@ -9,13 +9,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from beitzoo.files import write_text
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.models.position import relative_position_index, table_rows
 from beitzoo.weights import checkpoint, layouts
-from beitzoo.weights.files import write_text
-from beitzoo.weights.proofs import AbsentError
-from beitzoo.zoo.config import BeitConfig, HubFile, Source, override
+from beitzoo.weights.checksums import AbsentError
+from beitzoo.zoo.checkpoints import Classify, HubFile, Mim, Segment, Source
+from beitzoo.zoo.networks import BeitConfig, override
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
 
 # `folder` (pydantic), `hub` and `sources` (the hub's client) are imported by the functions that need them: together
@@ -191,17 +192,18 @@ def _look_up_on_hub(name: str, cache_dir: Path | None) -> Entry:
 
 def _config_of_use(entry: Entry, overrides: Mapping[str, Any]) -> BeitConfig:
     """Return the network of a checkpoint for the use it is asked for: its own, or as a start for fine-tuning."""
-    head = "classify" if entry.pretrained is None else entry.pretrained.head
+    head = Classify() if entry.pretrained is None else entry.pretrained.head
     classes = overrides.get("num_classes")
-    if head == "classify":
+    if isinstance(head, Classify):
         return entry.config
     if classes is None:
+        job = "visual tokens" if isinstance(head, Mim) else "segmentation"
         raise NotImplementedError(
-            f"{entry.name} was trained with a head for {'visual tokens' if head == 'mim' else 'segmentation'}, which "
-            "is not built here. Give num_classes=0 for its features, num_classes=N for a classifier to fine-tune, or "
-            "features_only=True for maps."
+            f"{entry.name} was trained with a head for {job}, which is not built here. Give "
+            "num_classes=0 for its features, num_classes=N for a classifier to fine-tune, or features_only=True for "
+            "maps."
         )
-    return _for_finetuning(entry.config) if head == "mim" and classes else entry.config
+    return _for_finetuning(entry.config) if isinstance(head, Mim) and classes else entry.config
 
 
 def _for_finetuning(config: BeitConfig) -> BeitConfig:
@@ -281,10 +283,10 @@ def _as_in_file(state: Mapping[str, Tensor], config: BeitConfig, overrides: Mapp
 
 def _state_for(stored: BeitConfig, entry: Entry, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave out of a file what its row says is of another head, and add what is meant to be fresh."""
-    head = "classify" if entry.pretrained is None else entry.pretrained.head
+    head = Classify() if entry.pretrained is None else entry.pretrained.head
     state = layouts.without_head(state, head)
-    if head == "mim" and stored != entry.config:
+    if isinstance(head, Mim) and stored != entry.config:
         return layouts.for_finetuning(state)
-    if head == "segment" and stored.norm_after_pooling and "fc_norm.weight" not in state:
+    if isinstance(head, Segment) and stored.norm_after_pooling and "fc_norm.weight" not in state:
         return layouts.with_fresh_norm(state)
     return state

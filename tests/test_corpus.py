@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import beitzoo
 from beitzoo.cli import app
-from beitzoo.predict import predict
+from beitzoo.inference.classify import predict
 
 # Prepares each image given on stdin and prints how many times the processor time of a photograph it takes, and by how
 # many bytes the peak of memory grew. The photograph is taken before and after, as all slows down where a machine does.

@@ -87,7 +87,7 @@ def test_we_read_what_timm_saves(tmp_path: Path) -> None:
     ours = beitzoo.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(1, 3, 224, 224)
     assert relative_error(ours(x), theirs(x)) < 1e-5
-    assert ours.pretrained.labels == ("a", "b", "c", "d", "e")
+    assert ours.pretrained.head.labels == ("a", "b", "c", "d", "e")
     expected = timm.data.resolve_model_data_config(theirs)
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in expected.items()} == beitzoo.resolve_data_config(ours)
 

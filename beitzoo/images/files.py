@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from beitzoo.errors import UserError
+
 _logger = logging.getLogger(__name__)
 
 # A file is opened as what it contains, whatever it is called; decoders outside this list never run.
@@ -26,7 +28,7 @@ _BYTES_PER_PIXEL_MORE = 16
 _MAX_SCANNED_PIXELS = 1_500_000_000
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """A file that is not an image, or not one we open."""
 
 

@@ -13,8 +13,8 @@ import typer
 
 from beitzoo.measure.options import BenchmarkOptions, usable_device
 from beitzoo.measure.peers import check_names
-from beitzoo.measure.results import Format, Row, environment
 from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS, Table, sweep
+from beitzoo.results import Format, Row, environment
 from beitzoo.zoo.registry import UnknownModelError, find, list_models
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from beitzoo.measure.results import Row
+from beitzoo.results import Row
 
 Argument = TypeVar("Argument")
 

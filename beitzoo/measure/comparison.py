@@ -14,9 +14,9 @@ from beitzoo.factory import create_model
 from beitzoo.measure import timing
 from beitzoo.measure.options import BenchmarkOptions, autocast_dtype, stored_dtype
 from beitzoo.measure.peers import PEERS, Asked, Peer, peer_version, randomise
-from beitzoo.measure.results import Row
 from beitzoo.measure.speed import TrainingStep, inference_step, prepared, random_images, set_switches
 from beitzoo.models.beit import Beit
+from beitzoo.results import Row
 from beitzoo.zoo import costs
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from beitzoo.images.fast import FastTransform, open_tensor
 from beitzoo.images.files import open_image
 from beitzoo.images.transforms import create_transform
-from beitzoo.measure.results import ENVIRONMENT, append_row, check_columns, environment
 from beitzoo.measure.timing import median_interval, median_ratio, time_rounds
+from beitzoo.results import ENVIRONMENT, append_row, check_columns, environment
 from beitzoo.zoo.pretrained import PRETRAINED
 
 COLUMNS = (

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from beitzoo.factory import create_model, save_pretrained, save_transformers
 from beitzoo.measure.child import run_in_child
-from beitzoo.measure.results import ENVIRONMENT, Row, append_row, check_columns, environment
 from beitzoo.measure.timing import median_interval, median_ratio, peak_memory
+from beitzoo.results import ENVIRONMENT, Row, append_row, check_columns, environment
 
 Library = Literal["beitzoo", "beitzoo local-dir", "timm", "transformers"]
 LIBRARIES: tuple[Library, ...] = ("beitzoo", "beitzoo local-dir", "timm", "transformers")

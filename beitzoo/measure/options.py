@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from beitzoo.zoo.config import BeitConfig, override
+from beitzoo.zoo.networks import BeitConfig, override
 from beitzoo.zoo.registry import find
 
 Bench = Literal["inference", "train", "both", "profile"]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from beitzoo.errors import closest
 from beitzoo.factory import save_pretrained, save_transformers
 from beitzoo.measure.options import Precision, stored_dtype
 from beitzoo.models.beit import Beit
-from beitzoo.models.fast import optimize
-from beitzoo.zoo.config import closest
+from beitzoo.models.optimize import optimize
 
 
 @dataclass(frozen=True)

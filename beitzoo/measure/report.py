@@ -3,16 +3,13 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from beitzoo.measure.results import Row, read_rows
-from beitzoo.measure.table import count_parameters, images_per_second, measured_speed
-from beitzoo.models.beit import Beit
-from beitzoo.weights.files import write_text
+from beitzoo.files import write_text
+from beitzoo.measure.table import images_per_second, measured_speed
+from beitzoo.results import Row, read_rows
+from beitzoo.zoo import costs
 from beitzoo.zoo.accuracy import DATA_SETS, Accuracy, headline, published
 from beitzoo.zoo.pretrained import PRETRAINED
 from beitzoo.zoo.registry import find, split_name
@@ -75,7 +72,7 @@ def accuracy_table(data: str) -> str:
 
 def _accuracy_row(row: Accuracy) -> Row:
     fields: Row = {name: value for name, value in vars(row).items() if name != "rank_diff"}
-    fields["param_count"] = f"{_parameters(row.model) / 1e6:.2f}"
+    fields["param_count"] = f"{costs.parameters(find(row.model).config) / 1e6:.2f}"
     for name in ("top1", "top5"):
         value = getattr(row, name)
         if value is not None:
@@ -83,12 +80,6 @@ def _accuracy_row(row: Accuracy) -> Row:
     if row.rank_diff is not None:
         fields |= _differences(row)
     return fields
-
-
-@cache
-def _parameters(model: str) -> int:
-    with torch.device("meta"):
-        return count_parameters(Beit(find(model).config))
 
 
 def _differences(row: Accuracy) -> Row:

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from beitzoo.factory import create_model
 from beitzoo.measure.options import BenchmarkOptions, Precision, autocast_dtype, stored_dtype
-from beitzoo.measure.results import Row
 from beitzoo.measure.timing import peak_memory, percentile, time_call, time_steps
 from beitzoo.models.beit import Beit
+from beitzoo.results import Row
 from beitzoo.zoo import costs
-from beitzoo.zoo.config import BeitConfig
+from beitzoo.zoo.networks import BeitConfig
 
 
 def measure_inference(options: BenchmarkOptions) -> Row:
@@ -63,10 +63,8 @@ def _set_up(options: BenchmarkOptions) -> tuple[Beit, Tensor, float]:
 
 def counted_columns(config: BeitConfig) -> Row:
     """Count parameters, multiply-adds and activations by closed formula."""
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Beit(config).parameters())
     return {
-        "param_count": round(parameters / 1e6, 2),
+        "param_count": round(costs.parameters(config) / 1e6, 2),
         "infer_gmacs": round(costs.macs(config) / 1e9, 2),
         "infer_macts": round(costs.activations(config) / 1e6, 2),
     }

@@ -13,7 +13,7 @@ from beitzoo.measure.child import Outcome, run_in_child
 from beitzoo.measure.comparison import compare
 from beitzoo.measure.options import BenchmarkOptions, Phase
 from beitzoo.measure.peers import check_installed, peer_version
-from beitzoo.measure.results import ENVIRONMENT, Format, Row, append_row, check_columns, drop_rows, read_rows
+from beitzoo.results import ENVIRONMENT, Format, Row, append_row, check_columns, drop_rows, read_rows
 
 _TIMM_COLUMNS = (
     "model",

@@ -3,20 +3,15 @@
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from beitzoo.measure.results import Row, read_rows
-from beitzoo.models.beit import Beit
+from beitzoo.results import Row, read_rows
 from beitzoo.zoo import costs
 from beitzoo.zoo.accuracy import headline
-from beitzoo.zoo.config import PretrainedConfig
+from beitzoo.zoo.checkpoints import Classify, Head, PretrainedConfig, Segment
 from beitzoo.zoo.pretrained import PRETRAINED
 from beitzoo.zoo.registry import find, split_name
 
 # Measurements are of one machine and no part of the package: they are where the repository is, or nowhere.
 RESULTS = Path(__file__).parents[2] / "results"
-
-_HEADS = {"mim": "visual tokens (backbone)", "segment": "150 of ADE20K (backbone)"}
 
 
 def model_table() -> str:
@@ -27,11 +22,6 @@ def model_table() -> str:
     ]
     lines += [_row(name, row) for name, row in PRETRAINED.items()]
     return "\n".join(lines)
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Count the numbers that training can change."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def measured_speed(name: str, results: Path = RESULTS) -> Row | None:
@@ -66,18 +56,25 @@ def _is_plain(row: Row) -> bool:
 
 def _row(name: str, row: PretrainedConfig) -> str:
     config = find(name).config
-    with torch.device("meta"):
-        parameters = count_parameters(Beit(config)) / 1e6
     cells = [
         f"`{name}`",
         "x".join(map(str, config.img_size)),
-        f"{parameters:.1f} M",
+        f"{costs.parameters(config) / 1e6:.1f} M",
         f"{costs.macs(config) / 1e9:.2f}",
-        _HEADS.get(row.head, f"{row.num_classes:,}"),
+        _classes(row.head),
         _accuracy(name),
         _speed(name),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _classes(head: Head) -> str:
+    match head:
+        case Classify():
+            return f"{head.num_classes:,}"
+        case Segment():
+            return f"{head.num_classes} of ADE20K (backbone)"
+    return "visual tokens (backbone)"
 
 
 def _accuracy(name: str) -> str:

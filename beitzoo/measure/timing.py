@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from beitzoo.zoo.config import BeitConfig
+from beitzoo.zoo.networks import BeitConfig
 
 # Seconds that a turn of an interleaved round lasts at least, by repeating what is faster.
 _TURN = 0.05

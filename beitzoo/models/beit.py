@@ -21,10 +21,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from beitzoo.models import position
-from beitzoo.models.attention import attend, attention_weights
+from beitzoo.models.kernels import attend, attention_weights
 from beitzoo.models.linear import TokenLinear, token_linear
 from beitzoo.models.position import PositionBias, RelativePositionBias
-from beitzoo.zoo.config import BeitConfig, GlobalPool, Pair, PretrainedConfig, check_divisible, override
+from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
+from beitzoo.zoo.labels import label_names
+from beitzoo.zoo.networks import BeitConfig, GlobalPool, Pair, check_divisible, override
 
 FeatureFormat = Literal["NCHW", "NLC"]
 
@@ -204,7 +206,7 @@ class Beit(nn.Module):
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
         self.config = config
-        self.pretrained = PretrainedConfig(num_classes=config.num_classes)
+        self.pretrained = PretrainedConfig(head=Classify(num_classes=config.num_classes))
         self.checkpointed_blocks: frozenset[int] = frozenset()
         dim = config.embed_dim
 
@@ -367,7 +369,7 @@ class Beit(nn.Module):
         if global_pool is not None:
             config = replace(config, global_pool=global_pool, use_fc_norm=config.norm_after_pooling)
         self.config = config
-        self.pretrained = replace(self.pretrained, labels=None)
+        self.pretrained = replace(self.pretrained, head=Classify(num_classes=num_classes))
         like = self.cls_token
         if num_classes:
             self.head = nn.utils.skip_init(
@@ -507,6 +509,11 @@ class Beit(nn.Module):
     def num_classes(self) -> int:
         """Width of the head; 0 without one."""
         return self.config.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, in the order of the logits; None where nobody named them."""
+        return label_names(self.pretrained.head)
 
     @property
     def num_features(self) -> int:

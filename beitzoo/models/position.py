@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitzoo.zoo.config import Pair, ResizeRule
+from beitzoo.zoo.networks import Pair, ResizeRule
 
 CLASS_ROWS = 3
 ROW_MULTIPLE = 8

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from beitzoo.weights.validation import describe
+from beitzoo.errors import UserError, describe_invalid
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError, ValueError):
     """A recipe that does not describe a run."""
 
 
@@ -167,7 +167,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:
-        raise RecipeError(f"{path}: {describe(error)}.") from error
+        raise RecipeError(f"{path}: {describe_invalid(error)}.") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

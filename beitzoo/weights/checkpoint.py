@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from beitzoo.weights.files import write_atomically
+from beitzoo.errors import UserError
+from beitzoo.files import write_atomically
 from beitzoo.weights.layouts import LayoutError, to_ours
 
 _ZIP = b"PK\x03\x04"
@@ -26,7 +27,7 @@ _UNPICKLING = threading.Lock()
 _CONTAINERS = ("model", "module", "state_dict")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A file that is not a checkpoint, or one of another network."""
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from beitzoo.weights import timm_form, transformers_form
 from beitzoo.weights.checkpoint import CheckpointError
-from beitzoo.zoo.config import BeitConfig, LocalFile, Source
+from beitzoo.zoo.checkpoints import LocalFile, Source
+from beitzoo.zoo.networks import BeitConfig
 from beitzoo.zoo.registry import Entry
 
 CONFIG = "config.json"

@@ -27,9 +27,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import WeakFileLock, httpx
 
-from beitzoo.weights import proofs
-from beitzoo.weights.proofs import AbsentError, DamagedError, DownloadError, first_line
-from beitzoo.zoo.config import HubFile
+from beitzoo.weights import checksums
+from beitzoo.weights.checksums import AbsentError, DamagedError, DownloadError, first_line
+from beitzoo.zoo.checkpoints import HubFile
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def own_folder(cache_dir: Path | None) -> Path:
 
 def notes(cache_dir: Path | None) -> Path:
     """Return where notes on proven files are kept."""
-    return proofs.notes_in(own_folder(cache_dir))
+    return checksums.notes_in(own_folder(cache_dir))
 
 
 def fetch(source: HubFile, cache_dir: Path | None = None) -> Path:
@@ -108,7 +108,7 @@ def filed_hash(path: Path) -> str | None:
         if error.errno != errno.EINVAL:
             raise
         return None  # a file, not a link
-    return name if proofs.is_hash(name) else None
+    return name if checksums.is_hash(name) else None
 
 
 def _fetch_online(source: HubFile, cache_dir: Path | None) -> Path:
@@ -202,12 +202,12 @@ def _drop(damaged: Path) -> None:
 
 def _prove(source: HubFile, path: Path, cache_dir: Path | None, etag: str | None = None) -> None:
     """Compare a file with the hash in the table, or else with what the hub says now or said when the file came."""
-    said = etag if etag and proofs.is_hash(etag) else None
-    expected = source.sha256 or filed_hash(path) or said or proofs.recorded(path, notes(cache_dir))
+    said = etag if etag and checksums.is_hash(etag) else None
+    expected = source.sha256 or filed_hash(path) or said or checksums.recorded(path, notes(cache_dir))
     if expected is None:
         _logger.warning("%s is unverified: nobody states its hash.", path)
     else:
-        proofs.prove(path, expected, notes(cache_dir))
+        checksums.prove(path, expected, notes(cache_dir))
 
 
 def _from_cache(source: HubFile, cache_dir: Path | None, failed: Exception | None) -> Path:
@@ -234,7 +234,7 @@ def _from_cache(source: HubFile, cache_dir: Path | None, failed: Exception | Non
 
 
 def _is_commit(revision: str | None) -> bool:
-    return revision is not None and len(revision) == 40 and proofs.is_hash(revision)
+    return revision is not None and len(revision) == 40 and checksums.is_hash(revision)
 
 
 def _name(source: HubFile) -> str:

@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from beitzoo.zoo.config import Head
+from beitzoo.errors import UserError
+from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment
 
 Layout = Literal["unilm", "transformers", "transformers5"]
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError, ValueError):
     """Parameter names that belong to no BEiT we know."""
 
 
@@ -93,10 +94,10 @@ _FOREIGN_PREFIXES = ("", "beit.", "data2vec_vision.")
 _DERIVED = re.compile(r"(^|\.)(relative_position_index|k_bias)$")
 
 # What belongs to another head than a classifier's, by our names.
-_HEAD_TENSORS: dict[Head, re.Pattern[str]] = {
-    "classify": re.compile(r"(?!)"),
-    "mim": re.compile(r"(lm_head|cls_pt_layers|cls_pt_norm|cls_pt_lm_head)\."),
-    "segment": re.compile(r"(decode_head|auxiliary_head|fpn[1-4]|fpn)\."),
+_HEAD_TENSORS: dict[type[Head], re.Pattern[str]] = {
+    Classify: re.compile(r"(?!)"),
+    Mim: re.compile(r"(lm_head|cls_pt_layers|cls_pt_norm|cls_pt_lm_head)\."),
+    Segment: re.compile(r"(decode_head|auxiliary_head|fpn[1-4]|fpn)\."),
 }
 
 
@@ -158,7 +159,7 @@ def to_unilm(state_dict: Mapping[str, Tensor], index: Tensor) -> dict[str, Tenso
 
 def without_head(state_dict: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
     """Leave out the tensors of a head other than a classifier's; the backbone, and a classifier, stay."""
-    return {name: tensor for name, tensor in state_dict.items() if not _HEAD_TENSORS[head].match(name)}
+    return {name: tensor for name, tensor in state_dict.items() if not _HEAD_TENSORS[type(head)].match(name)}
 
 
 def for_finetuning(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

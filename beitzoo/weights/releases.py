@@ -8,9 +8,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, httpx
 from tqdm import tqdm
 
-from beitzoo.weights import proofs
-from beitzoo.weights.proofs import AbsentError, DownloadError, first_line
-from beitzoo.zoo.config import ReleaseFile
+from beitzoo.weights import checksums
+from beitzoo.weights.checksums import AbsentError, DownloadError, first_line
+from beitzoo.zoo.checkpoints import ReleaseFile
 
 _logger = logging.getLogger(__name__)
 
@@ -35,15 +35,15 @@ def fetch(source: ReleaseFile, folder: Path) -> Path:
         AbsentError: The release has no such file.
         DownloadError: It cannot be had, or the copy changed since it came.
     """
-    path, notes = path_of(source, folder), proofs.notes_in(folder)
+    path, notes = path_of(source, folder), checksums.notes_in(folder)
     try:
         if not path.exists():
             _download_once(source, path)
-        expected = source.sha256 or proofs.recorded(path, notes) or proofs.remember(path, notes)
-        proofs.prove(path, expected, notes)
+        expected = source.sha256 or checksums.recorded(path, notes) or checksums.remember(path, notes)
+        checksums.prove(path, expected, notes)
     except DownloadError:
         raise
-    except proofs.DamagedError as error:
+    except checksums.DamagedError as error:
         raise DownloadError(f"{error} Delete it and try again.") from error
     except httpx.HTTPStatusError as error:
         status = error.response.status_code

@@ -8,9 +8,9 @@ from typing import Literal
 
 from huggingface_hub import constants
 
-from beitzoo.weights import hub, proofs, releases
-from beitzoo.weights.proofs import AbsentError, DownloadError
-from beitzoo.zoo.config import HubFile, LocalFile, PackageFile, ReleaseFile, Source
+from beitzoo.weights import checksums, hub, releases
+from beitzoo.weights.checksums import AbsentError, DownloadError
+from beitzoo.zoo.checkpoints import HubFile, LocalFile, PackageFile, ReleaseFile, Source
 
 _logger = logging.getLogger(__name__)
 
@@ -77,14 +77,14 @@ def verify(source: Source, cache_dir: Path | None = None) -> Verdict:
         return Verdict(source, None, "not downloaded")
     notes = hub.notes(cache_dir)
     stated = None if isinstance(source, LocalFile) else source.sha256
-    recorded = proofs.recorded(path, notes)
+    recorded = checksums.recorded(path, notes)
     if stated is None and isinstance(source, HubFile):
         stated = hub.filed_hash(path) or recorded
     expected = stated or recorded
     if expected is None:
         return Verdict(source, path, "unverified", "nobody states its hash")
     try:
-        proofs.prove_again(path, expected, notes)
+        checksums.prove_again(path, expected, notes)
     except OSError as error:
         remedy = "The next load fetches it again." if isinstance(source, HubFile) else "Delete it."
         return Verdict(source, path, "damaged", f"{error} {remedy}")
@@ -114,7 +114,7 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
         case PackageFile(name, sha256):
             path = PACKAGE / name
             try:
-                proofs.prove(path, sha256, hub.notes(cache_dir))
+                checksums.prove(path, sha256, hub.notes(cache_dir))
             except OSError as error:
                 raise DownloadError(f"The package's weights are not in order: {error} Reinstall beitzoo.") from error
             return path

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from beitzoo.weights.validation import describe
+from beitzoo.errors import closest, describe_invalid
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.config import BeitConfig, CropMode, DataConfig, Interpolation, PretrainedConfig, closest, override
+from beitzoo.zoo.checkpoints import Classify, CropMode, DataConfig, Interpolation, PretrainedConfig
 from beitzoo.zoo.labels import label_names
+from beitzoo.zoo.networks import BeitConfig, override
 
 # timm builds any of our networks from this one, given all fields that differ from it.
 _BASE = "beit_base_patch16_224"
@@ -61,7 +62,7 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     try:
         form = _Form.model_validate_json(document)
     except ValidationError as error:
-        raise ValueError(f"it is not the config of a timm model: {describe(error)}") from error
+        raise ValueError(f"it is not the config of a timm model: {describe_invalid(error)}") from error
     name = _BASE if form.architecture == _NOT_FOR_TIMM else form.architecture
     if name not in ARCHITECTURES:
         raise ValueError(f"{name!r} is no BEiT; {closest(name, ARCHITECTURES)}")
@@ -70,9 +71,8 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     arguments: dict[str, Any] = {"num_classes": form.num_classes, **form.model_args, **own}
     config = override(ARCHITECTURES[name], **arguments)
     return config, PretrainedConfig(
-        num_classes=config.num_classes,
+        head=Classify(num_classes=config.num_classes, labels=_labels(form.label_names, config.num_classes)),
         data=replace(_data(form.pretrained_cfg), reduce_zero_label=reduces),
-        labels=_labels(form.label_names, config.num_classes),
         license=form.pretrained_cfg.license,
     )
 
@@ -97,8 +97,8 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
     document["pretrained_cfg"].pop("hf_hub_id", None)
     if pretrained.data.reduce_zero_label:
         document[_OWN_KEY][_REDUCES] = True
-    names = label_names(pretrained)
-    if names and config.num_classes == pretrained.num_classes:
+    names = label_names(pretrained.head)
+    if names and len(names) == config.num_classes:
         document["label_names"] = names
     return json.dumps(document, indent=2) + "\n"
 

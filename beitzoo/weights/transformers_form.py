@@ -7,14 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from beitzoo.weights.validation import describe
-from beitzoo.zoo.config import BeitConfig, CropMode, DataConfig, GlobalPool, Head, Interpolation, Pair, PretrainedConfig
+from beitzoo.errors import describe_invalid
+from beitzoo.zoo.checkpoints import Classify, CropMode, DataConfig, Head, Interpolation, Mim, PretrainedConfig, Segment
 from beitzoo.zoo.labels import is_misnumbered_22k, label_names
+from beitzoo.zoo.networks import BeitConfig, GlobalPool, Pair
 
 _logger = logging.getLogger(__name__)
 
 _FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-_HEADS: dict[str, Head] = {
+_HeadName = Literal["classify", "mim", "segment"]
+_HEADS: dict[str, _HeadName] = {
     "BeitForMaskedImageModeling": "mim",
     "BeitForSemanticSegmentation": "segment",
     "BeitBackbone": "segment",
@@ -91,15 +93,14 @@ def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, Pret
         form = _Form.model_validate_json(document)
         settings = _Preprocessor.model_validate_json(preprocessor) if preprocessor is not None else None
     except ValidationError as error:
-        raise ValueError(f"it is not the config of a transformers BEiT: {describe(error)}") from error
+        raise ValueError(f"it is not the config of a transformers BEiT: {describe_invalid(error)}") from error
     head = _head(form)
-    classes = _num_classes(form, head)
     _check_readable(form, head)
     config = BeitConfig(
         img_size=_pair(form.image_size),
         patch_size=_pair(form.patch_size),
         in_chans=form.num_channels,
-        num_classes=classes if head == "classify" else 0,
+        num_classes=_num_classes(form) if head == "classify" else 0,
         global_pool=_pooling(form, head),
         embed_dim=form.hidden_size,
         depth=form.num_hidden_layers,
@@ -117,9 +118,8 @@ def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, Pret
         attn_drop_rate=form.attention_probs_dropout_prob,
         drop_path_rate=form.drop_path_rate,
     )
-    labels = _labels(form) if head == "classify" else None
     data = _data(config) if settings is None else _stated_data(config, settings)
-    return config, PretrainedConfig(head=head, num_classes=classes, data=data, labels=labels)
+    return config, PretrainedConfig(head=_record(form, head), data=data)
 
 
 def dump(config: BeitConfig, pretrained: PretrainedConfig) -> tuple[str, str]:
@@ -130,8 +130,10 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> tuple[str, str]:
     """
     _check_expressible(config)
     hidden = config.hidden_dim
-    names = label_names(pretrained) if config.num_classes == pretrained.num_classes else None
-    names = names or tuple(f"LABEL_{index}" for index in range(config.num_classes))
+    names = label_names(pretrained.head) or ()
+    names = (
+        names if len(names) == config.num_classes else tuple(f"LABEL_{index}" for index in range(config.num_classes))
+    )
     document: dict[str, Any] = {
         "model_type": "beit",
         "architectures": ["BeitForImageClassification" if config.num_classes else "BeitModel"],
@@ -188,7 +190,7 @@ def _processor(config: BeitConfig, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _check_readable(form: _Form, head: Head) -> None:
+def _check_readable(form: _Form, head: _HeadName) -> None:
     """Refuse what would load and give other numbers than transformers does."""
     (height, width), (ph, pw) = _pair(form.image_size), _pair(form.patch_size)
     biased = form.use_relative_position_bias or form.use_shared_relative_position_bias
@@ -218,23 +220,30 @@ def _check_expressible(config: BeitConfig) -> None:
             raise ValueError(f"transformers cannot build this network: {reason}. Save it with save_pretrained.")
 
 
-def _head(form: _Form) -> Head:
+def _head(form: _Form) -> _HeadName:
     for name in form.architectures or ():
         if name in _HEADS:
             return _HEADS[name]
     return "classify"
 
 
-def _num_classes(form: _Form, head: Head) -> int:
-    if head == "mim":
-        return form.vocab_size
+def _record(form: _Form, head: _HeadName) -> Head:
+    match head:
+        case "mim":
+            return Mim(vocab_size=form.vocab_size)
+        case "segment":
+            return Segment(num_classes=_num_classes(form), labels=_labels(form))
+    return Classify(num_classes=_num_classes(form), labels=_labels(form))
+
+
+def _num_classes(form: _Form) -> int:
     if form.architectures and not set(form.architectures) & _HEADS.keys():
         return 0  # a bare BeitModel
     stated = form.num_labels if form.id2label is None else len(form.id2label)
     return 2 if stated is None else stated  # transformers' default
 
 
-def _pooling(form: _Form, head: Head) -> GlobalPool:
+def _pooling(form: _Form, head: _HeadName) -> GlobalPool:
     return "avg" if form.use_mean_pooling or head == "mim" else "token"
 
 

@@ -9,7 +9,7 @@ The evaluators differ: timm crops as the checkpoint's own transform says, BEiT's
 
 from dataclasses import dataclass
 
-from beitzoo.zoo.config import Interpolation
+from beitzoo.zoo.checkpoints import Interpolation
 from beitzoo.zoo.pretrained import PRETRAINED
 
 

@@ -1,6 +1,6 @@
 """The networks of the zoo, by name: one literal table."""
 
-from beitzoo.zoo.config import BeitConfig
+from beitzoo.zoo.networks import BeitConfig
 
 ARCHITECTURES: dict[str, BeitConfig] = {
     # BEiT: https://arxiv.org/abs/2106.08254

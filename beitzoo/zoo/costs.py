@@ -1,6 +1,20 @@
 """What one image costs, by closed formula."""
 
-from beitzoo.zoo.config import BeitConfig
+from beitzoo.zoo.networks import BeitConfig
+
+
+def parameters(config: BeitConfig) -> int:
+    """Count the numbers that training can change."""
+    width, hidden = config.embed_dim, config.hidden_dim
+    rows = (2 * config.grid_size[0] - 1) * (2 * config.grid_size[1] - 1) + 3
+    table = rows * config.num_heads
+    patches = width * (config.in_chans * config.patch_size[0] * config.patch_size[1] + 1)
+    tokens = width * (1 + config.use_mask_token + config.use_abs_pos_emb * config.num_tokens)
+    block = 4 * width * width + width + 2 * width * hidden + hidden + width  # linears
+    block += 4 * width + 2 * width * config.qkv_bias + 2 * width * bool(config.init_values)  # norms, biases, scales
+    block += config.use_rel_pos_bias * table
+    head = config.num_classes * (width + 1)
+    return patches + tokens + config.use_shared_rel_pos_bias * table + config.depth * block + 2 * width + head
 
 
 def macs(config: BeitConfig) -> int:

@@ -6,26 +6,26 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from beitzoo.zoo.config import PretrainedConfig
+from beitzoo.zoo.checkpoints import Head, Mim, Tokenizer
 
 _SYNSETS = {"imagenet-1k": "imagenet_synsets.txt", "imagenet-22k": "imagenet22k_synsets.txt"}
 
 
-def accepts(pretrained: PretrainedConfig, names: tuple[str, ...]) -> bool:
-    """Tell whether classes of these names, in this order, are those of a checkpoint's head.
+def accepts(head: Head, names: tuple[str, ...]) -> bool:
+    """Tell whether classes of these names, in this order, are those of a head.
 
     ImageNet's may go by their names or by their synsets (n01440764), as its folders do. A head that nobody named
     takes any.
     """
-    own = label_names(pretrained)
+    own = label_names(head)
     if own is None or own == names:
         return True
     return any(names == _synsets(file) and own == _imagenet(file) for file in _SYNSETS.values())
 
 
-def label_names(pretrained: PretrainedConfig) -> tuple[str, ...] | None:
-    """Return the class names of a checkpoint's head, in the order of its outputs; None if nobody named them."""
-    labels = pretrained.labels
+def label_names(head: Head) -> tuple[str, ...] | None:
+    """Return the class names of a head, in the order of its outputs; None if nobody named them."""
+    labels = None if isinstance(head, Mim | Tokenizer) else head.labels
     if labels is None or not isinstance(labels, str):
         return labels
     return tuple("0123456789") if labels == "digits" else _imagenet(_SYNSETS[labels])

@@ -4,14 +4,17 @@ Sources are tried in order and hold the same weights: timm's repositories, Micro
 authors' release files. None of them states a sha256 in public, so none is written down here.
 """
 
-from beitzoo.zoo.config import (
+from beitzoo.zoo.checkpoints import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Classify,
     DataConfig,
     HubFile,
+    Mim,
     PackageFile,
     PretrainedConfig,
     ReleaseFile,
+    Segment,
 )
 
 PRETRAINED: dict[str, PretrainedConfig] = {
@@ -22,9 +25,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-base-patch16-224", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_base_patch16_224_pt22k_ft22kto1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -34,17 +36,15 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-base-patch16-224-pt22k-ft22k", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_base_patch16_224_pt22k_ft22k.pth"),
         ),
-        num_classes=21_841,
+        head=Classify(num_classes=21_841, labels="imagenet-22k"),
         data=DataConfig(),
-        labels="imagenet-22k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
     "beit_base_patch16_224.in22k_ft_in1k": PretrainedConfig(
         sources=(ReleaseFile("v1.0", "beit_base_patch16_224_pt22k_ft1k.pth"),),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -53,8 +53,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-base-patch16-224-pt22k"),
             ReleaseFile("v1.0", "beit_base_patch16_224_pt22k.pth"),
         ),
-        head="mim",
-        num_classes=8192,
+        head=Mim(vocab_size=8192),
         data=DataConfig(),
         overrides={
             "use_rel_pos_bias": False,
@@ -67,8 +66,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beit_base_patch16_224.mim_in1k_800e": PretrainedConfig(
         sources=(ReleaseFile("v1.0", "beit_base_patch16_224_pt1k_800ep.pth"),),
-        head="mim",
-        num_classes=8192,
+        head=Mim(vocab_size=8192),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -87,9 +85,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-base-patch16-384", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_base_patch16_384_pt22k_ft22kto1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(input_size=(3, 384, 384), crop_pct=1.0),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -98,8 +95,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-base-finetuned-ade-640-640", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_base_patch16_640_pt22k_ft22ktoade20k.pth"),
         ),
-        head="segment",
-        num_classes=150,
+        head=Segment(num_classes=150),
         data=DataConfig(
             input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -113,9 +109,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-patch16-224", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_large_patch16_224_pt22k_ft22kto1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -125,17 +120,15 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-patch16-224-pt22k-ft22k", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_large_patch16_224_pt22k_ft22k.pth"),
         ),
-        num_classes=21_841,
+        head=Classify(num_classes=21_841, labels="imagenet-22k"),
         data=DataConfig(),
-        labels="imagenet-22k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
     "beit_large_patch16_224.in22k_ft_in1k": PretrainedConfig(
         sources=(ReleaseFile("v1.0", "beit_large_patch16_224_pt22k_ft1k.pth"),),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -144,8 +137,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-patch16-224-pt22k"),
             ReleaseFile("v1.0", "beit_large_patch16_224_pt22k.pth"),
         ),
-        head="mim",
-        num_classes=8192,
+        head=Mim(vocab_size=8192),
         data=DataConfig(),
         overrides={
             "use_rel_pos_bias": False,
@@ -163,9 +155,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-patch16-384", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_large_patch16_384_pt22k_ft22kto1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(input_size=(3, 384, 384), crop_pct=1.0),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -176,9 +167,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-patch16-512", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_large_patch16_512_pt22k_ft22kto1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(input_size=(3, 512, 512), crop_pct=1.0),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
     ),
@@ -187,8 +177,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-finetuned-ade-640-640"),
             ReleaseFile("v1.0", "beit_large_patch16_640_pt22k_ft22ktoade20k.pth"),
         ),
-        head="segment",
-        num_classes=150,
+        head=Segment(num_classes=150),
         data=DataConfig(
             input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -200,9 +189,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("timm/beitv2_base_patch16_224.in1k_ft_in22k_in1k"),
             ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ft21kto1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
@@ -211,9 +199,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("timm/beitv2_base_patch16_224.in1k_ft_in1k"),
             ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ft1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
@@ -222,24 +209,21 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("timm/beitv2_base_patch16_224.in1k_ft_in22k"),
             ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ft21k.pth"),
         ),
-        num_classes=21_841,
+        head=Classify(num_classes=21_841, labels="imagenet-22k"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        labels="imagenet-22k",
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
     "beitv2_base_patch16_224.in1k_300e_ft_in1k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_300e_ft1k.pth"),),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
     "beitv2_base_patch16_224.mim_in1k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k.pth"),),
-        head="mim",
-        num_classes=8192,
+        head=Mim(vocab_size=8192),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -252,8 +236,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_224.mim_in1k_300e": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_300e.pth"),),
-        head="mim",
-        num_classes=8192,
+        head=Mim(vocab_size=8192),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -266,8 +249,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_512.in1k_ft_in22k_ade20k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ft21ktoade20k.pth"),),
-        head="segment",
-        num_classes=150,
+        head=Segment(num_classes=150),
         data=DataConfig(
             input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -276,8 +258,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_512.in1k_ade20k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ftade20k.pth"),),
-        head="segment",
-        num_classes=150,
+        head=Segment(num_classes=150),
         data=DataConfig(
             input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -289,9 +270,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("timm/beitv2_large_patch16_224.in1k_ft_in22k_in1k"),
             ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ft21kto1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(crop_pct=0.95, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
@@ -300,9 +280,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("timm/beitv2_large_patch16_224.in1k_ft_in1k"),
             ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ft1k.pth"),
         ),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(crop_pct=0.95, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
@@ -311,24 +290,21 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("timm/beitv2_large_patch16_224.in1k_ft_in22k"),
             ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ft21k.pth"),
         ),
-        num_classes=21_841,
+        head=Classify(num_classes=21_841, labels="imagenet-22k"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        labels="imagenet-22k",
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
     "beitv2_large_patch16_224.in1k_300e_ft_in1k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_300e_ft1k.pth"),),
-        num_classes=1000,
+        head=Classify(num_classes=1000, labels="imagenet-1k"),
         data=DataConfig(crop_pct=0.95, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        labels="imagenet-1k",
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
     "beitv2_large_patch16_224.mim_in1k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k.pth"),),
-        head="mim",
-        num_classes=8192,
+        head=Mim(vocab_size=8192),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -341,8 +317,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_224.mim_in1k_300e": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_300e.pth"),),
-        head="mim",
-        num_classes=8192,
+        head=Mim(vocab_size=8192),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -355,8 +330,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_512.in1k_ft_in22k_ade20k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ft21ktoade20k.pth"),),
-        head="segment",
-        num_classes=150,
+        head=Segment(num_classes=150),
         data=DataConfig(
             input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -365,8 +339,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_512.in1k_ade20k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ftade20k.pth"),),
-        head="segment",
-        num_classes=150,
+        head=Segment(num_classes=150),
         data=DataConfig(
             input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -380,9 +353,8 @@ PRETRAINED: dict[str, PretrainedConfig] = {
                 sha256="86f94483faac41c91849971b5667f21c6eb24864415a1aa7e396c697bbd519bb",
             ),
         ),
-        num_classes=10,
+        head=Classify(num_classes=10, labels="digits"),
         data=DataConfig(input_size=(1, 32, 32), mean=(0.305,), std=(0.376,), crop_pct=1.0),
-        labels="digits",
         license="Apache-2.0",
     ),
 }

@@ -5,8 +5,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from beitzoo.errors import UserError, closest
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.config import BeitConfig, PretrainedConfig, closest, override
+from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
+from beitzoo.zoo.networks import BeitConfig, override
 from beitzoo.zoo.pretrained import PRETRAINED
 
 DEFAULT_MODEL = "beit_nano_patch4_32.digits"
@@ -14,7 +16,7 @@ DEFAULT_MODEL = "beit_nano_patch4_32.digits"
 Patterns = str | Iterable[str]
 
 
-class UnknownModelError(ValueError):
+class UnknownModelError(UserError, ValueError):
     """A name that is in neither table."""
 
 
@@ -60,7 +62,7 @@ def find(name: str) -> Entry:
         raise UnknownModelError(f"{architecture!r} has no checkpoint {tag!r}; {has}.")
     name = f"{architecture}.{tag or tags[0]}"
     row = PRETRAINED[name]
-    classes = row.num_classes if row.head == "classify" else 0
+    classes = row.head.num_classes if isinstance(row.head, Classify) else 0
     return Entry(name, override(config, num_classes=classes, **row.overrides), row)
 
 

@@ -12,7 +12,7 @@ import beitzoo
 from beitzoo.images import fast
 from beitzoo.images.fast import open_tensor
 from beitzoo.images.files import ImageError, open_image
-from beitzoo.zoo.config import IMAGENET_MEAN, IMAGENET_STD
+from beitzoo.zoo.checkpoints import IMAGENET_MEAN, IMAGENET_STD
 
 PHOTO = Path("beitzoo/assets/samples/chelsea.jpg")
 DATA: dict[str, Any] = {

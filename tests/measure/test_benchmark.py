@@ -11,7 +11,7 @@ import pytest
 from beitzoo.measure import benchmark, sweep
 from beitzoo.measure.child import Outcome
 from beitzoo.measure.options import BenchmarkOptions
-from beitzoo.measure.results import Row
+from beitzoo.results import Row
 from beitzoo.zoo.registry import list_models
 
 TIMM_COLUMNS = ["model", "infer_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from beitzoo.evaluation.evaluate import COLUMNS as ACCURACY_COLUMNS
 from beitzoo.measure import report
-from beitzoo.measure.results import ENVIRONMENT, Row, append_row
 from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS
 from beitzoo.measure.table import images_per_second, measured_speed, model_table
-from beitzoo.training.evaluate import COLUMNS as ACCURACY_COLUMNS
+from beitzoo.results import ENVIRONMENT, Row, append_row
 from beitzoo.zoo.accuracy import DATA_SETS, headline, published
 from beitzoo.zoo.pretrained import PRETRAINED
 

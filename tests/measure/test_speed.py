@@ -11,7 +11,7 @@ from torch import Tensor
 import beitzoo
 from beitzoo.measure.options import BenchmarkOptions
 from beitzoo.measure.speed import TrainingStep, counted_columns, measure_inference, measure_training, timed_columns
-from beitzoo.zoo.config import BeitConfig
+from beitzoo.zoo.networks import BeitConfig
 
 OPTIONS = BenchmarkOptions(model="test_beit", batch_size=2, num_warm_iter=0, num_bench_iter=1)
 

@@ -16,9 +16,9 @@ import torch
 from beitzoo.measure import sweep as room
 from beitzoo.measure.child import Outcome, run_in_child
 from beitzoo.measure.options import BenchmarkOptions
-from beitzoo.measure.results import Row, environment, read_rows
 from beitzoo.measure.speed import measure_inference
 from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS, Table, sweep
+from beitzoo.results import Row, environment, read_rows
 
 STAMP = environment(torch.device("cpu"))
 

@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from beitzoo.measure import timing
 from beitzoo.zoo import costs
-from beitzoo.zoo.config import BeitConfig
+from beitzoo.zoo.networks import BeitConfig
 
 CPU = torch.device("cpu")
 

@@ -238,9 +238,9 @@ def test_frozen_parameters_stay_frozen_and_unchanged_ones_stay() -> None:
 
 def test_a_fresh_head_forgets_the_old_names() -> None:
     model = beitzoo.create_model(pretrained=True)
-    assert model.pretrained.labels == "digits"
+    assert model.pretrained.head.labels == "digits"
     model.reset_classifier(10)
-    assert model.pretrained.labels is None
+    assert model.pretrained.head.labels is None
 
 
 def test_table_gradients_are_summed_in_full_precision() -> None:

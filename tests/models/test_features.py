@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import beitzoo
 from beitzoo import Beit
-from beitzoo.models.attention import attend
+from beitzoo.models.kernels import attend
 from beitzoo.zoo.architectures import ARCHITECTURES
 
 SMALL = replace(ARCHITECTURES["test_beit"], depth=4)

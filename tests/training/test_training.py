@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 
 import beitzoo
+from beitzoo.evaluation.evaluate import COLUMNS, accuracy_row, measure_accuracy, summarise
 from beitzoo.training.data import Split, load_images, split_images, training_transform
-from beitzoo.training.evaluate import COLUMNS, accuracy_row, measure_accuracy, summarise
 from beitzoo.training.optim import make_optimizer, make_schedule, parameter_groups, spread_bias_tables
 from beitzoo.training.recipe import (
     AffineAugment,
@@ -28,7 +28,7 @@ from beitzoo.training.recipe import (
     dump_recipe,
     load_recipe,
 )
-from beitzoo.training.tasks import finetune
+from beitzoo.training.tasks.finetune import finetune
 
 RECIPES = sorted(Path("configs").rglob("*.toml"))
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_a_run_leaves_what_it_promises(run: Path) -> None:
 
 def test_a_trained_model_knows_its_classes(run: Path) -> None:
     model = beitzoo.create_model(f"local-dir:{run / 'best'}", pretrained=True)
-    assert model.pretrained.labels == ("blue", "green", "red")
+    assert model.class_names == ("blue", "green", "red")
     assert model.num_classes == 3
 
 
@@ -271,7 +271,7 @@ def test_two_processes_train_together(run: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(dump_recipe(recipe.model_copy(update={"train": train})))
     code = (
         "import sys; from pathlib import Path; from beitzoo.training.recipe import Recipe; "
-        "from beitzoo.training.tasks import finetune; "
+        "from beitzoo.training.tasks.finetune import finetune; "
         "print(finetune(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2])))"
     )
     (tmp_path / "run.py").write_text(code)

@@ -7,8 +7,8 @@ import torch
 from oracles import randomise
 from safetensors.torch import save_file
 
-from beitzoo import Beit, CheckpointError
-from beitzoo.weights import checkpoint, files
+from beitzoo import Beit, CheckpointError, files
+from beitzoo.weights import checkpoint
 from beitzoo.zoo.architectures import ARCHITECTURES
 
 

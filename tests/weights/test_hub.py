@@ -20,9 +20,9 @@ from oracles import randomise, relative_error
 
 import beitzoo
 from beitzoo import DownloadError
-from beitzoo.weights import hub, proofs, sources
-from beitzoo.weights.proofs import AbsentError
-from beitzoo.zoo.config import HubFile, LocalFile, PackageFile, ReleaseFile
+from beitzoo.weights import checksums, hub, sources
+from beitzoo.weights.checksums import AbsentError
+from beitzoo.zoo.checkpoints import HubFile, LocalFile, PackageFile, ReleaseFile
 
 WEIGHTS = bytes(range(256)) * 250
 NEWER = WEIGHTS[::-1]
@@ -156,8 +156,10 @@ def test_requests_of_a_first_and_of_later_loads(served: FakeHub) -> None:
 
 def test_a_proven_file_is_not_hashed_again(served: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
-    hash_content = proofs.content_hash
-    monkeypatch.setattr(proofs, "content_hash", lambda path, like: (hashed.append(path), hash_content(path, like))[1])
+    hash_content = checksums.content_hash
+    monkeypatch.setattr(
+        checksums, "content_hash", lambda path, like: (hashed.append(path), hash_content(path, like))[1]
+    )
     path = sources.fetch([SOURCE])
     assert len(hashed) == 1
     sources.fetch([SOURCE])
@@ -166,7 +168,7 @@ def test_a_proven_file_is_not_hashed_again(served: FakeHub, monkeypatch: pytest.
     os.utime(blob, ns=(1, 1))
     sources.fetch([SOURCE])
     assert len(hashed) == 2
-    for note in (Path(constants.HF_HOME) / "beitzoo" / "proofs").iterdir():
+    for note in (Path(constants.HF_HOME) / "beitzoo" / "checksums").iterdir():
         note.write_text('{"half')
     sources.fetch([SOURCE])
     assert len(hashed) == 3
@@ -299,7 +301,7 @@ def test_an_error_of_the_xet_transfer_is_ours(served: FakeHub, monkeypatch: pyte
 def test_a_file_that_changes_while_it_is_hashed_is_not_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w"
     path.write_bytes(WEIGHTS)
-    hash_content = proofs.content_hash
+    hash_content = checksums.content_hash
 
     def hash_then_change(file: Path, like: str) -> str:
         content = hash_content(file, like)
@@ -307,10 +309,10 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_proven(tmp_path: Path, mo
         return content
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proofs, "content_hash", hash_then_change)
-        proofs.prove(path, SHA256, tmp_path / "notes")
-    with pytest.raises(proofs.DamagedError):
-        proofs.prove(path, SHA256, tmp_path / "notes")
+        patch.setattr(checksums, "content_hash", hash_then_change)
+        checksums.prove(path, SHA256, tmp_path / "notes")
+    with pytest.raises(checksums.DamagedError):
+        checksums.prove(path, SHA256, tmp_path / "notes")
 
 
 def test_nothing_is_not_proven(tmp_path: Path) -> None:
@@ -529,7 +531,7 @@ package = types.ModuleType("beitzoo")
 package.__path__ = [sys.argv[1]]
 sys.modules["beitzoo"] = package
 from beitzoo.weights import sources
-from beitzoo.zoo.config import HubFile
+from beitzoo.zoo.checkpoints import HubFile
 print(len(sources.fetch([HubFile("owner/name")]).read_bytes()))
 """
 

@@ -74,7 +74,7 @@ def test_transformers_classifiers_come_in_and_go_out(fields: dict[str, Any], tmp
     ours = beitzoo.create_model(f"local-dir:{tmp_path / 'in'}", pretrained=True).eval()
     x = images()
     assert relative_error(ours(x), theirs(x).logits) < 1e-5
-    assert ours.pretrained.labels == ("a", "b", "c")
+    assert ours.pretrained.head.labels == ("a", "b", "c")
     assert ours.config.norm_eps == theirs.config.layer_norm_eps
 
     beitzoo.save_transformers(ours, tmp_path / "out")
@@ -158,7 +158,7 @@ def test_labels_go_by_their_number(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["label_names"] = {str(i): f"class {i}" for i in sorted(range(11), key=str)}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    labels = beitzoo.create_model(f"local-dir:{tmp_path}").pretrained.labels
+    labels = beitzoo.create_model(f"local-dir:{tmp_path}").pretrained.head.labels
     assert labels == tuple(f"class {i}" for i in range(11))
     config["label_names"] = ["a", "b"]
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -16,6 +16,7 @@ from transformers import BeitImageProcessor, BeitImageProcessorPil
 
 import beitzoo
 from beitzoo.weights.checkpoint import CheckpointError
+from beitzoo.zoo.checkpoints import Classify
 from beitzoo.zoo.labels import label_names
 
 PHOTO = Path("beitzoo/assets/samples/chelsea.jpg")
@@ -168,7 +169,7 @@ def test_label_reduction_is_read_in_both_spellings_and_kept(
 )
 def test_a_saved_processor_gives_our_pixels(data: dict[str, Any], tmp_path: Path) -> None:
     model = beitzoo.create_model("beit_tiny_patch16_224", num_classes=3)
-    model.pretrained = beitzoo.PretrainedConfig(num_classes=3, data=beitzoo.DataConfig(**data))
+    model.pretrained = beitzoo.PretrainedConfig(head=Classify(num_classes=3), data=beitzoo.DataConfig(**data))
     beitzoo.save_transformers(model, tmp_path)
     image = Image.open(PHOTO).crop((0, 0, 300, 300 if "crop_mode" not in data else 222))
     ours = beitzoo.create_transform(**beitzoo.resolve_data_config(model))(image)
@@ -183,7 +184,9 @@ def test_a_saved_processor_gives_our_pixels(data: dict[str, Any], tmp_path: Path
 
 def test_a_border_cannot_be_saved_for_transformers(tmp_path: Path) -> None:
     model = beitzoo.create_model("test_beit", num_classes=3)
-    model.pretrained = beitzoo.PretrainedConfig(num_classes=3, data=beitzoo.DataConfig(crop_mode="border"))
+    model.pretrained = beitzoo.PretrainedConfig(
+        head=Classify(num_classes=3), data=beitzoo.DataConfig(crop_mode="border")
+    )
     with pytest.raises(ValueError, match="does not pad to a border"):
         beitzoo.save_transformers(model, tmp_path)
 
@@ -207,9 +210,9 @@ def test_misnumbered_names_of_22k_are_put_right(fault: str, tmp_path: Path, capl
     name = write(tmp_path, {}, id2label={str(i): label for i, label in names.items()})
     with caplog.at_level(logging.WARNING):
         row = beitzoo.create_model(name, device="meta").pretrained
-    labels = label_names(row)
+    labels = label_names(row.head)
     assert labels is not None
-    assert (len(labels), row.num_classes) == (21_841, 21_841)
+    assert (len(labels), row.head.num_classes) == (21_841, 21_841)
     # Right up to 9204, then one too low, then two: as transformers shows them and as they are.
     assert [labels[i] for i in (9204, 9205, 9206, 15026, 21_840)] == [
         "pickup, pickup truck",
@@ -226,7 +229,7 @@ def test_right_names_of_22k_are_kept_and_other_gaps_refused(tmp_path: Path, capl
     right = label_names(beitzoo.get_pretrained_cfg("beit_base_patch16_224.in22k_ft_in22k"))  # type: ignore[arg-type]
     assert right is not None
     row = beitzoo.create_model(write(tmp_path, {}, id2label=dict(enumerate(right))), device="meta").pretrained
-    assert row.labels == right
+    assert row.head.labels == right
     assert not caplog.records
     names = google_names()
     del names[5], names[15027]
@@ -236,6 +239,6 @@ def test_right_names_of_22k_are_kept_and_other_gaps_refused(tmp_path: Path, capl
 
 def test_labels_that_nobody_gave_are_none(tmp_path: Path) -> None:
     name = write(tmp_path, {}, id2label={str(i): f"LABEL_{i}" for i in range(4)})
-    assert beitzoo.create_model(name, device="meta").pretrained.labels is None
+    assert beitzoo.create_model(name, device="meta").pretrained.head.labels is None
     name = write(tmp_path, {}, id2label={"0": "LABEL_0", "1": "cat"})
-    assert beitzoo.create_model(name, device="meta").pretrained.labels == ("LABEL_0", "cat")
+    assert beitzoo.create_model(name, device="meta").pretrained.head.labels == ("LABEL_0", "cat")

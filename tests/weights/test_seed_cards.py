@@ -63,9 +63,9 @@ def test_microsofts_classifiers(size: int, fields: dict[str, int], tmp_path: Pat
         logits = ours(x)
         assert relative_error(logits, expected.logits) < 1e-4
         assert relative_error(ours.forward_features(x), expected.hidden_states[-1]) < 1e-4
-    assert ours.pretrained.labels is not None
+    assert ours.pretrained.head.labels is not None
     top = int(logits.argmax())
-    assert ours.pretrained.labels[top] == theirs.config.id2label[top]
+    assert ours.pretrained.head.labels[top] == theirs.config.id2label[top]
     image.close()
 
 

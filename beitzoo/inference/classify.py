@@ -15,7 +15,6 @@ from torch import Tensor
 from beitzoo.images.files import ImageError, open_image
 from beitzoo.images.transforms import Transform, create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
-from beitzoo.zoo.labels import label_names
 
 _logger = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ class _Classifier:
         self.model = model.eval()
         self.topk = min(topk, model.num_classes)
         self.most = batch_size
-        self.labels = label_names(model.pretrained) if model.num_classes == model.pretrained.num_classes else None
+        self.labels = model.class_names
         self.view = _View(channels, tuple(resolve_data_config(model).items()))
 
     def classify(self, looks: Sequence[_Look]) -> list[tuple[Answer, ...] | str]:

@@ -7,14 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from beitzoo.weights.files import write_text
+from beitzoo.errors import UserError
+from beitzoo.files import write_text
 
 _logger = logging.getLogger(__name__)
 
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-class DownloadError(OSError):
+class DownloadError(UserError, OSError):
     """No source gave the file, or what it gave is not the file."""
 
 
@@ -22,13 +23,13 @@ class AbsentError(DownloadError):
     """The source was asked, and has no such file."""
 
 
-class DamagedError(OSError):
+class DamagedError(UserError, OSError):
     """A file's content is not what was stated."""
 
 
 def notes_in(folder: Path) -> Path:
     """Return where, in our own folder of a cache, notes on proven files are kept."""
-    return folder / "proofs"
+    return folder / "checksums"
 
 
 def first_line(error: BaseException) -> str:

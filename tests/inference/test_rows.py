@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from beitzoo.predict import Answer, Prediction
-from beitzoo.rows import Form, open_output, write_rows
+from beitzoo.inference.classify import Answer, Prediction
+from beitzoo.inference.rows import Form, open_output, write_rows
 
 CAT = Prediction(Path("a.png"), (Answer(1, "cat, tabby", 0.875), Answer(0, "dog", 0.125)), None, "m")
 BROKEN = Prediction(Path('odd, "name"\n.png'), error="damaged", model="m")

@@ -8,15 +8,15 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
+from beitzoo.evaluation.evaluate import evaluate
 from beitzoo.factory import create_model, save_pretrained
+from beitzoo.files import write_text
 from beitzoo.models.beit import Beit
 from beitzoo.training.data import evaluation_loader, load_images, split_images, training_loader
-from beitzoo.training.evaluate import evaluate
 from beitzoo.training.loop import Run, fit, process_state
 from beitzoo.training.optim import spread_bias_tables
 from beitzoo.training.recipe import Recipe, dump_recipe
-from beitzoo.weights.files import write_text
-from beitzoo.zoo.labels import label_names
+from beitzoo.zoo.checkpoints import Classify
 
 
 def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
@@ -74,9 +74,9 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     section = recipe.model
     overrides: dict[str, Any] = {**section.overrides, "num_classes": len(names)}
     model = create_model(section.name, section.pretrained, **overrides)
-    if section.pretrained and label_names(model.pretrained) != names:
+    if section.pretrained and model.class_names != names:
         model.reset_classifier(len(names))  # as many classes, but others
-    model.pretrained = replace(model.pretrained, sources=(), num_classes=len(names), labels=names)
+    model.pretrained = replace(model.pretrained, sources=(), head=Classify(num_classes=len(names), labels=names))
     if recipe.train.bias_init_std:
         spread_bias_tables(model, recipe.train.bias_init_std)
     return model

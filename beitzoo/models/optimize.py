@@ -12,12 +12,12 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from beitzoo.models.attention import attend
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp, QkvLinear
+from beitzoo.models.kernels import attend
 from beitzoo.models.linear import TokenLinear
 from beitzoo.models.position import PositionBias
 from beitzoo.models.prepared import Prepare, PreparedLinear, prepare_for
-from beitzoo.zoo.config import Pair
+from beitzoo.zoo.networks import Pair
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from beitzoo.weights.files import write_atomically
+from beitzoo.files import write_atomically
 
 Value = str | int | float | bool | None
 Row = dict[str, Value]
@@ -185,7 +185,7 @@ def _commit() -> str:
 
     Not the checkout's own commit: one that only adds rows to a table must not make them rows of other code.
     """
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parent
     if not (package.parent / ".git").exists() or shutil.which("git") is None:
         return ""
     git = ["git", "-C", str(package)]

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import beitzoo
-import beitzoo.predict
+import beitzoo.inference.classify
 from beitzoo import Beit
 from beitzoo.images.files import ImageError, open_image
-from beitzoo.predict import Tally, predict
+from beitzoo.inference.classify import Tally, predict
 
 SAMPLES = Path("beitzoo/assets/samples")
 DIGITS = sorted(SAMPLES.glob("*.png"))
@@ -52,7 +52,7 @@ def test_a_file_that_fails_once_does_not_shift_its_twin(monkeypatch: pytest.Monk
             raise ImageError("gone for a moment")
         return open_image(path, in_chans)
 
-    monkeypatch.setattr(beitzoo.predict, "open_image", open_once)
+    monkeypatch.setattr(beitzoo.inference.classify, "open_image", open_once)
     first, *others = predict(beitzoo.create_model(pretrained=True), [DIGITS[1], DIGITS[1], DIGITS[7]])
     assert first.error == "gone for a moment"
     assert [p.answers[0].label for p in others] == ["1", "7"]
@@ -105,7 +105,7 @@ def test_several_models_see_each_image_at_once(tmp_path: Path, monkeypatch: pyte
         opened.append((path.name, in_chans))
         return open_image(path, in_chans)
 
-    monkeypatch.setattr(beitzoo.predict, "open_image", count)
+    monkeypatch.setattr(beitzoo.inference.classify, "open_image", count)
     (tmp_path / "broken.png").touch()
     paths = [DIGITS[7], tmp_path / "broken.png", DIGITS[2]]
     models = {
@@ -212,7 +212,7 @@ def test_a_broken_transform_is_no_fault_of_the_images(monkeypatch: pytest.Monkey
         def fail(image: Image.Image, error: Exception = error) -> torch.Tensor:
             raise error
 
-        monkeypatch.setattr(beitzoo.predict, "create_transform", lambda fail=fail, **_: fail)
+        monkeypatch.setattr(beitzoo.inference.classify, "create_transform", lambda fail=fail, **_: fail)
         with pytest.raises(type(error), match=str(error)):
             next(predict(beitzoo.create_model(pretrained=True), DIGITS))
 
@@ -228,7 +228,7 @@ def test_tally_counts_rows_and_failures() -> None:
 def test_labels_go_with_a_saved_model(save: Callable[[Beit, Path], None], tmp_path: Path) -> None:
     model = beitzoo.create_model(pretrained=True)
     names = tuple(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
-    model.pretrained = replace(model.pretrained, labels=names)
+    model.pretrained = replace(model.pretrained, head=replace(model.pretrained.head, labels=names))
     save(model, tmp_path)
     rows = predict(beitzoo.create_model(f"local-dir:{tmp_path}", pretrained=True), DIGITS)
     assert tuple(row.answers[0].label for row in rows) == names

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beitzoo.measure.results import ENVIRONMENT, append_row, check_columns, drop_rows, environment, read_rows
+from beitzoo.results import ENVIRONMENT, append_row, check_columns, drop_rows, environment, read_rows
 
 STAMP = dict.fromkeys(ENVIRONMENT, "x")
 

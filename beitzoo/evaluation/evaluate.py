@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from beitzoo.factory import create_model
 from beitzoo.images.datasets import ImageSet
 from beitzoo.images.transforms import resolve_data_config
-from beitzoo.measure.results import ENVIRONMENT, Row, environment
-from beitzoo.measure.table import count_parameters
 from beitzoo.models.beit import Beit
+from beitzoo.results import ENVIRONMENT, Row, environment
 from beitzoo.training.data import evaluation_loader, load_images, split_images
 from beitzoo.training.recipe import DataSection, Recipe
-from beitzoo.zoo.labels import accepts, label_names
+from beitzoo.zoo import costs
+from beitzoo.zoo.labels import accepts
 from beitzoo.zoo.registry import DEFAULT_MODEL
 
 _OWN_COLUMNS = (
@@ -117,7 +117,7 @@ def accuracy_row(name: str, data: str, split_seed: int | None, device: torch.dev
         "top1_err": round(100 - accuracy.top1, 3),
         "top5": round(accuracy.top5, 3),
         "top5_err": round(100 - accuracy.top5, 3),
-        "param_count": round(count_parameters(model) / 1e6, 2),
+        "param_count": round(costs.parameters(model.config) / 1e6, 2),
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
         "data": data,
@@ -154,8 +154,8 @@ def _check_classes(model: Beit, name: str, images: ImageSet) -> None:
             f"{name} tells {model.num_classes} classes apart, the data has {len(images.names)}; "
             "evaluate a model that was trained on these classes."
         )
-    if not accepts(model.pretrained, images.names):
-        names = label_names(model.pretrained) or ()
+    if not accepts(model.pretrained.head, images.names):
+        names = model.class_names or ()
         raise ValueError(
             f"{name} was trained on other classes ({', '.join(names[:3])}, ...) than the data has "
             f"({', '.join(images.names[:3])}, ...); name the class folders after the model's classes."

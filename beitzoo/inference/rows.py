@@ -16,7 +16,7 @@ from typing import Literal, TextIO
 import typer
 from rich.cells import cell_len
 
-from beitzoo.predict import Prediction
+from beitzoo.inference.classify import Prediction
 
 # Rows from which the table takes the widths of its columns, a batch; what is longer later sticks out and is never cut.
 _ROWS_FOR_WIDTHS = 16

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import beitzoo
 from beitzoo import Beit, optimize
-from beitzoo.models import attention, fast, prepared
-from beitzoo.models.attention import attend, attend_blocked
+from beitzoo.models import kernels, prepared
+from beitzoo.models import optimize as optimize_module
+from beitzoo.models.kernels import attend, attend_blocked
 from beitzoo.zoo.architectures import ARCHITECTURES
 
 SMALL = ARCHITECTURES["test_beit"]
@@ -186,7 +187,7 @@ def test_long_products_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("ready_bytes", [0, 1 << 30])
 def test_any_grid_with_biases_ready_or_not(ready_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "READY_BYTES", ready_bytes)
+    monkeypatch.setattr(optimize_module, "READY_BYTES", ready_bytes)
     model = build(dynamic_img_size=True, use_shared_rel_pos_bias=True)
     twin = optimize(model)
     assert all((block.attn.ready is None) == (ready_bytes == 0) for block in twin.blocks)
@@ -217,7 +218,7 @@ def test_feature_extractors_hold_a_twin() -> None:
     randomise(features)
     x = images()
     twin = optimize(features)
-    assert isinstance(twin.backbone, fast.PreparedBeit)
+    assert isinstance(twin.backbone, optimize_module.PreparedBeit)
     for ours, theirs in zip(twin(x), features(x), strict=True):
         assert relative_error(ours, theirs) <= 1e-5
     with pytest.raises(RuntimeError, match="cannot be trained"):
@@ -380,7 +381,7 @@ def test_int8_never_overflows() -> None:
 
 @pytest.mark.parametrize("block_bytes", [1, 4 << 20])
 def test_blocked_attention_is_attention(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(kernels, "BLOCK_BYTES", block_bytes)
     q, k, v = torch.randn(3, 2, 5, 17, 8).unbind(0)
     bias = torch.randn(5, 17, 24)[..., :17]
     mixed = attend_blocked(q, k, v, bias)
@@ -406,8 +407,8 @@ def test_attention_in_steps_has_the_gradients_of_the_fused_kernel() -> None:
 
 def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
-    monkeypatch.setattr(attention, "_has_bfloat16_without_amx", lambda: True)
-    monkeypatch.setattr(attention, "attend_blocked", lambda q, *_: seen.append(q.dtype) or q)
+    monkeypatch.setattr(kernels, "_has_bfloat16_without_amx", lambda: True)
+    monkeypatch.setattr(kernels, "attend_blocked", lambda q, *_: seen.append(q.dtype) or q)
     model = build().bfloat16()
     model(images().bfloat16())
     assert not seen  # with a gradient

@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from beitzoo.factory import create_model, look_up
 from beitzoo.images.files import find_images, images_at
+from beitzoo.inference.classify import Tally, predict
+from beitzoo.inference.rows import Form, open_output, write_rows
 from beitzoo.measure.options import usable_device as _device
-from beitzoo.measure.table import count_parameters, images_per_second, measured_speed, model_table
-from beitzoo.predict import Tally, predict
+from beitzoo.measure.table import images_per_second, measured_speed, model_table
 from beitzoo.progress import watch
-from beitzoo.rows import Form, open_output, write_rows
 from beitzoo.weights import sources
 from beitzoo.zoo import accuracy, costs
-from beitzoo.zoo.config import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
+from beitzoo.zoo.checkpoints import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
 from beitzoo.zoo.registry import DEFAULT_MODEL, list_models
 
 app = typer.Typer(
@@ -122,10 +122,10 @@ def finetune(
 ) -> None:
     """Train a classifier by a recipe and measure it once on held-out images."""
     _need("train", "accelerate", "sklearn")
-    from beitzoo.training import tasks
     from beitzoo.training.recipe import load_recipe
+    from beitzoo.training.tasks import finetune as task
 
-    metrics = tasks.finetune(load_recipe(recipe, settings or ()), out)
+    metrics = task.finetune(load_recipe(recipe, settings or ()), out)
     print(json.dumps(metrics, indent=2))
 
 
@@ -142,8 +142,8 @@ def evaluate(
 ) -> None:
     """Measure top-1 and top-5 accuracy; of several models also mean and standard deviation."""
     _need("train", "accelerate", "sklearn")
-    from beitzoo.measure.results import append_row, check_columns
-    from beitzoo.training.evaluate import COLUMNS, accuracy_row, summarise
+    from beitzoo.evaluation.evaluate import COLUMNS, accuracy_row, summarise
+    from beitzoo.results import append_row, check_columns
 
     if results_file is not None:
         check_columns(results_file, COLUMNS)
@@ -272,11 +272,10 @@ def _need(extra: str, *modules: str) -> None:
 def _facts(name: str) -> dict[str, Any]:
     entry = look_up(name)
     config, row = entry.config, entry.pretrained
-    parameters = count_parameters(create_model(name, device="meta", num_classes=config.num_classes))
     data = (row.data if row else DataConfig()).fitted_to(config)
     return {
         "model": entry.name,
-        "parameters": parameters,
+        "parameters": costs.parameters(config),
         "gmacs": round(costs.macs(config) / 1e9, 2),
         "activations_millions": round(costs.activations(config) / 1e6, 1),
         "classes": config.num_classes,

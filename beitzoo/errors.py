@@ -1,0 +1,55 @@
+"""Errors a user can correct: what came, what is possible, what to do. Commands catch `UserError` and nothing else."""
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+class UserError(Exception):
+    """Something that the user can correct; the message says how. All other exceptions are faults of beitzoo."""
+
+
+class InvalidValueError(UserError, ValueError):
+    """A value that is out of range, or input that is not what it should be."""
+
+
+class InvalidOptionError(UserError, TypeError):
+    """An option that does not exist, or a value of the wrong type."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class FileAccessError(UserError, OSError):
+    """A file that cannot be read or written: permissions, a full disk, a folder in its place."""
+
+
+class OutOfMemoryError(UserError, MemoryError):
+    """Not even the smallest piece of work fits into memory."""
+
+
+class UnsupportedError(UserError, NotImplementedError):
+    """Something that is understood, but that no released model needs and beitzoo does not do."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `InvalidValueError` with this message unless the condition holds."""
+    if not condition:
+        raise InvalidValueError(message)
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Say which known names look most like the given one, as the tail of an error message."""
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, matches))}?" if matches else f"there are {', '.join(sorted(known))}."
+
+
+def describe_invalid(error: "ValidationError") -> str:
+    """Say in one sentence what the first thing is that a pydantic model found wrong, and where."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"

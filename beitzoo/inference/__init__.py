@@ -1,0 +1,1 @@
+"""Paths in, one outcome per input out."""
