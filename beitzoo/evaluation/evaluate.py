@@ -1,22 +1,26 @@
 """How right a classifier is."""
 
+import functools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from beitzoo.factory import create_model
-from beitzoo.images.datasets import ImageSet
-from beitzoo.images.transforms import resolve_data_config
+from beitzoo.errors import check
+from beitzoo.factory import create_model, look_up
+from beitzoo.images.datasets import ImageSet, LabelledImages, collate, digits, labelled_folder
+from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split
+from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.results import ENVIRONMENT, Row, environment
-from beitzoo.training.data import evaluation_loader, load_images, split_images
-from beitzoo.training.recipe import DataSection, Recipe
 from beitzoo.zoo import costs
+from beitzoo.zoo.checkpoints import LocalFile
 from beitzoo.zoo.labels import accepts
 from beitzoo.zoo.registry import DEFAULT_MODEL
 
@@ -80,6 +84,14 @@ def measure_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
     return Accuracy(100 * top1, 100 * top5, loss, count)
 
 
+def evaluation_loader(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> DataLoader[Any]:
+    """Load images in order, prepared as the model expects them."""
+    transform = create_transform(**resolve_data_config(model))
+    dataset = LabelledImages(images, indices, transform, model.config.in_chans)
+    shape = (model.config.in_chans, *model.config.img_size)
+    return DataLoader(dataset, 64, num_workers=workers, collate_fn=functools.partial(collate, shape=shape))
+
+
 def evaluate(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> Accuracy:
     """Measure the accuracy of a classifier on some images of a set, in the model's precision."""
     return measure_accuracy(model, evaluation_loader(model, images, indices, workers), model.cls_token.device)
@@ -90,8 +102,9 @@ def accuracy_row(name: str, data: str, split_seed: int | None, device: torch.dev
 
     Args:
         name: As in `create_model`.
-        data: `digits`, of which the held-out third is used, or a folder of class folders, all of which is.
-        split_seed: Draws the held-out third; None is that of the model's own run.
+        data: `digits` or a folder of class folders. Images that the model's own run trained on are left out; of the
+            digits, where no run of this model is known, the third that seed 0 holds out is used.
+        split_seed: Use the third of the digits that this seed holds out.
         device: Where the model runs.
 
     Raises:
@@ -99,14 +112,8 @@ def accuracy_row(name: str, data: str, split_seed: int | None, device: torch.dev
             seen images that this one holds out.
     """
     model = create_model(name, pretrained=True, device=device)
-    if data == "digits":
-        section = DataSection(source="digits", split_seed=_held_out(name, split_seed))
-        images = load_images(section)
-        indices = split_images(images, section).test
-    else:
-        section = DataSection(source="folder", path=Path(data))
-        images = load_images(section)
-        indices = list(range(len(images.labels)))
+    images = digits() if data == "digits" else labelled_folder(Path(data).expanduser())
+    indices = _unseen_images(name, images, split_seed)
     _check_classes(model, name, images)
     accuracy = evaluate(model, images, indices)
     config = resolve_data_config(model)
@@ -121,24 +128,43 @@ def accuracy_row(name: str, data: str, split_seed: int | None, device: torch.dev
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
         "data": data,
-        "split_seed": section.split_seed if data == "digits" else None,
+        "split_seed": split_seed,
         "count": accuracy.count,
         **environment(model.cls_token.device),
     }
 
 
-def _held_out(name: str, split_seed: int | None) -> int:
-    """Find out which split a model must be measured on: that of the recipe beside it, 0 for the shipped one."""
-    recipe = Path(name.removeprefix("local-dir:")).expanduser().parent / "recipe.json"
-    own = Recipe.model_validate_json(recipe.read_bytes()).data.split_seed if recipe.is_file() else None
-    if own is None and name == DEFAULT_MODEL:
-        own = 0
-    if None not in (own, split_seed) and own != split_seed:
-        raise ValueError(
-            f"{name} was trained with split_seed {own}; the third that split_seed {split_seed} holds out has images it "
-            f"was trained on. Use --split-seed {own} or leave it out."
-        )
-    return own or split_seed or 0
+def _unseen_images(name: str, images: ImageSet, split_seed: int | None) -> list[int]:
+    """Choose the images that the model was not trained on, nor chosen by."""
+    own = _split_of_run(name, images)
+    seen = set() if own is None else {*own.train, *own.val}
+    if split_seed is None and (own is not None or images.root is not None):
+        unseen = [index for index in range(len(images.labels)) if index not in seen]
+        check(bool(unseen), f"{name} was trained on all {len(images.labels)} images; evaluate it on others.")
+        return unseen
+    held_out = _split_of_digits(images, split_seed or 0).test
+    check(
+        not seen & set(held_out),
+        f"{name} was trained on images that split_seed {split_seed} holds out; leave --split-seed out to measure it on "
+        "those that its own run held out.",
+    )
+    return sorted(held_out)
+
+
+def _split_of_run(name: str, images: ImageSet) -> Split | None:
+    """Find the split that a model was trained with: in the file that its run wrote; seed 0 for the shipped model."""
+    entry = look_up(name)
+    if entry.name == DEFAULT_MODEL:
+        return None if images.root is not None else _split_of_digits(images, 0)
+    sources = () if entry.pretrained is None else entry.pretrained.sources
+    files = [source.path for source in sources if isinstance(source, LocalFile)]
+    splits = [folder / SPLIT_FILE for file in files for folder in file.absolute().parents[:2]]
+    return next((read_split(path, images) for path in splits if path.is_file()), None)
+
+
+def _split_of_digits(images: ImageSet, seed: int) -> Split:
+    check(images.root is None, "--split-seed draws a part of the digits, and this is a folder. Leave it out.")
+    return draw_split(images, val_fraction=0.1, test_fraction=1 / 3, seed=seed)
 
 
 def summarise(rows: Sequence[Row]) -> str:

@@ -24,11 +24,24 @@ class ImageSet:
         images: The images themselves, or the files they are in.
         labels: Class of each.
         names: Names of the classes.
+        root: The folder that all files are in; None where the images are not files.
     """
 
     images: Sequence[Image.Image | Path]
     labels: Sequence[int]
     names: tuple[str, ...]
+    root: Path | None = None
+
+    def identity(self, index: int) -> tuple[str, str]:
+        """Say which image it is wherever the data set lies: path below the root, or `digits:INDEX`, and bytes."""
+        image = self.images[index]
+        if not isinstance(image, Path):
+            return f"digits:{index}", ""
+        try:
+            size = str(image.stat().st_size)
+        except OSError:  # it is found to be unreadable when it is opened
+            size = ""
+        return (image if self.root is None else image.relative_to(self.root)).as_posix(), size
 
 
 def digits() -> ImageSet:
@@ -53,7 +66,7 @@ def labelled_folder(root: Path) -> ImageSet:
     files = [(path, label) for label, name in enumerate(names) for path in images_below(root / name)]
     if not files:
         raise FileNotFoundError(f"No images in class folders below {root}; expected {root}/CLASS/IMAGE.")
-    return ImageSet([path for path, _ in files], [label for _, label in files], names)
+    return ImageSet([path for path, _ in files], [label for _, label in files], names, root)
 
 
 class LabelledImages(Dataset[tuple[Tensor, int] | None]):

@@ -2,10 +2,8 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -16,15 +14,6 @@ from beitzoo.models.beit import Beit
 from beitzoo.training.recipe import AffineAugment, CropAugment, DataSection, Recipe, RecipeError
 
 
-@dataclass(frozen=True)
-class Split:
-    """Indices into an `ImageSet`; every class has the same share in each."""
-
-    train: list[int]
-    val: list[int]
-    test: list[int]
-
-
 def load_images(data: DataSection) -> ImageSet:
     """Find the images of a recipe."""
     if data.source == "digits":
@@ -32,14 +21,6 @@ def load_images(data: DataSection) -> ImageSet:
     if data.path is None:
         raise RecipeError("data.source is 'folder', but data.path is missing; name the folder of class folders.")
     return labelled_folder(data.path)
-
-
-def split_images(images: ImageSet, data: DataSection) -> Split:
-    """Draw the held-out and the validation images, evenly from all classes."""
-    everything = list(range(len(images.labels)))
-    rest, test = _draw(everything, images.labels, data.test_fraction, data.split_seed)
-    train, val = _draw(rest, images.labels, data.val_fraction, data.split_seed)
-    return Split(train, val, test)
 
 
 def training_loader(model: Beit, images: ImageSet, indices: list[int], recipe: Recipe) -> DataLoader[Any]:
@@ -54,13 +35,6 @@ def training_loader(model: Beit, images: ImageSet, indices: list[int], recipe: R
         num_workers=recipe.data.workers,
         collate_fn=_collate(model),
     )
-
-
-def evaluation_loader(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> DataLoader[Any]:
-    """Load images in order, prepared as the model expects them."""
-    transform = create_transform(**resolve_data_config(model))
-    dataset = LabelledImages(images, indices, transform, model.config.in_chans)
-    return DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=_collate(model))
 
 
 def training_transform(model: Beit, augment: AffineAugment | CropAugment) -> Transform:
@@ -83,13 +57,3 @@ def training_transform(model: Beit, augment: AffineAugment | CropAugment) -> Tra
 
 def _collate(model: Beit) -> Callable[[Sequence[tuple[Tensor, int] | None]], tuple[Tensor, Tensor]]:
     return functools.partial(collate, shape=(model.config.in_chans, *model.config.img_size))
-
-
-def _draw(indices: list[int], labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    classes = [labels[index] for index in indices]
-    count = round(len(indices) * fraction)
-    try:
-        kept, drawn = train_test_split(indices, test_size=count, stratify=classes, random_state=seed)
-    except ValueError as error:
-        raise RecipeError(f"{len(indices)} images cannot be split with a fraction of {fraction}: {error}") from error
-    return kept, drawn

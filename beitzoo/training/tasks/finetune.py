@@ -8,11 +8,12 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from beitzoo.evaluation.evaluate import evaluate
+from beitzoo.evaluation.evaluate import evaluate, evaluation_loader
 from beitzoo.factory import create_model, save_pretrained
 from beitzoo.files import write_text
+from beitzoo.images.splits import SPLIT_FILE, draw_split, write_split
 from beitzoo.models.beit import Beit
-from beitzoo.training.data import evaluation_loader, load_images, split_images, training_loader
+from beitzoo.training.data import load_images, training_loader
 from beitzoo.training.loop import Run, fit, process_state
 from beitzoo.training.optim import spread_bias_tables
 from beitzoo.training.recipe import Recipe, dump_recipe
@@ -24,7 +25,7 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
 
     Args:
         recipe: The run.
-        directory: Receives `recipe.json`, `log.jsonl`, `best/`, `last/` and, at the end, `metrics.json`.
+        directory: Receives `recipe.json`, `split.csv`, `log.jsonl`, `best/`, `last/` and, at the end, `metrics.json`.
 
     Returns:
         The content of `metrics.json`: `test_top1` and `test_top5` in per cent, of the best checkpoint. Empty on
@@ -37,12 +38,13 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
     if (directory / "log.jsonl").exists():
         raise FileExistsError(f"{directory} holds a run; choose another folder with --out, or remove it.")
     images = load_images(recipe.data)
-    split = split_images(images, recipe.data)
+    split = draw_split(images, recipe.data.val_fraction, recipe.data.test_fraction, recipe.data.split_seed)
     set_seed(recipe.train.seed)
     model = _make_model(recipe, images.names)
     state = process_state()
     if state.is_main_process:
         write_text(directory / "recipe.json", dump_recipe(recipe))
+        write_split(directory / SPLIT_FILE, images, split)
 
     started = time.perf_counter()
     loaders = (

@@ -1,0 +1,111 @@
+"""The split of a data set into images to train on, to choose a checkpoint by, and to measure on; and its file."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from beitzoo.errors import FileAccessError, InvalidValueError, UnsupportedError
+from beitzoo.files import read_text, write_text
+from beitzoo.images.datasets import ImageSet
+
+# The name of the file, beside the checkpoints of a run.
+SPLIT_FILE = "split.csv"
+_COLUMNS = ("image", "bytes", "class", "split")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into an `ImageSet`; `draw_split` gives every class the same share in each.
+
+    Attributes:
+        train: Images to train on.
+        val: Images by which the best checkpoint is chosen.
+        test: Images that are held out, for one measurement at the end.
+    """
+
+    train: list[int]
+    val: list[int]
+    test: list[int]
+
+
+def draw_split(images: ImageSet, val_fraction: float, test_fraction: float, seed: int) -> Split:
+    """Draw the held-out images, then the validation images from the rest, evenly from all classes.
+
+    Args:
+        images: All images.
+        val_fraction: Share of the images that are not held out.
+        test_fraction: Share of all images.
+        seed: The same images, fractions and seed give the same split.
+
+    Raises:
+        InvalidValueError: A class has too few images for these fractions.
+    """
+    rest, test = _draw(range(len(images.labels)), images.labels, test_fraction, seed)
+    train, val = _draw(rest, images.labels, val_fraction, seed)
+    return Split(train, val, test)
+
+
+def _draw(indices: Sequence[int], labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    try:
+        from sklearn.model_selection import train_test_split  # only drawing needs it, reading a split does not
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            "Drawing a split needs scikit-learn; install it with: pip install 'beitzoo[train]'"
+        ) from error
+    classes = [labels[index] for index in indices]
+    count = round(len(indices) * fraction)
+    try:
+        kept, drawn = train_test_split(list(indices), test_size=count, stratify=classes, random_state=seed)
+    except ValueError as error:
+        raise InvalidValueError(
+            f"{len(indices)} images cannot be split with a fraction of {fraction}: {error} Give another fraction, or "
+            "more images per class."
+        ) from error
+    return kept, drawn
+
+
+def write_split(path: Path, images: ImageSet, split: Split) -> None:
+    """Write which image is in which part, a row for each, in the order of the split.
+
+    An image is identified by `ImageSet.identity`: its path within the data set, and the size of its file.
+    """
+    text = io.StringIO()
+    # All fields are quoted: a file name may hold any character, line ends too.
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for part in fields(split):
+        for index in getattr(split, part.name):
+            writer.writerow((*images.identity(index), images.names[images.labels[index]], part.name))
+    write_text(path, text.getvalue())
+
+
+def read_split(path: Path, images: ImageSet) -> Split:
+    """Read a split that `write_split` wrote, as indices into a set of images.
+
+    Images that the file does not list are in no part of the split. Images that are no longer there, or have another
+    size, are left out: a file of the same name in another folder is another image.
+
+    Raises:
+        FileAccessError: The file cannot be read.
+        InvalidValueError: It is no such file.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        rows = list(reader)
+    except OSError as error:
+        raise FileAccessError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
+    names = [field.name for field in fields(Split)]
+    if tuple(reader.fieldnames or ()) != _COLUMNS or any(row["split"] not in names for row in rows):
+        raise InvalidValueError(
+            f"{path} is not a split: it must have the columns {', '.join(_COLUMNS)}, and {', '.join(names)} as splits. "
+            "Restore it, or remove it to use all images."
+        )
+    found = {images.identity(index): index for index in range(len(images.images))}
+    parts: dict[str, list[int]] = {name: [] for name in names}
+    for row in rows:
+        index = found.get((row["image"], row["bytes"]))
+        if index is not None:
+            parts[row["split"]].append(index)
+    return Split(**parts)
