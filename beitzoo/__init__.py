@@ -1,32 +1,65 @@
 """The one place for BEiT: every checkpoint by name, exact, fast, trainable."""
 
-from beitzoo.factory import create_model, save_pretrained, save_transformers, save_unilm
-from beitzoo.images.transforms import create_transform, resolve_data_config
-from beitzoo.models.beit import Beit
-from beitzoo.models.optimize import optimize
-from beitzoo.weights.checkpoint import CheckpointError
-from beitzoo.weights.checksums import DownloadError
-from beitzoo.zoo.checkpoints import DataConfig, PretrainedConfig
-from beitzoo.zoo.networks import BeitConfig
-from beitzoo.zoo.registry import UnknownModelError, get_pretrained_cfg, is_model, list_models, list_pretrained
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Beit",
-    "BeitConfig",
-    "CheckpointError",
-    "DataConfig",
-    "DownloadError",
-    "PretrainedConfig",
-    "UnknownModelError",
-    "create_model",
-    "create_transform",
-    "get_pretrained_cfg",
-    "is_model",
-    "list_models",
-    "list_pretrained",
-    "optimize",
-    "resolve_data_config",
-    "save_pretrained",
-    "save_transformers",
-    "save_unilm",
-]
+if TYPE_CHECKING:
+    from beitzoo.errors import UserError as UserError
+    from beitzoo.factory import create_model as create_model
+    from beitzoo.factory import save_pretrained as save_pretrained
+    from beitzoo.factory import save_transformers as save_transformers
+    from beitzoo.factory import save_unilm as save_unilm
+    from beitzoo.images.transforms import create_transform as create_transform
+    from beitzoo.images.transforms import resolve_data_config as resolve_data_config
+    from beitzoo.models.beit import Beit as Beit
+    from beitzoo.models.optimize import optimize as optimize
+    from beitzoo.weights.checkpoint import CheckpointError as CheckpointError
+    from beitzoo.weights.checksums import DownloadError as DownloadError
+    from beitzoo.zoo.checkpoints import DataConfig as DataConfig
+    from beitzoo.zoo.checkpoints import PretrainedConfig as PretrainedConfig
+    from beitzoo.zoo.networks import BeitConfig as BeitConfig
+    from beitzoo.zoo.registry import UnknownModelError as UnknownModelError
+    from beitzoo.zoo.registry import get_pretrained_cfg as get_pretrained_cfg
+    from beitzoo.zoo.registry import is_model as is_model
+    from beitzoo.zoo.registry import list_models as list_models
+    from beitzoo.zoo.registry import list_pretrained as list_pretrained
+
+__version__ = "0.1.0"
+
+# The public names and their homes. A name is imported when it is first used, so that `import beitzoo`, and with it
+# every help text, does not wait for PyTorch. Type checkers read the imports above; a test holds both to be the same.
+_HOMES = {
+    "Beit": "beitzoo.models.beit",
+    "BeitConfig": "beitzoo.zoo.networks",
+    "CheckpointError": "beitzoo.weights.checkpoint",
+    "DataConfig": "beitzoo.zoo.checkpoints",
+    "DownloadError": "beitzoo.weights.checksums",
+    "PretrainedConfig": "beitzoo.zoo.checkpoints",
+    "UnknownModelError": "beitzoo.zoo.registry",
+    "UserError": "beitzoo.errors",
+    "create_model": "beitzoo.factory",
+    "create_transform": "beitzoo.images.transforms",
+    "get_pretrained_cfg": "beitzoo.zoo.registry",
+    "is_model": "beitzoo.zoo.registry",
+    "list_models": "beitzoo.zoo.registry",
+    "list_pretrained": "beitzoo.zoo.registry",
+    "optimize": "beitzoo.models.optimize",
+    "resolve_data_config": "beitzoo.images.transforms",
+    "save_pretrained": "beitzoo.factory",
+    "save_transformers": "beitzoo.factory",
+    "save_unilm": "beitzoo.factory",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

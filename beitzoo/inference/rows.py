@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import typer
 from rich.cells import cell_len
 
-from beitzoo.inference.classify import Prediction
+if TYPE_CHECKING:
+    from beitzoo.inference.classify import Prediction
 
 # Rows from which the table takes the widths of its columns, a batch; what is longer later sticks out and is never cut.
 _ROWS_FOR_WIDTHS = 16
@@ -78,7 +79,7 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     partial.replace(path)
 
 
-def write_rows(predictions: Iterable[Prediction], form: Form, file: TextIO, topk: int) -> None:
+def write_rows(predictions: Iterable["Prediction"], form: Form, file: TextIO, topk: int) -> None:
     """Write every prediction as soon as it is there, so that an interrupted run keeps what was done."""
     if form is Form.TABLE:
         lines = _table(predictions, _paint if file.isatty() and not os.environ.get("NO_COLOR") else _plain)
@@ -89,7 +90,7 @@ def write_rows(predictions: Iterable[Prediction], form: Form, file: TextIO, topk
         file.flush()
 
 
-def _json(predictions: Iterable[Prediction]) -> Iterator[str]:
+def _json(predictions: Iterable["Prediction"]) -> Iterator[str]:
     """Write an array with a row on each line; it is closed even where the run is interrupted."""
     separator = "[\n"
     try:
@@ -103,7 +104,7 @@ def _json(predictions: Iterable[Prediction]) -> Iterator[str]:
     yield "\n]\n" if separator == ",\n" else "[]\n"
 
 
-def _csv(predictions: Iterable[Prediction], topk: int) -> Iterator[str]:
+def _csv(predictions: Iterable["Prediction"], topk: int) -> Iterator[str]:
     """Write a line per image and model; the columns of a class that there is not are empty."""
     ranks = range(1, topk + 1)
     titles = [f"{column}_{rank}" for rank in ranks for column in ("label", "index", "probability")]
@@ -123,7 +124,7 @@ def _csv_line(values: Iterable[object]) -> str:
     return line.getvalue().removesuffix("\r\n") + "\n"
 
 
-def _table(predictions: Iterable[Prediction], paint: Paint) -> Iterator[str]:
+def _table(predictions: Iterable["Prediction"], paint: Paint) -> Iterator[str]:
     """Write aligned columns: image, model where there are several, label, probability and the classes next to it."""
     rest = iter(predictions)
     first: list[Prediction] = []
@@ -135,7 +136,7 @@ def _table(predictions: Iterable[Prediction], paint: Paint) -> Iterator[str]:
     yield from _table_rows(first, itertools.chain(first, rest), paint)
 
 
-def _table_rows(first: list[Prediction], predictions: Iterable[Prediction], paint: Paint) -> Iterator[str]:
+def _table_rows(first: list["Prediction"], predictions: Iterable["Prediction"], paint: Paint) -> Iterator[str]:
     if not first:
         return
     several = len({prediction.model for prediction in first}) > 1
@@ -153,7 +154,7 @@ def _table_rows(first: list[Prediction], predictions: Iterable[Prediction], pain
         yield f"{start}  {prediction.answers[0].probability:>11.1%}  {others}".rstrip() + "\n"
 
 
-def _cells(prediction: Prediction, several: bool) -> list[str]:
+def _cells(prediction: "Prediction", several: bool) -> list[str]:
     """Return the cells of a row that say which image, which model and which class."""
     label = [_printable(prediction.answers[0].label)] if prediction.answers else []
     return [_printable(str(prediction.path)), *([prediction.model or ""] if several else []), *label]

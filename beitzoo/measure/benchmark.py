@@ -20,11 +20,11 @@ from beitzoo.zoo.registry import UnknownModelError, find, list_models
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command of `benchmark.py`; what the user got wrong is one message and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        app(args=list(_with_values(sys.argv[1:])))
+        app(args=list(_with_values(sys.argv[1:] if arguments is None else arguments)))
     except (ValueError, TypeError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,33 @@
+"""The commands about measurements: report, benchmark."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from beitzoo.cli import extras
+
+# What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
+
+
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with benchmark.csv and comparison.csv.")] = Path("results"),
+    out: Annotated[Path | None, typer.Option(help="Receives the pictures; by default plots/ in that folder.")] = None,
+) -> None:
+    """Draw accuracy against speed and the ratio to each peer, and write the tables of published accuracy."""
+    extras.require("plots", "matplotlib")
+    from beitzoo.measure.report import draw_all, write_accuracies
+
+    for path in [*write_accuracies(results / "accuracy"), *draw_all(results, out or results / "plots")]:
+        print(path)
+
+
+# The flags of the benchmark are its own business.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def benchmark(context: typer.Context) -> None:
+    """Time models, by the flags of timm's benchmark.py; `beitzoo benchmark --help` lists them."""
+    from beitzoo.measure.benchmark import main
+
+    main(context.args)

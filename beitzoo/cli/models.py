@@ -1,0 +1,190 @@
+"""The commands about models: list, info, download, verify."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from beitzoo.errors import InvalidValueError
+from beitzoo.zoo import accuracy, costs
+from beitzoo.zoo.checkpoints import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
+from beitzoo.zoo.registry import list_models
+
+# What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
+
+CacheDir = Annotated[Path | None, typer.Option(help="Where downloads are kept; the hub's own cache by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Glob, such as 'beitv2*'.")] = "",
+    pretrained: Annotated[bool, typer.Option(help="List checkpoints rather than architectures.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print the table of all checkpoints in Markdown.")] = False,
+) -> None:
+    """List the models of the zoo."""
+    if markdown:
+        from beitzoo.measure.table import model_table
+
+        print(model_table())
+        return
+    for name in list_models(pattern, pretrained=pretrained):
+        print(name)
+
+
+def info(name: str, as_json: AsJson = False) -> None:
+    """Say what a model is: size, cost, where its weights are, how images are prepared, licence."""
+    facts = _facts(name)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), Text(_plain(value), overflow="fold"))
+    Console().print(table)
+
+
+def download(
+    models: Annotated[list[str], typer.Argument(help="Model names, globs of them, or hf-hub:OWNER/NAME@REVISION.")],
+    cache_dir: CacheDir = None,
+) -> None:
+    """Fetch weights into the cache and prove them, for use without network later."""
+    from beitzoo.factory import look_up
+    from beitzoo.weights import sources
+
+    cache_dir = cache_dir and cache_dir.expanduser()
+    failed = False
+    for name in _expand(models):
+        try:
+            pretrained = look_up(name, cache_dir).pretrained
+            path = sources.fetch(pretrained.sources if pretrained else (), cache_dir)
+            print(f"{name}  {path}")
+        except (ValueError, OSError) as error:
+            failed = True
+            print(f"Error: {name}: {error}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+def verify(
+    models: Annotated[list[str] | None, typer.Argument(help="Model names or globs; without any, all of them.")] = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hash downloaded weights again; exit code 1 if a file is damaged or a named model absent."""
+    cache_dir = cache_dir and cache_dir.expanduser()
+    rows: list[dict[str, str]] = []
+    for name in _expand(models or ["*"]):
+        try:
+            rows += _verdicts(name, cache_dir, named=bool(models))
+        except (ValueError, OSError) as error:
+            rows.append({"model": name, "state": "not found", "file": "", "detail": str(error)})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            print(f"{row['state']:<14}  {row['model']}  {row['file']}".rstrip())
+            if row["state"] != "verified" and row["detail"]:
+                print(f"    {row['detail']}")
+    if any(row["state"] not in ("verified", "unverified") for row in rows):
+        raise typer.Exit(1)
+
+
+def _verdicts(name: str, cache_dir: Path | None, named: bool) -> list[dict[str, str]]:
+    """Return a row for each local copy of a checkpoint; if there is none, one that says so, if it was named."""
+    from beitzoo.factory import look_up
+    from beitzoo.weights import sources
+
+    pretrained = look_up(name, cache_dir).pretrained
+    verdicts = [sources.verify(source, cache_dir) for source in (pretrained.sources if pretrained else ())]
+    rows = [
+        {"model": name, "state": verdict.state, "file": str(verdict.path), "detail": verdict.detail}
+        for verdict in verdicts
+        if verdict.path is not None
+    ]
+    absent = {"model": name, "state": "not downloaded" if verdicts else "no weights", "file": "", "detail": ""}
+    return rows or [absent] * named
+
+
+def _expand(patterns: list[str]) -> list[str]:
+    """Replace globs by the checkpoints they match; anything else is a name, right or wrong."""
+    names = []
+    for pattern in patterns:
+        matches = (
+            list_models(pattern, pretrained=True) if set("*?[") & set(pattern) and ":" not in pattern else [pattern]
+        )
+        if not matches:
+            raise InvalidValueError(f"No checkpoint matches {pattern!r}; 'beitzoo list --pretrained' shows all.")
+        names += matches
+    return names
+
+
+def _facts(name: str) -> dict[str, Any]:
+    from beitzoo.factory import look_up
+
+    entry = look_up(name)
+    config, row = entry.config, entry.pretrained
+    data = (row.data if row else DataConfig()).fitted_to(config)
+    return {
+        "model": entry.name,
+        "parameters": costs.parameters(config),
+        "gmacs": round(costs.macs(config) / 1e9, 2),
+        "activations_millions": round(costs.activations(config) / 1e6, 1),
+        "classes": config.num_classes,
+        "input_size": list(data.input_size),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "interpolation": data.interpolation,
+        "crop_pct": data.crop_pct,
+        "crop_mode": data.crop_mode,
+        "weights": [] if row is None else [_where(source) for source in row.sources],
+        "accuracy": [_published(one) for one in accuracy.published(entry.name)],
+        **_speed(entry.name),
+        "license": row and row.license,
+        "paper": row and row.paper,
+    }
+
+
+def _published(one: accuracy.Accuracy) -> dict[str, Any]:
+    """Return what is known of one accuracy; the model is known already."""
+    return {name: value for name, value in asdict(one).items() if name != "model" and value is not None}
+
+
+def _speed(name: str) -> dict[str, Any]:
+    from beitzoo.measure.table import images_per_second, measured_speed
+
+    row = measured_speed(name)
+    if row is None:
+        return {"images_per_second": None, "measured_on": None}
+    where = f"{row['device']}, {row['threads']} threads, one image at a time in float32, {row['date']}"
+    return {"images_per_second": round(images_per_second(row), 2), "measured_on": where}
+
+
+def _plain(value: object) -> str:
+    """Write a fact as a person would; places and accuracies one below the other."""
+    if isinstance(value, dict):
+        scores = [f"{key} {value[key]}" for key in ("top1", "top5", "miou", "macc", "aacc") if key in value]
+        return f"{value['data']}: {', '.join(scores)} ({value['source']})"
+    if isinstance(value, list):
+        separator = ", " if value and isinstance(value[0], int | float) else "\n"
+        return separator.join(map(_plain, value)) or "none"
+    if isinstance(value, float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else "none" if value is None else str(value)
+
+
+def _where(source: Source) -> str:
+    match source:
+        case HubFile(repo_id, filename, revision):
+            return f"hub {repo_id}/{filename} at {revision or 'main'}"
+        case ReleaseFile():
+            return source.url
+        case PackageFile(path):
+            return f"package {path}"
+        case LocalFile(path):
+            return str(path)

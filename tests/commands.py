@@ -1,0 +1,13 @@
+"""The commands as the tests call them, in this process."""
+
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from beitzoo.cli import app
+
+SAMPLES = Path("beitzoo/assets/samples")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
