@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from beitzoo.errors import FileAccessError
+from beitzoo.errors import FileAccessError, MissingFileError, UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -20,18 +20,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         FileAccessError: The file cannot be written: names the file and the reason.
     """
     try:
-        target = path.expanduser().resolve()
+        target = _followed(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Not made of the file's name, which may be as long as a name can be.
         temporary = target.with_name(f".{secrets.token_hex(8)}.partial")
         try:
-            _create(temporary, like=target)
-            write(temporary)
+            mode = _create(temporary, like=target)
+            _fill(temporary, write)
+            temporary.chmod(mode)  # safetensors replaces the file by one of its own
             _flush(temporary)
             temporary.replace(target)
             _flush(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+    except UserError:
+        raise
     except OSError as error:
         raise FileAccessError(
             f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and free space, or choose "
@@ -45,15 +48,48 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file that `write_text` wrote."""
-    return path.read_bytes().decode("utf-8", "surrogateescape")
+    """Read a text file that `write_text` wrote.
+
+    Raises:
+        MissingFileError: It is not there.
+        FileAccessError: It cannot be read.
+    """
+    try:
+        return path.expanduser().read_bytes().decode("utf-8", "surrogateescape")
+    except FileNotFoundError as error:
+        raise MissingFileError(f"There is no file {path}; check the name.") from error
+    except OSError as error:
+        raise FileAccessError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
 
 
-def _create(temporary: Path, like: Path) -> None:
-    """Create the file with the mode of the one that it will replace, or else as the umask says."""
+def _followed(path: Path) -> Path:
+    """Return the file that a path means in the end; only a regular one can be replaced."""
+    try:
+        target = path.expanduser().resolve()
+    except RuntimeError as error:  # links in a circle, or a ~ without a home
+        raise FileAccessError(f"Cannot write {path}: {error}. Choose another file.") from error
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "a device or a pipe"
+        raise FileAccessError(f"Cannot write {path}: it is {kind}. Choose another file.")
+    return target
+
+
+def _create(temporary: Path, like: Path) -> int:
+    """Create the file and return its mode: that of the file it will replace, or else what the umask allows."""
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    with contextlib.suppress(FileNotFoundError):
-        temporary.chmod(stat.S_IMODE(like.stat().st_mode))
+    return stat.S_IMODE((like if like.exists() else temporary).stat().st_mode)
+
+
+def _fill(temporary: Path, write: Callable[[Path], object]) -> None:
+    """Call `write`; where it fails on a full disk without saying so, as torch.save does, raise the system's error."""
+    try:
+        write(temporary)
+    except OSError:
+        raise
+    except Exception:
+        with temporary.open("ab") as file:
+            file.write(bytes(2**20))
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -13,8 +13,8 @@ import typer
 
 from beitzoo.measure.options import BenchmarkOptions, usable_device
 from beitzoo.measure.peers import check_names
-from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS, Table, sweep
-from beitzoo.results import Format, Row, environment
+from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS, KEY, sweep
+from beitzoo.results import Format, Row, Table, environment
 from beitzoo.zoo.registry import UnknownModelError, find, list_models
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -101,7 +101,8 @@ def run(
     }
     names = _names(model, model_list)
     jobs = [BenchmarkOptions(**{**flags, "model": name, "peer": peer}) for name in names for peer in peers]
-    table = Table(results_file, cast(Format, results_format), COMPARISON_COLUMNS if compare else BENCHMARK_COLUMNS)
+    columns = COMPARISON_COLUMNS if compare else BENCHMARK_COLUMNS
+    table = Table(results_file, columns, KEY, cast(Format, results_format))
     table.check()
     _print(list(sweep(jobs, environment(place), table, retry_failed)))
 

@@ -13,7 +13,7 @@ from beitzoo.images.fast import FastTransform, open_tensor
 from beitzoo.images.files import open_image
 from beitzoo.images.transforms import create_transform
 from beitzoo.measure.timing import median_interval, median_ratio, time_rounds
-from beitzoo.results import ENVIRONMENT, append_row, check_columns, environment
+from beitzoo.results import ENVIRONMENT, Table, environment
 from beitzoo.zoo.pretrained import PRETRAINED
 
 COLUMNS = (
@@ -37,8 +37,8 @@ def run(
     results_file: Annotated[Path | None, typer.Option(help="Append a row per route to this CSV.")] = None,
 ) -> None:
     """Time each route with one thread, and compare its pixels with timm's, in levels of 255."""
-    if results_file is not None:
-        check_columns(results_file, (*COLUMNS, *ENVIRONMENT))
+    table = Table(results_file, (*COLUMNS, *ENVIRONMENT))
+    table.check()
     torch.set_num_threads(1)
     routes = _routes()
     expected = [routes["timm"](path) for path in images]
@@ -61,8 +61,7 @@ def run(
             **environment(torch.device("cpu")),
         }
         print(", ".join(f"{column} {row[column]}" for column in COLUMNS))
-        if results_file is not None:
-            append_row(results_file, row)
+        table.append(row)
 
 
 def _routes() -> dict[str, Callable[[Path], Tensor]]:

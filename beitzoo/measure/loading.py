@@ -20,7 +20,7 @@ from tqdm import tqdm
 from beitzoo.factory import create_model, save_pretrained, save_transformers
 from beitzoo.measure.child import run_in_child
 from beitzoo.measure.timing import median_interval, median_ratio, peak_memory
-from beitzoo.results import ENVIRONMENT, Row, append_row, check_columns, environment
+from beitzoo.results import ENVIRONMENT, Row, Table, environment
 
 Library = Literal["beitzoo", "beitzoo local-dir", "timm", "transformers"]
 LIBRARIES: tuple[Library, ...] = ("beitzoo", "beitzoo local-dir", "timm", "transformers")
@@ -79,9 +79,8 @@ def run(
     results_file: Annotated[Path | None, typer.Option(help="Append a row per library to this CSV.")] = None,
 ) -> None:
     """Write a model with random weights, load it by turns in every library, and print a row for each."""
-    columns = (*COLUMNS, *ENVIRONMENT)
-    if results_file is not None:
-        check_columns(results_file, columns)
+    table = Table(results_file, (*COLUMNS, *ENVIRONMENT))
+    table.check()
     order = random.Random(0)
     turns: dict[Library, list[Row]] = {library: [] for library in LIBRARIES}
     with tempfile.TemporaryDirectory() as folder:
@@ -99,8 +98,7 @@ def run(
         row = {"model": model, "library": library, **_summary(turns[library], turns["beitzoo"]), "rounds": rounds}
         row |= environment(torch.device("cpu"))
         print(", ".join(f"{name} {row[name]}" for name in COLUMNS))
-        if results_file is not None:
-            append_row(results_file, row)
+        table.append(row)
 
 
 def _summary(theirs: list[Row], ours: list[Row]) -> Row:

@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -13,7 +12,7 @@ from beitzoo.measure.child import Outcome, run_in_child
 from beitzoo.measure.comparison import compare
 from beitzoo.measure.options import BenchmarkOptions, Phase
 from beitzoo.measure.peers import check_installed, peer_version
-from beitzoo.results import ENVIRONMENT, Format, Row, append_row, check_columns, drop_rows, read_rows
+from beitzoo.results import ENVIRONMENT, Row, Table
 
 _TIMM_COLUMNS = (
     "model",
@@ -72,43 +71,10 @@ COMPARISON_COLUMNS = (
 )
 # What makes two rows the same measurement: all that was asked for, and where; not when.
 _PLACE = tuple(name for name in ENVIRONMENT if name != "date")
-_KEY = ("model", "peer", "peer_version", "subject", "subject_precision", *_ASKED, *_PLACE)
+KEY = ("model", "peer", "peer_version", "subject", "subject_precision", *_ASKED, *_PLACE)
 _PHASES = {"inference": speed.measure_inference, "train": speed.measure_training}
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where rows go: a file that outlives the run, or none."""
-
-    path: Path | None
-    form: Format
-    columns: tuple[str, ...]
-
-    def check(self) -> None:
-        """Make sure that rows can be appended, before the first is measured; errors are those of `check_columns`."""
-        if self.path is not None:
-            check_columns(self.path, self.columns, self.form)
-
-    def find(self, wanted: Row) -> Row | None:
-        """Return the row of the same measurement, if it is there."""
-        rows = [] if self.path is None else read_rows(self.path, self.form)
-        return next((row for row in rows if _key(row) == _key(wanted)), None)
-
-    def append(self, row: Row) -> Row:
-        """Put a row on disk, and return it with all columns."""
-        full = {name: row.get(name) for name in self.columns}
-        assert row.keys() <= full.keys(), row.keys() - full.keys()
-        if self.path is not None:
-            append_row(self.path, full, self.form)
-        return full
-
-    def drop_failed(self, wanted: Sequence[Row]) -> None:
-        """Take out the rows of these measurements that say why they failed, so that they are tried again."""
-        keys = set(map(_key, wanted))
-        if self.path is not None:
-            drop_rows(self.path, lambda row: bool(row.get("error")) and _key(row) in keys, self.form)
 
 
 def sweep(jobs: Sequence[BenchmarkOptions], stamp: Row, table: Table, retry_failed: bool = False) -> Iterator[Row]:
@@ -199,10 +165,6 @@ def _asked(job: BenchmarkOptions, stamp: Row) -> Row:
         asked |= {"peer": job.peer, "subject": job.subject, "subject_precision": precision}
         asked |= {"peer_version": peer_version(job.peer)}
     return asked
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple("" if row.get(name) is None else str(row[name]) for name in _KEY)
 
 
 def _title(job: BenchmarkOptions) -> str:
