@@ -27,19 +27,17 @@ def evaluate(
 ) -> None:
     """Measure top-1 and top-5 accuracy; of several models also mean and standard deviation."""
     extras.require("train", "accelerate", "sklearn")
+    from beitzoo import results
     from beitzoo.evaluation.evaluate import COLUMNS, accuracy_row, summarise
     from beitzoo.measure.options import usable_device
-    from beitzoo.results import append_row, check_columns
 
-    if results_file is not None:
-        check_columns(results_file, COLUMNS)
+    kept = results.Table(results_file, tuple(COLUMNS))
+    kept.check()
 
     rows = []
     for name in tqdm(models, unit="model", disable=None):
         row = accuracy_row(name, data, split_seed, usable_device(device))
-        if results_file is not None:
-            append_row(results_file, row)
-        rows.append(row)
+        rows.append(kept.append(row))
     if as_json:
         print(json.dumps(rows, indent=2))
         return

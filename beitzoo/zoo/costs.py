@@ -17,6 +17,20 @@ def parameters(config: BeitConfig) -> int:
     return patches + tokens + config.use_shared_rel_pos_bias * table + config.depth * block + 2 * width + head
 
 
+def columns(config: BeitConfig) -> dict[str, float]:
+    """Return parameters, multiply-adds and activations in timm's columns and units."""
+    return {
+        "param_count": round(parameters(config) / 1e6, 2),
+        "infer_gmacs": round(macs(config) / 1e9, 2),
+        "infer_macts": round(activations(config) / 1e6, 2),
+    }
+
+
+def input_size(config: BeitConfig) -> str:
+    """Write channels, height and width as the column of that name has them: 3x224x224."""
+    return "x".join(map(str, (config.in_chans, *config.img_size)))
+
+
 def macs(config: BeitConfig) -> int:
     """Count the multiply-adds of one image: linears, patch projection and the two products of attention."""
     n, c, patches = config.num_tokens, config.embed_dim, config.num_tokens - 1

@@ -12,7 +12,7 @@ from beitzoo.evaluation.evaluate import COLUMNS as ACCURACY_COLUMNS
 from beitzoo.measure import report
 from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS
 from beitzoo.measure.table import images_per_second, measured_speed, model_table
-from beitzoo.results import ENVIRONMENT, Row, append_row
+from beitzoo.results import ENVIRONMENT, Row, Table
 from beitzoo.zoo.accuracy import DATA_SETS, headline, published
 from beitzoo.zoo.pretrained import PRETRAINED
 
@@ -32,12 +32,12 @@ SPEEDS = {
 def add_speed(results: Path, model: str, **values: object) -> None:
     size = model.partition(".")[0][-3:]
     row = {"precision": "float32", "infer_batch_size": 1, "input_size": f"3x{size}x{size}", **STAMP, "model": model}
-    append_row(results / "benchmark.csv", dict.fromkeys(BENCHMARK_COLUMNS) | row | values)  # type: ignore[arg-type]
+    Table(results / "benchmark.csv", BENCHMARK_COLUMNS).append(row | values)  # type: ignore[arg-type]
 
 
 def add_ratio(results: Path, **values: object) -> None:
     row = {"subject": "beitzoo", "subject_precision": "float32", "precision": "float32", "bench": "inference", **STAMP}
-    append_row(results / "comparison.csv", dict.fromkeys(COMPARISON_COLUMNS) | row | values)  # type: ignore[arg-type]
+    Table(results / "comparison.csv", COMPARISON_COLUMNS).append(row | values)  # type: ignore[arg-type]
 
 
 @pytest.fixture

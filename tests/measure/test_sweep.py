@@ -17,8 +17,8 @@ from beitzoo.measure import sweep as room
 from beitzoo.measure.child import Outcome, run_in_child
 from beitzoo.measure.options import BenchmarkOptions
 from beitzoo.measure.speed import measure_inference
-from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS, Table, sweep
-from beitzoo.results import Row, environment, read_rows
+from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS, KEY, sweep
+from beitzoo.results import Row, Table, environment, read_rows
 
 STAMP = environment(torch.device("cpu"))
 
@@ -28,7 +28,7 @@ def jobs(count: int = 4) -> list[BenchmarkOptions]:
 
 
 def table(folder: Path) -> Table:
-    return Table(folder / "rows.csv", "csv", BENCHMARK_COLUMNS)
+    return Table(folder / "rows.csv", BENCHMARK_COLUMNS, KEY)
 
 
 def sizes(path: Path) -> list[int]:
@@ -80,7 +80,7 @@ def test_a_batch_shrinks_for_want_of_memory_only(
 
     monkeypatch.setattr(room, "run_in_child", run)
     job = BenchmarkOptions(model="test_beit", batch_size=8, retry=retry)
-    (row,) = sweep([job], STAMP, Table(None, "csv", BENCHMARK_COLUMNS))
+    (row,) = sweep([job], STAMP, Table(None, BENCHMARK_COLUMNS))
     assert seen == tried
     assert (row["batch_size"], row["infer_batch_size"]) == (8, 3 if tried[-1] == 3 else None)
     assert row["error"] == (None if tried[-1] == 3 else "no room")
@@ -89,7 +89,7 @@ def test_a_batch_shrinks_for_want_of_memory_only(
 def test_an_absent_peer_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("beitzoo.measure.peers._version", lambda package: None)
     job = BenchmarkOptions(model="test_beit", peer="openvino")
-    (row,) = sweep([job], STAMP, Table(None, "csv", COMPARISON_COLUMNS))
+    (row,) = sweep([job], STAMP, Table(None, COMPARISON_COLUMNS))
     assert row["peer"] == "openvino"
     assert "openvino needs openvino, onnx, onnxscript; install it with: pip install 'beitzoo[peers]'" in str(
         row["error"]

@@ -41,3 +41,10 @@ def test_the_headline_is_on_the_set_a_checkpoint_was_made_for() -> None:
     assert (segmentation.miou, segmentation.protocol) == (53.61, "single scale")
     assert headline("beit_base_patch16_224.mim_in22k") is None
     assert headline("beit_base_patch16_224.in22k_ft_in22k") is None
+
+
+def test_timm_cropped_as_the_checkpoints_transform_says() -> None:
+    for row in published():
+        if row.source.startswith("timm"):
+            data = PRETRAINED[row.model].data
+            assert (row.crop_pct, row.interpolation) == (data.crop_pct, data.interpolation)
