@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beitzoo.errors import UserError as UserError
     from beitzoo.factory import create_model as create_model
-    from beitzoo.factory import save_pretrained as save_pretrained
-    from beitzoo.factory import save_transformers as save_transformers
-    from beitzoo.factory import save_unilm as save_unilm
     from beitzoo.images.transforms import create_transform as create_transform
     from beitzoo.images.transforms import resolve_data_config as resolve_data_config
     from beitzoo.models.beit import Beit as Beit
     from beitzoo.models.optimize import optimize as optimize
+    from beitzoo.saving import save_pretrained as save_pretrained
+    from beitzoo.saving import save_transformers as save_transformers
+    from beitzoo.saving import save_unilm as save_unilm
     from beitzoo.weights.checkpoint import CheckpointError as CheckpointError
     from beitzoo.weights.checksums import DownloadError as DownloadError
     from beitzoo.zoo.checkpoints import DataConfig as DataConfig
@@ -45,9 +45,9 @@ _HOMES = {
     "list_pretrained": "beitzoo.zoo.registry",
     "optimize": "beitzoo.models.optimize",
     "resolve_data_config": "beitzoo.images.transforms",
-    "save_pretrained": "beitzoo.factory",
-    "save_transformers": "beitzoo.factory",
-    "save_unilm": "beitzoo.factory",
+    "save_pretrained": "beitzoo.saving",
+    "save_transformers": "beitzoo.saving",
+    "save_unilm": "beitzoo.saving",
 }
 
 __all__ = [*_HOMES]

@@ -17,10 +17,11 @@ import typer
 from torch import nn
 from tqdm import tqdm
 
-from beitzoo.factory import create_model, save_pretrained, save_transformers
+from beitzoo.factory import create_model
 from beitzoo.measure.child import run_in_child
 from beitzoo.measure.timing import median_interval, median_ratio, peak_memory
 from beitzoo.results import ENVIRONMENT, Row, Table, environment
+from beitzoo.saving import save_pretrained, save_transformers
 
 Library = Literal["beitzoo", "beitzoo local-dir", "timm", "transformers"]
 LIBRARIES: tuple[Library, ...] = ("beitzoo", "beitzoo local-dir", "timm", "transformers")

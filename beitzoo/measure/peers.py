@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from beitzoo.errors import closest
-from beitzoo.factory import save_pretrained, save_transformers
 from beitzoo.measure.options import Precision, stored_dtype
 from beitzoo.models.beit import Beit
 from beitzoo.models.optimize import optimize
+from beitzoo.saving import save_pretrained, save_transformers
 
 
 @dataclass(frozen=True)

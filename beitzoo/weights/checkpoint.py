@@ -2,69 +2,143 @@
 
 import argparse
 import functools
+import json
+import struct
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from beitzoo.errors import UserError
 from beitzoo.files import write_atomically
-from beitzoo.weights.layouts import LayoutError, to_ours
+from beitzoo.weights.layouts import LayoutError, choose_network, to_ours
 
 _ZIP = b"PK\x03\x04"
 _OLD_PICKLE = b"\x80\x02\x8a\x0a"  # protocol 2 and a long integer, PyTorch's magic number
 _LONGEST_PICKLE = 16 * 2**20
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+_LONGEST_INDEX = 16 * 2**20
+# The dtypes of weights, by their names in safetensors.
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
 _UNPICKLING = threading.Lock()
-# Where the state dict of a checkpoint lies: unilm's, DeepSpeed's, and others'.
-_CONTAINERS = ("model", "module", "state_dict")
+# How transformers calls the list of the files over which it spread the tensors of a large model.
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class CheckpointError(UserError, ValueError):
     """A file that is not a checkpoint, or one of another network."""
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, *, map_file: bool = False, use_ema: bool | None = None) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint, under our names, whichever file format and layout it has.
 
-    Safetensors and PyTorch's zipped pickles are told apart by content. Tensors are views of the mapped file until
-    something writes to them. A pickle is read with PyTorch's restricted unpickler, which runs no code of the file.
+    Safetensors and PyTorch's zipped pickles are told apart by content; an index of sharded safetensors by its name.
+    A pickle is read with PyTorch's restricted unpickler, which runs no code of the file.
+
+    Args:
+        path: The file.
+        map_file: Make the tensors views of the file until something writes to them. Only for files that are never
+            written to: who writes to such a file changes the tensors, and who shortens it ends the process.
+        use_ema: Of averaged and plain weights in one file, take the averaged ones, or not; None is as in timm: the
+            averaged ones, if there are any.
 
     Raises:
         CheckpointError: Names the file and why it is not a checkpoint of a BEiT.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        tensors = _read_pickle(path) if start == _ZIP else _read_safetensors(path, start)
-        _check_tensors(tensors, path.stat().st_size)
-        return _own(to_ours(tensors))
+        document, size = _read_document(path, map_file)
+        label, tensors = choose_network(document, use_ema, str(path))
+        _check_tensors(tensors, size)
+        return _own(to_ours(tensors, use_ema, f"{path}: {label}" if label else str(path)))
     except FileNotFoundError as error:
-        raise CheckpointError(f"There is no checkpoint {path}; name a file that exists.") from error
+        raise CheckpointError(f"There is no checkpoint {error.filename or path}; name a file that exists.") from error
     except (LayoutError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
+def shards(index: Path) -> list[str]:
+    """Name the files that an index of sharded safetensors says the tensors are in; they lie beside it.
+
+    Raises:
+        CheckpointError: It is no such index, or names a file elsewhere.
+    """
+    try:
+        if index.stat().st_size > _LONGEST_INDEX:
+            raise ValueError("it is too long")
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not names or not all(name == PurePath(name).name for name in names):
+            raise ValueError("its files are not beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: it is not an index of sharded safetensors: {error}.") from error
+    return names
+
+
+def _read_document(path: Path, map_file: bool) -> tuple[Any, int]:
+    """Return what a file holds, tensors or a dict of more, and the bytes it takes."""
+    if path.name.endswith(INDEX_SUFFIX):
+        parts = [path.with_name(name) for name in shards(path)]
+        merged: dict[str, Tensor] = {}
+        for part in parts:
+            merged |= _read_safetensors(part, map_file)
+        return merged, sum(part.stat().st_size for part in parts)
+    with path.open("rb") as file:
+        start = file.read(4)
     if start == _OLD_PICKLE:
         raise LayoutError(
             "it is a pickle in the form of PyTorch before 1.6, which is not read; "
             "load it with torch.load(..., weights_only=True) and save it again with torch.save."
         )
+    document = _read_pickle(path, map_file) if start == _ZIP else _read_safetensors(path, map_file)
+    return document, path.stat().st_size
+
+
+def _read_safetensors(path: Path, map_file: bool) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        if map_file:
+            return load_file(path)
+        with safe_open(path, "pt"):  # checks that the header describes exactly the bytes behind it
+            return _read_into_memory(path)
+    except (SafetensorError, struct.error, KeyError, ValueError) as error:
         raise LayoutError(f"it is not a readable safetensors file: {error}.") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_into_memory(path: Path) -> dict[str, Tensor]:
+    """Read each tensor into memory of its own; faster than copies of mapped tensors, and nothing is held twice."""
+    tensors = {}
+    with path.open("rb", buffering=0) as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise LayoutError(f"{name!r} is {entry['dtype']}; weights are {', '.join(list(_DTYPES)[:4])}.")
+            tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            file.seek(8 + length + entry["data_offsets"][0])
+            left = tensors[name].view(-1).view(torch.uint8).numpy().data
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise LayoutError("it is not a readable safetensors file: it was cut while it was read.")
+                left = left[count:]
+    return tensors
+
+
+def _read_pickle(path: Path, map_file: bool) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -73,34 +147,26 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             raise LayoutError("it is a compressed zip file, which PyTorch does not write.")
         if any(entry.file_size > _LONGEST_PICKLE for entry in entries if entry.filename.endswith(".pkl")):
             raise LayoutError("its pickle is too long to be that of a checkpoint.")
-        document = _unpickle(path)
+        return _unpickle(path, map_file)
     except LayoutError:
         raise
     except Exception as error:  # whatever a broken or hostile pickle makes the unpickler raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LayoutError(f"it is not a readable PyTorch checkpoint: {reason}") from error
-    for key in _CONTAINERS:
-        if isinstance(document, dict) and isinstance(document.get(key), dict):
-            document = document[key]
-            break
-    if not isinstance(document, dict) or not all(isinstance(name, str) for name in document):
-        raise LayoutError(f"it holds no state dict, alone or under {', '.join(_CONTAINERS)}.")
-    return document
 
 
-def _unpickle(path: Path) -> Any:
+def _unpickle(path: Path, map_file: bool) -> Any:
     # The original's checkpoints hold the arguments of their run. The list of allowed classes is the process's: nobody
     # else may read meanwhile, and what the user allowed stays allowed.
     with _UNPICKLING:
         allowed = argparse.Namespace in torch.serialization.get_safe_globals()
         with nullcontext() if allowed else torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=map_file)
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Make every tensor one that can be trained: dense, its memory its own, all numbers of one precision."""
-    floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    widest = functools.reduce(torch.promote_types, floating) if floating else torch.float32
+    widest = widest_dtype(tensors)
     owned: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -112,13 +178,19 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
+def widest_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the precision that holds the numbers of all tensors."""
+    floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return functools.reduce(torch.promote_types, floating) if floating else torch.float32
+
+
 def _check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
     """Refuse what no checkpoint has: other objects, tensors that claim more than the file holds, infinite numbers."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
             raise LayoutError(f"{name!r} is no plain tensor.")
-        if tensor.dtype not in _DTYPES:
-            raise LayoutError(f"{name!r} is {tensor.dtype}; weights are {', '.join(map(str, _DTYPES[:4]))}.")
+        if tensor.dtype not in _DTYPES.values():
+            raise LayoutError(f"{name!r} is {tensor.dtype}; weights are {', '.join(list(_DTYPES)[:4])}.")
         if tensor.numel() * tensor.element_size() > size:
             raise LayoutError(f"{name!r} of shape {tuple(tensor.shape)} is larger than the file.")
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
@@ -139,35 +211,60 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str) -> Non
     Raises:
         CheckpointError: Lists missing names with a minus, unexpected ones with a plus, and other shapes.
     """
-    own = model.state_dict()
-    lines = [f"  - {name} {tuple(own[name].shape)}" for name in own if name not in state_dict]
-    lines += [f"  + {name} {tuple(state_dict[name].shape)}" for name in state_dict if name not in own]
-    lines += [
-        f"  ~ {name}: {tuple(state_dict[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state_dict and state_dict[name].shape != own[name].shape
-    ]
-    lines += [
-        f"  ~ {name}: {tensor.dtype}, expected floating point"
-        for name, tensor in state_dict.items()
-        if name in own and not tensor.is_floating_point()
-    ]
+    lines = compare(model.state_dict(), state_dict)
     if lines:
-        shown = [*lines[:20], f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else lines
         raise CheckpointError(
             f"{origin} is not a checkpoint of this network (- missing, + unexpected, ~ different):\n"
-            + "\n".join(shown)
+            + "\n".join(lines)
             + "\nCreate the architecture that the checkpoint was saved from."
         )
     model.load_state_dict(state_dict, strict=True, assign=True)
 
 
+def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """List the tensors that are missing (-), unexpected (+) or of another shape or kind (~), 20 lines at most."""
+    lines = [f"  - {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in found]
+    lines += [f"  + {name} {tuple(tensor.shape)}" for name, tensor in found.items() if name not in expected]
+    both = [name for name in expected if name in found]
+    lines += [
+        f"  ~ {name}: {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in both
+        if found[name].shape != expected[name].shape
+    ]
+    lines += [
+        f"  ~ {name}: {found[name].dtype}, expected floating point"
+        for name in both
+        if not found[name].is_floating_point()
+    ]
+    return [*lines[:20], f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else lines
+
+
 def save_pickle(document: Mapping[str, object], path: Path) -> None:
-    """Write a PyTorch file in one step."""
-    write_atomically(path, lambda temporary: torch.save(dict(document), temporary))
+    """Write a PyTorch file atomically.
+
+    Raises:
+        FileAccessError: The file cannot be written.
+    """
+    _write(path, lambda temporary: torch.save(dict(document), temporary))
 
 
 def save(state_dict: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file in one step: readers see the old file or the new one, never a part."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    """Write a safetensors file atomically.
+
+    Raises:
+        FileAccessError: The file cannot be written.
+    """
+    tensors = _own({name: tensor.detach() for name, tensor in state_dict.items()})
+    _write(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file atomically, and let what the libraries call their own error be the system's, as it is."""
+
+    def attempt(temporary: Path) -> None:
+        try:
+            write(temporary)
+        except (SafetensorError, RuntimeError) as error:  # of a full disk, for example
+            raise OSError(str(error).splitlines()[0]) from error
+
+    write_atomically(path, attempt)

@@ -4,15 +4,18 @@ Our names are unilm's, which timm kept. transformers has two spellings: the one 
 writes, and the one its version 5 has in memory. Both are recognised by the keys alone.
 """
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from beitzoo.errors import UserError
-from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment
+
+_logger = logging.getLogger(__name__)
 
 Layout = Literal["unilm", "transformers", "transformers5"]
 
@@ -77,60 +80,84 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     ("lm_head.bias", "lm_head.bias", "lm_head.bias"),
 )
 
-# Where a backbone may sit inside another module: a wrapper of training, a segmentation model, a tokenizer.
-_PREFIXES = (
-    "",
-    "module.",
-    "_orig_mod.",
-    "module._orig_mod.",
-    "backbone.",
-    "encoder.",
-    "module.backbone.",
-    "module.encoder.",
-)
-_FOREIGN_PREFIXES = ("", "beit.", "data2vec_vision.")
+# What transformers puts between the prefix of a model and the names of its table.
+_MODELS = ("beit.", "data2vec_vision.")
+# Tensors that are derived from others or count steps, in every layout that ever saved them.
+_DERIVED = re.compile(r"(^|\.)(relative_position_index|k_bias|n_averaged)$")
+# What wraps a module in place adds its own step to the names, anywhere.
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged)(?![a-z])")
+# timm's order, where a file has several networks of one kind.
+_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")
 
-# Tensors that are derived from others, in every layout that ever saved them.
-_DERIVED = re.compile(r"(^|\.)(relative_position_index|k_bias)$")
 
-# What belongs to another head than a classifier's, by our names.
-_HEAD_TENSORS: dict[type[Head], re.Pattern[str]] = {
-    Classify: re.compile(r"(?!)"),
-    Mim: re.compile(r"(lm_head|cls_pt_layers|cls_pt_norm|cls_pt_lm_head)\."),
-    Segment: re.compile(r"(decode_head|auxiliary_head|fpn[1-4]|fpn)\."),
-}
+@dataclass(frozen=True)
+class _Anchor:
+    """Where a network is among the names of a file, found by its class token, which every BEiT has.
+
+    Attributes:
+        prefix: What a trainer or another module put before all names of the network: `module.`, `model.backbone.`.
+        model: What transformers puts behind that before the backbone's names, but not before the head's.
+        ours: Whether the names behind it are unilm's.
+    """
+
+    prefix: str
+    model: str
+    ours: bool
+
+
+def choose_network(document: object, use_ema: bool | None, origin: str) -> tuple[str, Mapping[str, Tensor]]:
+    """Find the state dict of a BEiT in what a file holds: at the top, or up to two keys deep, whatever their names.
+
+    Args:
+        document: The content of a file.
+        use_ema: Take averaged weights (True), plain ones (False), or as timm does (None): averaged, if there are any.
+        origin: What to call the file in the log.
+
+    Returns:
+        The keys that lead to the state dict, joined by dots, and the state dict.
+
+    Raises:
+        LayoutError: There is none, or several that could be meant.
+    """
+    networks = dict(_networks(document))
+    if not networks:
+        raise LayoutError(
+            f"it holds no BEiT: {_outline(document)}; a BEiT has 'cls_token' (unilm, timm) or "
+            "'beit.embeddings.cls_token' (transformers), under any prefix and key."
+        )
+    label = _choose(list(networks), use_ema, origin)
+    return label, networks[label]
 
 
 def recognise(keys: Iterable[str]) -> Layout:
     """Tell whose names these are.
 
     Raises:
-        LayoutError: Nobody's; says which keys came and which were looked for.
+        LayoutError: Nobody's, or those of several networks.
     """
-    keys = list(keys)
-    for prefix in _FOREIGN_PREFIXES:
-        if f"{prefix}embeddings.cls_token" in keys:
-            old = any(key.startswith(f"{prefix}encoder.layer.") for key in keys)
-            return "transformers" if old else "transformers5"
-    if any(f"{prefix}cls_token" in keys for prefix in _PREFIXES):
-        return "unilm"
-    shown = ", ".join(sorted(keys)[:3]) or "none at all"
-    raise LayoutError(
-        f"its parameter names are no BEiT's ({shown}); a BEiT has 'cls_token' (unilm, timm) or "
-        "'beit.embeddings.cls_token' (transformers)."
-    )
+    names = [_WRAPPED.sub("", key) for key in keys]
+    return _layout(names, _find_anchor(names, None, ""))
 
 
-def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_ours(state_dict: Mapping[str, Tensor], use_ema: bool | None = None, origin: str = "") -> dict[str, Tensor]:
     """Rename the tensors of a file of any layout; derived ones are left out, queries, keys and values fused.
+
+    Args:
+        state_dict: Tensors of one network, or of a plain and an averaged one under two prefixes.
+        use_ema: Which of these, as in `choose_network`.
+        origin: What to call the file in the log.
 
     Raises:
         LayoutError: The names are no BEiT's, or two of them become the same.
     """
-    layout = recognise(state_dict)
-    kept = {name: tensor for name, tensor in state_dict.items() if not _DERIVED.search(name)}
-    renamed = _without_prefix(kept) if layout == "unilm" else _rename(kept, layout)
-    return _fuse(renamed) if layout != "unilm" else renamed
+    kept = [(_WRAPPED.sub("", name), tensor) for name, tensor in state_dict.items() if not _DERIVED.search(name)]
+    names = [name for name, _ in kept]
+    anchor = _find_anchor(names, use_ema, origin)
+    others = [other.prefix for other in _anchors(names) if other.prefix != anchor.prefix]
+    mine = [(name, tensor) for name, tensor in kept if not any(other and name.startswith(other) for other in others)]
+    bare = _unique((_without_prefix(name, anchor.prefix), tensor) for name, tensor in mine)
+    return bare if anchor.ours else _fuse(_rename(bare, anchor.model, _layout(names, anchor)))
 
 
 def to_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -157,41 +184,92 @@ def to_unilm(state_dict: Mapping[str, Tensor], index: Tensor) -> dict[str, Tenso
     return {**state_dict, **indices}
 
 
-def without_head(state_dict: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
-    """Leave out the tensors of a head other than a classifier's; the backbone, and a classifier, stay."""
-    return {name: tensor for name, tensor in state_dict.items() if not _HEAD_TENSORS[type(head)].match(name)}
+def _networks(document: object, path: str = "", depth: int = 2) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    if not isinstance(document, Mapping):
+        return
+    if any(isinstance(key, str) and _anchor_at(_WRAPPED.sub("", key)) for key in document):
+        yield path, document
+    elif depth:
+        for key, value in document.items():
+            yield from _networks(value, f"{path}.{key}" if path else str(key), depth - 1)
 
 
-def for_finetuning(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn a pretrained backbone into what a classifier starts from, as unilm's fine-tuning script does.
-
-    The shared bias table is copied to every block; the mask token and the norm on tokens are left out, and the
-    norm behind the pooling starts fresh.
-    """
-    state = {name: t for name, t in state_dict.items() if not name.startswith(("norm.", "mask_token"))}
-    shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
-    if shared is not None:
-        blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-        tables = {f"blocks.{block}.attn.relative_position_bias_table": shared.clone() for block in blocks}
-        state.update(tables)
-    return with_fresh_norm(state)
-
-
-def with_fresh_norm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the norm behind the pooling as it is before training."""
-    like = state_dict["cls_token"]
-    width = like.shape[-1]
-    return {**state_dict, "fc_norm.weight": like.new_ones(width), "fc_norm.bias": like.new_zeros(width)}
-
-
-def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = next(prefix for prefix in _PREFIXES if f"{prefix}cls_token" in state_dict)
-    return _unique((name.removeprefix(prefix), tensor) for name, tensor in state_dict.items())
+def _choose(labels: Sequence[str], use_ema: bool | None, origin: str) -> str:
+    """Choose one of several networks by what they are called; says so where there are averaged and plain ones."""
+    averaged = [label for label in labels if _AVERAGED.search(label)]
+    plain = [label for label in labels if label not in averaged]
+    candidates = plain if use_ema is False else averaged or ([] if use_ema else plain)
+    if not candidates:
+        kind = "averaged" if use_ema else "plain"
+        raise LayoutError(f"it holds no {kind} weights (use_ema={use_ema}), only {', '.join(map(repr, labels))}.")
+    chosen = next((name for name in _FIRST if name in candidates), candidates[0] if len(candidates) == 1 else None)
+    if chosen is None:
+        raise LayoutError(
+            f"it holds several networks ({', '.join(map(repr, candidates))}); save the one you mean to a file of its "
+            "own."
+        )
+    if averaged and plain and use_ema is None:
+        _logger.warning(
+            "%s holds averaged weights (%s) and plain ones (%s): the averaged were taken, as in timm. use_ema=False "
+            "takes the plain ones.",
+            *(origin, chosen, ", ".join(map(repr, plain))),
+        )
+    return chosen
 
 
-def _rename(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def _outline(document: object) -> str:
+    """Say in a few words what a file holds instead of a BEiT."""
+    if not isinstance(document, Mapping) or not document:
+        return f"it is a {type(document).__name__}" if not isinstance(document, Mapping) else "it is empty"
+    inner = {str(key): value for key, value in document.items() if isinstance(value, Mapping) and value}
+    if not inner:
+        return f"its parameter names are no BEiT's ({', '.join(sorted(map(str, document))[:3])})"
+    told = [f"{key!r} with {', '.join(sorted(map(str, value))[:3])}" for key, value in inner.items()]
+    return f"its keys are {', '.join(map(repr, map(str, document)))} ({'; '.join(told[:3])})"
+
+
+def _anchor_at(name: str) -> _Anchor | None:
+    """Return the anchor if this is the name of a class token, under any prefix."""
+    prefix, dot, last = name.rpartition(".")
+    if last != "cls_token":
+        return None
+    prefix += dot
+    if not f".{prefix}".endswith(".embeddings."):
+        return _Anchor(prefix, "", ours=True)
+    prefix = prefix.removesuffix("embeddings.")
+    model = next((model for model in _MODELS if f".{prefix}".endswith(f".{model}")), "")
+    return _Anchor(prefix.removesuffix(model), model, ours=False)
+
+
+def _anchors(names: Iterable[str]) -> list[_Anchor]:
+    return [anchor for anchor in map(_anchor_at, names) if anchor is not None]
+
+
+def _find_anchor(names: Sequence[str], use_ema: bool | None, origin: str) -> _Anchor:
+    anchors = {anchor.prefix: anchor for anchor in _anchors(names)}
+    if not anchors:
+        raise LayoutError(f"{_outline(dict.fromkeys(names))}; a BEiT has 'cls_token' or 'beit.embeddings.cls_token'.")
+    return anchors[_choose(list(anchors), use_ema, origin)]
+
+
+def _layout(names: Iterable[str], anchor: _Anchor) -> Layout:
+    if anchor.ours:
+        return "unilm"
+    old = f"{anchor.prefix}{anchor.model}encoder.layer."
+    return "transformers" if any(name.startswith(old) for name in names) else "transformers5"
+
+
+def _without_prefix(name: str, prefix: str) -> str:
+    """Take the prefix off, and off a name that shares only its first steps these: a head beside the backbone."""
+    for step in prefix.split(".")[:-1]:
+        if not name.startswith(f"{step}."):
+            break
+        name = name.removeprefix(f"{step}.")
+    return name
+
+
+def _rename(state_dict: Mapping[str, Tensor], prefix: str, layout: Layout) -> dict[str, Tensor]:
     table = {(disk if layout == "transformers" else memory): ours for ours, disk, memory in _NAMES}
-    prefix = next(prefix for prefix in _FOREIGN_PREFIXES if f"{prefix}embeddings.cls_token" in state_dict)
 
     def ours(name: str) -> str:
         template, number = _template(name.removeprefix(prefix))

@@ -122,8 +122,8 @@ def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, Pret
     return config, PretrainedConfig(head=_record(form, head), data=data)
 
 
-def dump(config: BeitConfig, pretrained: PretrainedConfig) -> tuple[str, str]:
-    """Write config.json and preprocessor_config.json of the same network and transform.
+def dump(config: BeitConfig, pretrained: PretrainedConfig, dtype: str = "float32") -> tuple[str, str]:
+    """Write config.json and preprocessor_config.json of the same network, precision and transform.
 
     Raises:
         ValueError: transformers cannot build this network; says why.
@@ -155,7 +155,7 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> tuple[str, str]:
         "layer_scale_init_value": float(config.init_values),
         "drop_path_rate": config.drop_path_rate,
         "use_mean_pooling": config.norm_after_pooling,
-        "torch_dtype": "float32",
+        "dtype": dtype,
     }
     if config.num_classes:
         document["id2label"] = {str(index): name for index, name in enumerate(names)}

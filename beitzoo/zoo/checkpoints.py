@@ -175,6 +175,8 @@ class PretrainedConfig:
         license: Of the weights, as their authors state it.
         paper: Where the training is described.
         overrides: Fields of `BeitConfig` in which the file differs from its architecture.
+        architecture: Name of the network, as in timm's `pretrained_cfg`; None in the table, whose keys say it.
+        tag: How it was trained, the part of a name behind the dot; None likewise.
     """
 
     sources: tuple[Source, ...] = ()
@@ -183,14 +185,24 @@ class PretrainedConfig:
     license: str | None = None
     paper: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str | None = None
+    tag: str | None = None
+
+    def without_weights(self, head: "Head") -> "PretrainedConfig":
+        """Return what still holds where the weights are random: how images are prepared, and the head.
+
+        Labels, licence and paper are those of weights, so they go; the head is new.
+        """
+        return PretrainedConfig(head=head, data=self.data, architecture=self.architecture)
 
     def to_timm(self, config: BeitConfig) -> dict[str, Any]:
         """Return timm's `pretrained_cfg` dict for a network of this config, at its current size."""
         data = self.data.fitted_to(config)
         names = {name: getattr(data, name) for name in ("interpolation", "crop_pct", "crop_mode", "mean", "std")}
         hub = [source.repo_id for source in self.sources if isinstance(source, HubFile)]
+        named = {"architecture": self.architecture, "tag": self.tag, "hf_hub_id": hub[0] if hub else None}
         return {
-            **({"hf_hub_id": hub[0]} if hub else {}),
+            **{name: value for name, value in named.items() if value is not None},
             "input_size": data.input_size,
             "fixed_input_size": not (config.dynamic_img_size or config.dynamic_img_pad),
             **names,

@@ -6,8 +6,7 @@ from beitzoo.zoo.networks import BeitConfig
 def parameters(config: BeitConfig) -> int:
     """Count the numbers that training can change."""
     width, hidden = config.embed_dim, config.hidden_dim
-    rows = (2 * config.grid_size[0] - 1) * (2 * config.grid_size[1] - 1) + 3
-    table = rows * config.num_heads
+    table = config.bias_rows * config.num_heads
     patches = width * (config.in_chans * config.patch_size[0] * config.patch_size[1] + 1)
     tokens = width * (1 + config.use_mask_token + config.use_abs_pos_emb * config.num_tokens)
     block = 4 * width * width + width + 2 * width * hidden + hidden + width  # linears

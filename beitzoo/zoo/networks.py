@@ -127,6 +127,11 @@ class BeitConfig:
         return 1 + self.grid_size[0] * self.grid_size[1]
 
     @property
+    def bias_rows(self) -> int:
+        """Rows of a relative position bias table: one for each offset of two patches, three for the class token."""
+        return (2 * self.grid_size[0] - 1) * (2 * self.grid_size[1] - 1) + 3
+
+    @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.embed_dim // self.num_heads
@@ -148,13 +153,13 @@ def override(config: BeitConfig, **overrides: Any) -> BeitConfig:
     A single int stands for both sides of a size, and None leaves a field as it is, as in timm.
 
     Raises:
-        TypeError: A name is no field; the closest ones are named.
+        TypeError: A name is no field and has a value; the closest fields are named.
         ValueError: A value is out of range.
     """
     known = {f.name for f in fields(BeitConfig)}
-    for name in overrides.keys() - known:
-        raise InvalidOptionError(f"{name!r} is not an option of a BEiT; {closest(name, known)}")
     given = {name: value for name, value in overrides.items() if value is not None}
+    for name in given.keys() - known:
+        raise InvalidOptionError(f"{name!r} is not an option of a BEiT; {closest(name, known)}")
     for name, value in given.items():
         given[name] = _plain(value)
     for name in given.keys() & {"img_size", "patch_size"}:

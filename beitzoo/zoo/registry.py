@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from beitzoo.errors import UserError, closest
 from beitzoo.zoo.architectures import ARCHITECTURES
@@ -60,10 +60,10 @@ def find(name: str) -> Entry:
     if tag and tag not in tags:
         has = f"it has {', '.join(tags)}" if tags else "it has none, its weights are only ever random"
         raise UnknownModelError(f"{architecture!r} has no checkpoint {tag!r}; {has}.")
-    name = f"{architecture}.{tag or tags[0]}"
-    row = PRETRAINED[name]
+    tag = tag or tags[0]
+    row = replace(PRETRAINED[f"{architecture}.{tag}"], architecture=architecture, tag=tag)
     classes = row.head.num_classes if isinstance(row.head, Classify) else 0
-    return Entry(name, override(config, num_classes=classes, **row.overrides), row)
+    return Entry(f"{architecture}.{tag}", override(config, num_classes=classes, **row.overrides), row)
 
 
 def list_models(filter: Patterns = "", *, pretrained: bool = False, exclude: Patterns = ()) -> list[str]:

@@ -148,7 +148,7 @@ def other_tensors(_: Path) -> Iterator[Write]:
         with_(blocks__2__norm1__weight=torch.zeros(64)),
         {name: tensor for name, tensor in STATE.items() if name != "cls_token"},
         {name: tensor for name, tensor in STATE.items() if "blocks.1" not in name},
-        {f"student.{name}": tensor for name, tensor in STATE.items()},
+        {f"{part}.{name}": tensor.clone() for part in ("student", "teacher") for name, tensor in STATE.items()},
         {name.upper(): tensor for name, tensor in STATE.items()},
         {"beit.embeddings.cls_token": STATE["cls_token"]},
         {"layers.{}.attention": STATE["cls_token"].clone(), "embeddings.cls_token": STATE["cls_token"]},

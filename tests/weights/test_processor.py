@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import BeitImageProcessor, BeitImageProcessorPil
 
 import beitzoo
+from beitzoo.factory import look_up
 from beitzoo.weights.checkpoint import CheckpointError
 from beitzoo.zoo.checkpoints import Classify
 from beitzoo.zoo.labels import label_names
@@ -40,7 +41,7 @@ def write(folder: Path, processor: dict[str, Any] | None = None, **config: Any) 
 
 
 def data_of(name: str) -> Any:
-    return beitzoo.create_model(name).pretrained.data
+    return look_up(name).pretrained.data
 
 
 PROCESSORS: list[dict[str, Any]] = [
@@ -209,7 +210,7 @@ def test_misnumbered_names_of_22k_are_put_right(fault: str, tmp_path: Path, capl
         del names[21_841], names[21_842]
     name = write(tmp_path, {}, id2label={str(i): label for i, label in names.items()})
     with caplog.at_level(logging.WARNING):
-        row = beitzoo.create_model(name, device="meta").pretrained
+        row = look_up(name).pretrained
     labels = label_names(row.head)
     assert labels is not None
     assert (len(labels), row.head.num_classes) == (21_841, 21_841)
@@ -226,9 +227,9 @@ def test_misnumbered_names_of_22k_are_put_right(fault: str, tmp_path: Path, capl
 
 
 def test_right_names_of_22k_are_kept_and_other_gaps_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    right = label_names(beitzoo.get_pretrained_cfg("beit_base_patch16_224.in22k_ft_in22k"))  # type: ignore[arg-type]
+    right = label_names(beitzoo.get_pretrained_cfg("beit_base_patch16_224.in22k_ft_in22k").head)  # type: ignore[union-attr]
     assert right is not None
-    row = beitzoo.create_model(write(tmp_path, {}, id2label=dict(enumerate(right))), device="meta").pretrained
+    row = look_up(write(tmp_path, {}, id2label=dict(enumerate(right)))).pretrained
     assert row.head.labels == right
     assert not caplog.records
     names = google_names()
@@ -239,6 +240,6 @@ def test_right_names_of_22k_are_kept_and_other_gaps_refused(tmp_path: Path, capl
 
 def test_labels_that_nobody_gave_are_none(tmp_path: Path) -> None:
     name = write(tmp_path, {}, id2label={str(i): f"LABEL_{i}" for i in range(4)})
-    assert beitzoo.create_model(name, device="meta").pretrained.head.labels is None
+    assert look_up(name).pretrained.head.labels is None
     name = write(tmp_path, {}, id2label={"0": "LABEL_0", "1": "cat"})
-    assert beitzoo.create_model(name, device="meta").pretrained.head.labels == ("LABEL_0", "cat")
+    assert look_up(name).pretrained.head.labels == ("LABEL_0", "cat")

@@ -113,8 +113,10 @@ def test_another_head_is_refused_plainly_and_the_backbone_is_there(name: str) ->
 @pytest.mark.parametrize("name", TIMM_PRETRAINED)
 def test_row_is_timms(name: str) -> None:
     theirs = timm.get_pretrained_cfg(name)
-    model = beitzoo.create_model(name, device="meta")
-    ours = model.pretrained_cfg
+    entry = find(name)
+    assert entry.pretrained is not None
+    ours = entry.pretrained.to_timm(entry.config)
+    assert (ours["architecture"], ours["tag"]) == (name.partition(".")[0], theirs.tag)
     for key in ("hf_hub_id", "input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes"):
         expected = getattr(theirs, key)
         assert ours[key] == (f"timm/{name}" if key == "hf_hub_id" else expected), key

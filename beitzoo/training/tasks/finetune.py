@@ -9,10 +9,11 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from beitzoo.evaluation.evaluate import evaluate, evaluation_loader
-from beitzoo.factory import create_model, save_pretrained
+from beitzoo.factory import create_model
 from beitzoo.files import write_text
 from beitzoo.images.splits import SPLIT_FILE, draw_split, write_split
 from beitzoo.models.beit import Beit
+from beitzoo.saving import save_pretrained
 from beitzoo.training.data import load_images, training_loader
 from beitzoo.training.loop import Run, fit, process_state
 from beitzoo.training.optim import spread_bias_tables

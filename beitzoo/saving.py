@@ -1,0 +1,151 @@
+"""Models out to files: for beitzoo and timm, for transformers, and for the original's scripts."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from beitzoo.errors import InvalidOptionError, InvalidValueError
+from beitzoo.files import write_text
+from beitzoo.models.beit import Beit
+from beitzoo.models.position import relative_position_index
+from beitzoo.weights import checkpoint, layouts
+from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
+from beitzoo.zoo.networks import BeitConfig
+
+# `folder` (pydantic) is imported by the functions that need it: a model is often made without it.
+
+_logger = logging.getLogger(__name__)
+
+
+def save_pretrained(model: nn.Module, directory: str | Path) -> None:
+    """Save weights and config to a folder that `create_model` reads, here and in timm.
+
+    What timm would read as something else it refuses ("Unknown model"), and a warning says why: a mask token, a
+    larger epsilon, and the few oblong grids whose bias tables it would scramble.
+
+    Args:
+        model: A `Beit`, alone or inside DistributedDataParallel, `torch.compile` or a moving average.
+        directory: Receives `model.safetensors` and `config.json`.
+
+    Raises:
+        UserError: The model is not the network that its config describes, or the files cannot be written.
+    """
+    from beitzoo.weights import folder
+
+    whole = _describe(model)
+    config = folder.timm_form.dump(whole.config, whole.pretrained)
+    checkpoint.save(whole.state, Path(directory) / folder.WEIGHTS[0])
+    write_text(Path(directory) / folder.CONFIG, config)
+
+
+def save_transformers(model: nn.Module, directory: str | Path) -> None:
+    """Save to a folder that transformers loads as `BeitForImageClassification`, or without a head as `BeitModel`.
+
+    Args:
+        model: As in `save_pretrained`.
+        directory: Receives `model.safetensors`, `config.json` and `preprocessor_config.json`.
+
+    Raises:
+        UserError: As in `save_pretrained`, or transformers cannot build this network; says why.
+    """
+    from beitzoo.weights import folder
+
+    whole = _describe(model)
+    dtype = checkpoint.widest_dtype(whole.state)
+    config, preprocessor = folder.transformers_form.dump(whole.config, whole.pretrained, str(dtype).partition(".")[2])
+    tensors = layouts.to_transformers(whole.state, prefix="beit." if whole.config.num_classes else "")
+    checkpoint.save(tensors, Path(directory) / folder.WEIGHTS[0])
+    write_text(Path(directory) / folder.CONFIG, config)
+    write_text(Path(directory) / folder.PREPROCESSOR, preprocessor)
+
+
+def save_unilm(model: nn.Module, path: str | Path) -> None:
+    """Save to a `.pth` file with the key `model`, as the original's scripts load it.
+
+    Args:
+        model: As in `save_pretrained`.
+        path: The file.
+
+    Raises:
+        UserError: As in `save_pretrained`.
+    """
+    whole = _describe(model)
+    index = relative_position_index(whole.config.grid_size, torch.device("cpu"))
+    checkpoint.save_pickle({"model": layouts.to_unilm(whole.state, index)}, Path(path))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is saved of a model: the tensors are those of the network that the config describes."""
+
+    config: BeitConfig
+    pretrained: PretrainedConfig
+    state: Mapping[str, Tensor]
+
+
+def _describe(model: nn.Module) -> _Whole:
+    """Check before anything is written that what is saved can be read again.
+
+    Raises:
+        InvalidOptionError: There is no BEiT in the model.
+        InvalidValueError: The BEiT was changed; says what differs and what to do.
+    """
+    beit = _unwrapped(model)
+    config, pretrained, state = beit.config, beit.pretrained, beit.state_dict()
+    classes = _classes(beit.head, config)
+    if classes != config.num_classes:
+        _logger.info("The head was replaced by hand; saved with %s classes, not %s.", classes, config.num_classes)
+        config = replace(config, num_classes=classes)
+        pretrained = replace(pretrained, head=Classify(num_classes=classes))
+    with torch.device("meta"):
+        expected = Beit(config).state_dict()
+    differences = checkpoint.compare(expected, state)
+    if differences:
+        raise InvalidValueError(
+            "This model is not saved, as no library could read it: it differs from the network that its config "
+            "describes (- missing, + unexpected, ~ different):\n" + "\n".join(differences) + f"\n{_remedy(state)}"
+        )
+    return _Whole(config, pretrained, state)
+
+
+def _unwrapped(model: nn.Module) -> Beit:
+    """Find the BEiT inside DistributedDataParallel, DataParallel, `torch.compile` and moving averages."""
+    inner: object = model
+    while not isinstance(inner, Beit):
+        outer = inner
+        inner = getattr(outer, "_orig_mod", None) or getattr(outer, "module", None)
+        if not isinstance(inner, nn.Module):
+            merge = " Merge its adapters first (merge_and_unload())." if hasattr(outer, "merge_and_unload") else ""
+            raise InvalidOptionError(
+                f"Got a {type(outer).__name__}; a Beit can be saved, alone or inside DistributedDataParallel, "
+                f"torch.compile, AveragedModel or ModelEmaV3.{merge or ' Save the Beit inside.'}"
+            )
+    return inner
+
+
+def _classes(head: nn.Module, config: BeitConfig) -> int:
+    """Count the classes of the head that the model has now: tutorials replace it by hand."""
+    if type(head) is nn.Linear and head.in_features == config.embed_dim:
+        return head.out_features
+    return 0 if type(head) is nn.Identity else config.num_classes
+
+
+def _remedy(state: Mapping[str, Tensor]) -> str:
+    """Say what to do about tensors that a plain network does not have."""
+    names = " ".join(state)
+    if not {"norm.weight", "fc_norm.weight"} & state.keys():
+        return "It has lost its norm (features_only, prune_intermediate_layers); save the model it was made from."
+    remedies = {
+        "parametrizations.": "Call torch.nn.utils.parametrize.remove_parametrizations on its modules first.",
+        "_orig ": "It is pruned: call torch.nn.utils.prune.remove on its modules first.",
+        "base_layer.": "It has adapters: merge them into the linears first (peft: merge_and_unload()).",
+        "lora_": "It has adapters: merge them into the linears first (peft: merge_and_unload()).",
+        "_packed_params": "It is quantised; save the model it was made from.",
+        "head.": "Give the model its head by reset_classifier(num_classes), or save its state_dict().",
+    }
+    unexpected = (remedy for sign, remedy in remedies.items() if sign in f"{names} " and sign != "head.")
+    return next(unexpected, remedies["head."])
