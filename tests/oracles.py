@@ -14,10 +14,10 @@ from beitzoo.measure.peers import randomise as randomise
 Array = np.ndarray
 
 
-def timm_twin(model: Beit) -> nn.Module:
+def timm_model(model: Beit) -> nn.Module:
     """Build timm's network of the same config, and give it the same weights."""
     c = model.config
-    twin = timm.models.beit.Beit(
+    peer = timm.models.beit.Beit(
         img_size=c.img_size,
         patch_size=c.patch_size,
         in_chans=c.in_chans,
@@ -35,14 +35,14 @@ def timm_twin(model: Beit) -> nn.Module:
         use_fc_norm=c.norm_after_pooling,
         device="meta",
     )
-    for module in twin.modules():  # buffers that are not saved, and so not loaded either
+    for module in peer.modules():  # buffers that are not saved, and so not loaded either
         if hasattr(module, "relative_position_index"):
             window = c.grid_size
             module.relative_position_index = timm.models.beit.gen_relative_position_index(window)
         if getattr(module, "k_bias", None) is not None:
             module.k_bias = torch.zeros(c.embed_dim)
-    twin.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, strict=True, assign=True)
-    return twin.train(model.training)
+    peer.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, strict=True, assign=True)
+    return peer.train(model.training)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

@@ -17,16 +17,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from beitzoo.models import position
-from beitzoo.models.kernels import attend, attention_weights
-from beitzoo.models.linear import TokenLinear, token_linear
-from beitzoo.models.position import PositionBias, RelativePositionBias
+from beitzoo.errors import InvalidValueError
+from beitzoo.models import inputs, kernels, position
+from beitzoo.models.kernels import PositionBias
+from beitzoo.models.position import RelativePositionBias
 from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
 from beitzoo.zoo.labels import label_names
-from beitzoo.zoo.networks import BeitConfig, GlobalPool, Pair, check_divisible, override
+from beitzoo.zoo.networks import BeitConfig, GlobalPool, Pair, override
 
 FeatureFormat = Literal["NCHW", "NLC"]
 
@@ -41,11 +40,9 @@ class PatchEmbed(nn.Module):
             config.in_chans, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size
         )
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Pair]:
-        """Map images (B, in_chans, height, width) to patches (B, h w, C) and their grid (h, w)."""
-        images = self._fit(images)
-        maps = self.proj(images)
-        return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])  # (B, C, h, w) -> (B, h w, C)
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, in_chans, height, width) to patches (B, h w, C)."""
+        return self.proj(inputs.fit(images, self.config)).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
 
     def resample(self, patch_size: Pair) -> None:
         """Fit the kernel to another patch size."""
@@ -55,43 +52,25 @@ class PatchEmbed(nn.Module):
         self.proj.weight = _like(self.proj.weight, fitted)
         self.proj.kernel_size = self.proj.stride = patch_size
 
-    def _fit(self, images: Tensor) -> Tensor:
-        """Pad images if that was asked for; refuse those that the network was not made for."""
-        config = self.config
-        if images.ndim != 4:
-            raise ValueError(
-                f"Got images of shape {tuple(images.shape)}; a batch has four sides, add the first by [None]."
-            )
-        _, channels, height, width = images.shape
-        if config.dynamic_img_pad:
-            ph, pw = config.patch_size
-            images = F.pad(images, (0, -width % pw, 0, -height % ph))
-        elif config.dynamic_img_size:
-            check_divisible((height, width), config.patch_size)
-        fixed = not (config.dynamic_img_size or config.dynamic_img_pad)
-        if channels != config.in_chans or (fixed and (height, width) != config.img_size):
-            size = config.img_size if fixed else ("height", "width")
-            raise ValueError(
-                f"Got images of shape {tuple(images.shape)}; this model takes {('batch', config.in_chans, *size)}. "
-                "Resize the images, or create the model with img_size=(height, width), in_chans=channels or "
-                "dynamic_img_size=True."
-            )
-        return images
+    @property
+    def img_size(self) -> Pair:
+        """Height and width of the images it was made for."""
+        return self.config.img_size
 
+    @property
+    def patch_size(self) -> Pair:
+        """Height and width of a patch."""
+        return self.config.patch_size
 
-class QkvLinear(TokenLinear):
-    """The linear of queries, keys and values; its bias is put together by the caller, as keys have none.
+    @property
+    def grid_size(self) -> Pair:
+        """Rows and columns of patches in an image of that size."""
+        return self.config.grid_size
 
-    Adding the bias inside the product is free, behind it is not. What replaces this module (an adapter, a quantised
-    linear) need not know of that: the bias is then added to its output.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, 3 * dim, bias=False)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Map tokens (B, N, C) to (B, N, 3 C)."""
-        return token_linear(x, self.weight, bias)
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image of that size."""
+        return self.grid_size[0] * self.grid_size[1]
 
 
 class Attention(nn.Module):
@@ -99,46 +78,39 @@ class Attention(nn.Module):
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
+        self.config = config
         dim = config.embed_dim
         self.num_heads = config.num_heads
         self.head_dim = config.head_dim
-        self.qkv: nn.Module = QkvLinear(dim)
+        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if config.qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if config.qkv_bias else None
-        self.relative_position_bias_table = (
-            nn.Parameter(torch.zeros(position.table_rows(config.grid_size), config.num_heads))
-            if config.use_rel_pos_bias
-            else None
-        )
+        rows = position.table_rows(config.grid_size)
+        table = nn.Parameter(torch.zeros(rows, config.num_heads)) if config.use_rel_pos_bias else None
+        self.relative_position_bias_table = table
         self.attn_drop = config.attn_drop_rate
-        self.proj = TokenLinear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
-    def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
+    def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
+        bias = bias or kernels.position_bias(inputs.own_grid(x, self.config), self.config, like=x)
         q, k, v = self._project(x)
         dropout = self.attn_drop if self.training else 0.0
-        x = attend(q, k, v, bias.of(self.relative_position_bias_table, q.dtype), dropout)  # (B, H, N, D)
+        x = kernels.attend(q, k, v, bias.of(self.relative_position_bias_table, q), dropout)  # (B, H, N, D)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor, bias: PositionBias) -> Tensor:
         """Return how much each token (query, rows) takes from each (key, columns), (B, H, N, N)."""
         q, k, _ = self._project(x)
-        return attention_weights(q, k, bias.of(self.relative_position_bias_table, q.dtype))
+        return kernels.attention_weights(q, k, bias.of(self.relative_position_bias_table, q))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.q_bias is None or self.v_bias is None:
-            qkv = self.qkv(x)
-        else:
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            if isinstance(self.qkv, QkvLinear):
-                qkv = self.qkv(x, bias=bias)
-            else:
-                qkv = self.qkv(x)
-                qkv = qkv + bias.to(qkv.dtype)
-        parts = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, H, D)
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        parts = kernels.linear_with_bias(self.qkv, x, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 3, H, D) -> 3 (B, H, N, D)
 
 
 class Mlp(nn.Module):
@@ -146,9 +118,9 @@ class Mlp(nn.Module):
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
-        self.fc1 = TokenLinear(config.embed_dim, config.hidden_dim)
+        self.fc1 = nn.Linear(config.embed_dim, config.hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = TokenLinear(config.hidden_dim, config.embed_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, config.embed_dim)
         self.drop = nn.Dropout(config.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,8 +157,14 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), float(config.init_values))) if config.init_values else None
         self.drop_path = DropPath(config.drop_path_rate * index / max(config.depth - 1, 1))
 
-    def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
-        """Map tokens (B, N, C) to tokens (B, N, C)."""
+    def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
+        """Map tokens (B, N, C) to tokens (B, N, C).
+
+        Args:
+            x: Tokens.
+            bias: From `Beit.position_bias`. Without it, as timm's blocks are called, a block goes by its own table,
+                and tokens are those of one image of the network's size.
+        """
         x = self._add(x, self.gamma_1, self.attn(self.norm1(x), bias))
         return self._add(x, self.gamma_2, self.mlp(self.norm2(x)))
 
@@ -279,8 +257,8 @@ class Beit(nn.Module):
             intermediates_only: Return the list alone, not `(tokens, list)`.
         """
         if output_fmt not in get_args(FeatureFormat):
-            raise ValueError(f"output_fmt={output_fmt!r}; there are {', '.join(get_args(FeatureFormat))}.")
-        chosen = take_indices(indices, len(self.blocks))
+            raise InvalidValueError(f"output_fmt={output_fmt!r}; there are {', '.join(get_args(FeatureFormat))}.")
+        chosen = inputs.take_indices(indices, len(self.blocks))
         tokens, bias = self._embed(x)
         found = []
         for index in range(max(chosen) + 1 if stop_early else len(self.blocks)):
@@ -303,7 +281,7 @@ class Beit(nn.Module):
             images: (B, in_chans, height, width).
             blocks: These blocks, negative from the end; all if None.
         """
-        chosen = take_indices(blocks, len(self.blocks))
+        chosen = inputs.take_indices(blocks, len(self.blocks))
         x, bias = self._embed(images)
         maps = {}
         for index in range(max(chosen) + 1):
@@ -315,33 +293,24 @@ class Beit(nn.Module):
         return torch.stack([maps[index] for index in chosen], dim=1)
 
     def position_bias(self, grid: Pair) -> PositionBias:
-        """Gather what the blocks of one forward pass need to know about positions in this grid."""
-        config = self.config
-        bias = PositionBias(grid, config.grid_size, config.resize_rule)
-        if self.rel_pos_bias is None:
-            return bias
-        table = self.rel_pos_bias.relative_position_bias_table
-        return PositionBias(grid, config.grid_size, config.resize_rule, shared=bias.of(table, table.dtype))
+        """Return what the blocks of one forward pass need to know about positions in this grid."""
+        like = next(self.parameters())  # not by name: torch.fx puts what has no device in the place of a parameter
+        return kernels.position_bias(grid, self.config, like, self.rel_pos_bias)
 
     def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
-        patches, grid = self.patch_embed(images)
-        bias = self.position_bias(grid)
+        patches = self.patch_embed(images)
+        bias = self.position_bias(inputs.grid_of(images, self.config))
         if bool_masked_pos is not None:
             patches = self._mask(patches, bool_masked_pos)
         x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         if self.pos_embed is not None:
-            x = x + position.resize_pos_embed(self.pos_embed, self.config.grid_size, grid)
+            x = x + position.resize_pos_embed(self.pos_embed, self.config.grid_size, bias.grid)
         return self.pos_drop(x), bias
 
     def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
         if self.mask_token is None:
-            raise ValueError("This model has no mask token; create it with use_mask_token=True.")
-        masked = bool_masked_pos.flatten(1) if bool_masked_pos.ndim > 1 else bool_masked_pos
-        if masked.dtype != torch.bool or masked.shape != patches.shape[:2]:
-            raise ValueError(
-                f"bool_masked_pos is {bool_masked_pos.dtype} of shape {tuple(bool_masked_pos.shape)}; "
-                f"it must be torch.bool of shape {tuple(patches.shape[:2])}, True where a patch is masked."
-            )
+            raise InvalidValueError("This model has no mask token; create it with use_mask_token=True.")
+        masked = inputs.flat_mask(bool_masked_pos, patches)
         return torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
 
     def _run_block(self, index: int, x: Tensor, bias: PositionBias) -> Tensor:
@@ -408,7 +377,9 @@ class Beit(nn.Module):
         for module, parameter in fitted.items():
             module.relative_position_bias_table = parameter
         self.pos_embed = pos_embed
-        self.config = self.patch_embed.config = config
+        for module in self.modules():
+            if isinstance(module, Beit | PatchEmbed | Attention):
+                module.config = config
 
     @torch.inference_mode(False)
     def set_in_chans(self, in_chans: int) -> None:
@@ -429,7 +400,7 @@ class Beit(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what is not needed for `forward_intermediates` of these blocks; return their indices from the start."""
-        chosen = take_indices(indices, len(self.blocks))
+        chosen = inputs.take_indices(indices, len(self.blocks))
         self.blocks = self.blocks[: max(chosen) + 1]
         last = self.blocks[-1]
         assert isinstance(last, Block)
@@ -447,7 +418,7 @@ class Beit(nn.Module):
             enable: Recompute, or keep everything.
             blocks: Only these blocks; all if None.
         """
-        chosen = range(len(self.blocks)) if blocks is None else take_indices(list(blocks), len(self.blocks))
+        chosen = range(len(self.blocks)) if blocks is None else inputs.take_indices(list(blocks), len(self.blocks))
         self.checkpointed_blocks = frozenset(chosen) if enable else frozenset()
 
     # ---- initialisation -----------------------------------------------------------------------------
@@ -560,16 +531,6 @@ class Beit(nn.Module):
 def _like(old: Tensor, new: Tensor) -> nn.Parameter:
     """Make the successor of a parameter: one that was frozen stays frozen."""
     return nn.Parameter(new, requires_grad=old.requires_grad)
-
-
-def take_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
-    """Turn the last n, these (negative from the end) or None (all) of `count` blocks into indices from the start."""
-    if indices is None:
-        return list(range(count))
-    given = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
-    if not given or not all(-count <= index < count for index in given):
-        raise ValueError(f"indices={indices}; there are {count} blocks, 0 to {count - 1} or {-count} to -1.")
-    return [index % count for index in given]
 
 
 def _init_linear(linear: nn.Linear) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitzoo.models.beit import Beit, FeatureFormat, take_indices
+from beitzoo.models.beit import Beit, FeatureFormat
+from beitzoo.models.inputs import take_indices
 
 # A pyramid's scale against the patch grid: strides 4, 8, 16, 32 for patches of 16 (BEiT, segmentation backbone).
 PYRAMID = (4.0, 2.0, 1.0, 0.5)

@@ -1,43 +1,45 @@
-"""`optimize`: the same network, prepared once for inference.
+"""`optimize`: a copy of a model for inference, with the same outputs and faster.
 
-What a forward pass would compute again every time is put into the weights beforehand, and linears are stored the way
-the processor wants to read them. The network is still `Beit`, with its blocks replaced; how it runs is said there.
+What a forward pass would compute again every time is put into the weights beforehand, and linears are packed the way
+the processor wants to read them. The copy is still a `Beit`, with its blocks replaced; how it runs is said there.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp, QkvLinear
-from beitzoo.models.kernels import attend
-from beitzoo.models.linear import TokenLinear
-from beitzoo.models.position import PositionBias
-from beitzoo.models.prepared import Prepare, PreparedLinear, prepare_for
+from beitzoo.errors import InvalidValueError
+from beitzoo.models import inputs, kernels
+from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp
+from beitzoo.models.kernels import PositionBias
+from beitzoo.models.packed import InferenceLinear, MakeLinear, linears_for
 from beitzoo.zoo.networks import Pair
 
 Module = TypeVar("Module", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Of biases kept ready, for all blocks together; beyond it (large networks at 512 pixels take 1.6 GB) they are written
 # into the workspace of each forward pass as in any other network.
 READY_BYTES = 64 << 20
 
-_KNOWN = {nn.ModuleList, Block, Attention, QkvLinear, Mlp, DropPath, nn.LayerNorm, nn.GELU, nn.Dropout}
-_KNOWN |= {TokenLinear, nn.Linear}
+_KNOWN = {nn.ModuleList, Block, Attention, Mlp, DropPath, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, inplace: bool = False) -> Module:
-    """Return an inference twin of a model: the same outputs, sooner.
+    """Return an inference copy of a model: the same outputs, faster.
 
-    The twin is a snapshot: it can be run, copied and pickled, but neither trained, moved nor saved as weights, and
-    what later becomes of the model does not reach it. Compile or export the model itself, not its twin. On a CPU
-    without AVX-512, weights are laid out in the first pass of each shape of input, which is slower; where shapes keep
-    changing, that ends, and with it most of what is gained.
+    The copy is a snapshot: it can be run, copied and pickled, but neither trained, moved nor saved as weights, and
+    what later becomes of the model does not reach it. Compile or export the model itself: on a CPU, `torch.compile`
+    leaves a copy as it is. On a CPU without AVX-512, weights are packed in the first pass of each shape of input, which
+    is slower; where shapes keep changing, that ends, and with it most of what is gained.
 
     Args:
         model: A `Beit`, or what holds one (`BeitFeatures`), on the device where it shall run, without adapters or
@@ -46,51 +48,97 @@ def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, 
             and changes outputs: by 1.3 % of the largest logit for a base model of random weights on a processor
             without VNNI; it was not validated on trained weights. Linears of the blocks then compute in 8 bits, scaled
             per token and per output channel; the rest stays as it is.
-        inplace: Turn the model itself into its twin, and free its weights block by block, rather than copy it.
+        inplace: Turn the model itself into its inference copy, and free its weights block by block.
 
     Raises:
-        ValueError: There is nothing to prepare, something was added to the blocks, or the dtype cannot be had.
+        ValueError: There is nothing to optimize, the blocks were changed (adapters, hooks, quantised or pruned
+            weights), or the dtype cannot be had.
     """
     backbones = [module for module in model.modules() if isinstance(module, Beit)]
     if not backbones:
-        raise ValueError(f"Got a {type(model).__name__} without a Beit in it; there is nothing to prepare.")
-    prepare = prepare_for(backbones[0].cls_token, dtype)
+        raise InvalidValueError(f"Got a {type(model).__name__} without a Beit in it; there is nothing to optimize.")
+    make = linears_for(backbones[0].cls_token, dtype)
     for backbone in backbones:
-        _check_untouched(backbone)
-    twin = model if inplace else copy.deepcopy(model)
-    twin.eval().requires_grad_(False)
-    backbones = [module for module in twin.modules() if isinstance(module, Beit)]
+        _check_unchanged(backbone)
+    result = model if inplace else copy.deepcopy(model)
+    result.eval().requires_grad_(False)
+    backbones = [module for module in result.modules() if isinstance(module, Beit)]
     for backbone in backbones:
         backbone.set_grad_checkpointing(False)
         for index, block in enumerate(backbone.blocks):
             assert isinstance(block, Block)
-            backbone.blocks[index] = PreparedBlock(block, prepare)
+            backbone.blocks[index] = InferenceBlock(block, make)
     if isinstance(dtype, torch.dtype):
-        twin.to(dtype)
+        result.to(dtype)
     for backbone in backbones:
-        backbone.__class__ = PreparedBeit  # not a new object: whoever holds a model prepared in place holds its twin
-        assert isinstance(backbone, PreparedBeit)
+        backbone.__class__ = InferenceBeit  # not a new object: whoever holds a model optimized in place holds its copy
+        assert isinstance(backbone, InferenceBeit)
         backbone.ready_biases()
-    return twin
+    return result
 
 
-class PreparedBeit(Beit):
+def _as_it_is(
+    method: Callable[Concatenate["InferenceBeit", P], R],
+) -> Callable[Concatenate["InferenceBeit", P], R]:
+    """Keep a method outside of compiled graphs, in one piece, where the linears call what no graph can hold.
+
+    Decided in the call: marking methods beforehand would import the compiler, which takes more than a second.
+    """
+
+    @functools.wraps(method)
+    def call(self: "InferenceBeit", *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.in_graphs or not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            return method(self, *args, **kwargs)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            _refuse("be exported or traced: its linears are oneDNN's own")
+        return torch.compiler.disable(method, reason="compile the model itself")(self, *args, **kwargs)
+
+    return call
+
+
+class InferenceBeit(Beit):
     """A `Beit` made by `optimize`: for inference only, as it was at that moment."""
 
-    def train(self, mode: bool = True) -> "PreparedBeit":
+    @_as_it_is
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images to logits, or features without a head."""
+        return super().forward(images)
+
+    @_as_it_is
+    def forward_features(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        """Map images to tokens."""
+        return super().forward_features(images, bool_masked_pos)
+
+    @_as_it_is
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what comes out of chosen blocks."""
+        return super().forward_intermediates(*args, **kwargs)
+
+    @_as_it_is
+    def attention_maps(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the attention weights of chosen blocks."""
+        return super().attention_maps(*args, **kwargs)
+
+    def position_bias(self, grid: Pair) -> PositionBias:
+        """Return what blocks need to know about positions; nothing more than the grid if their biases are ready."""
+        if all(block.attn.ready is not None and block.attn.ready[0] == grid for block in self._blocks()):
+            return PositionBias(grid, self.config.grid_size, self.config.resize_rule)
+        return super().position_bias(grid)
+
+    def train(self, mode: bool = True) -> "InferenceBeit":
         """Refuse training."""
         return _refuse("be trained") if mode else super().train(False)
 
-    def requires_grad_(self, requires_grad: bool = True) -> "PreparedBeit":
+    def requires_grad_(self, requires_grad: bool = True) -> "InferenceBeit":
         """Refuse gradients."""
         return _refuse("give gradients") if requires_grad else super().requires_grad_(False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: prepared weights are of no other network."""
+        """Refuse: packed weights are of no other network."""
         _refuse("be saved as weights (but pickled)")
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the weights of other networks are not prepared."""
+        """Refuse: the weights of other networks are not packed."""
         _refuse("load weights")
 
     def init_weights(self) -> None:
@@ -98,23 +146,33 @@ class PreparedBeit(Beit):
         _refuse("be initialised")
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Make the twin take images of another size, as `Beit.set_input_size` does."""
+        """Make the copy take images of another size, as `Beit.set_input_size` does."""
         super().set_input_size(*args, **kwargs)
         self.ready_biases()
+
+    @property
+    def in_graphs(self) -> bool:
+        """Whether PyTorch can compile, export and trace this copy."""
+        return all(module.in_graphs for module in self.blocks.modules() if isinstance(module, InferenceLinear))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def ready_biases(self) -> None:
         """Look up the biases of all blocks for the grid of the config, if they take less than `READY_BYTES`."""
-        config = self.config
-        size = config.depth * config.num_heads * config.num_tokens**2 * self.cls_token.element_size()
-        for block in self.blocks:
-            assert isinstance(block, PreparedBlock)
-            bias = self.position_bias(config.grid_size)  # one for each block, as each has one workspace
-            block.attn.keep(bias, self.cls_token.dtype if size <= READY_BYTES else None)
+        config, like = self.config, self.cls_token
+        size = config.depth * config.num_heads * config.num_tokens**2 * like.element_size()
+        for block in self._blocks():
+            block.attn.ready = None
+        if size <= READY_BYTES:
+            for block in self._blocks():  # with a record for each, as each has one workspace
+                block.attn.make_ready(super().position_bias(config.grid_size), like)
+
+    def _blocks(self) -> list["InferenceBlock"]:
+        return [block for block in self.blocks if isinstance(block, InferenceBlock)]
 
     def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
-        images = images.to(self.cls_token.dtype) if images.is_floating_point() else images
+        if isinstance(images, Tensor) and images.is_floating_point():
+            images = images.to(self.cls_token.dtype)
         tokens, bias = super()._embed(images, bool_masked_pos)
         if tokens.requires_grad:
             _refuse("give gradients")
@@ -123,7 +181,7 @@ class PreparedBeit(Beit):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         _refuse("load weights")  # asked by a module around it
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreparedBeit":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InferenceBeit":
         here = self.cls_token
         there = fn(here)
         if (there.device, there.dtype) != (here.device, here.dtype):
@@ -131,56 +189,63 @@ class PreparedBeit(Beit):
         return self
 
 
-class PreparedAttention(Attention):
+class InferenceAttention(Attention):
     """Attention whose queries and values get their bias in the product, up to the projection."""
 
-    def __init__(self, attn: Attention, prepare: Prepare) -> None:
+    def __init__(self, attn: Attention, make: MakeLinear) -> None:
         nn.Module.__init__(self)  # the parts are given, none is to be made
-        self.num_heads, self.head_dim = attn.num_heads, attn.head_dim
-        qkv = attn.qkv
-        assert isinstance(qkv, nn.Linear)
+        self.config, self.num_heads, self.head_dim = attn.config, attn.num_heads, attn.head_dim
         bias = None
         if attn.q_bias is not None and attn.v_bias is not None:
             bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-        self.qkv = prepare(qkv.weight.detach(), bias)
+        assert isinstance(attn.qkv, nn.Linear)
+        self.qkv = make(attn.qkv.weight.detach(), bias)
         self.q_bias = self.v_bias = None
         self.relative_position_bias_table = attn.relative_position_bias_table
         self.ready: tuple[Pair, Tensor | None] | None = None
 
-    def keep(self, bias: PositionBias, dtype: torch.dtype | None) -> None:
-        """Keep the bias of this block ready for one grid, or with no dtype let go of it."""
-        self.ready = None if dtype is None else (bias.grid, bias.of(self.relative_position_bias_table, dtype))
+    def make_ready(self, bias: PositionBias, like: Tensor) -> None:
+        """Keep the bias of this block for one grid."""
+        self.ready = bias.grid, bias.of(self.relative_position_bias_table, like)
 
-    def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
+    def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
         """Map tokens (B, N, C) to mixed values (B, N, C), not yet projected."""
         q, k, v = self._project(x)
-        if self.ready is not None and self.ready[0] == bias.grid:
-            of_block = self.ready[1]
-        else:
-            of_block = bias.of(self.relative_position_bias_table, q.dtype)
-        return attend(q, k, v, of_block).transpose(1, 2).flatten(2)
+        return kernels.attend(q, k, v, self._bias_of(bias, x, q)).transpose(1, 2).flatten(2)
+
+    def weights(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
+        """Return how much each token (query, rows) takes from each (key, columns), (B, H, N, N)."""
+        q, k, _ = self._project(x)
+        return kernels.attention_weights(q, k, self._bias_of(bias, x, q))
+
+    def _bias_of(self, bias: PositionBias | None, x: Tensor, q: Tensor) -> Tensor | None:
+        grid = inputs.own_grid(x, self.config) if bias is None else bias.grid
+        if self.ready is not None and self.ready[0] == grid:
+            return self.ready[1]
+        bias = bias or kernels.position_bias(grid, self.config, like=x)
+        return bias.of(self.relative_position_bias_table, q)
 
 
-class PreparedBlock(Block):
+class InferenceBlock(Block):
     """A block with layer scale folded into the last linear of each branch, its MLP in parts where that is faster."""
 
-    def __init__(self, block: Block, prepare: Prepare) -> None:
+    def __init__(self, block: Block, make: MakeLinear) -> None:
         nn.Module.__init__(self)
         self.norm1, self.norm2, self.drop_path = block.norm1, block.norm2, block.drop_path
-        self.attn: PreparedAttention = PreparedAttention(block.attn, prepare)
-        self.proj = prepare(*_scaled(block.attn.proj, block.gamma_1))
+        self.attn: InferenceAttention = InferenceAttention(block.attn, make)
+        self.proj = make(*_scaled(block.attn.proj, block.gamma_1))
         fc1, (weight, bias) = block.mlp.fc1, _scaled(block.mlp.fc2, block.gamma_2)
         parts = math.ceil(weight.shape[1] / self.proj.most_inputs)  # all linears are of one kind
         biases = [bias, *[None] * (parts - 1)]
-        self.fc1 = nn.ModuleList(map(prepare, fc1.weight.detach().chunk(parts), fc1.bias.detach().chunk(parts)))
-        self.fc2 = nn.ModuleList(map(prepare, weight.chunk(parts, dim=1), biases))
+        self.fc1 = nn.ModuleList(map(make, fc1.weight.detach().chunk(parts), fc1.bias.detach().chunk(parts)))
+        self.fc2 = nn.ModuleList(map(make, weight.chunk(parts, dim=1), biases))
 
-    def forward(self, x: Tensor, bias: PositionBias) -> Tensor:
+    def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
         x = self.proj.add(x, self.attn(self.norm1(x), bias))
         y = self.norm2(x)
         for fc1, fc2 in zip(self.fc1, self.fc2, strict=True):
-            assert isinstance(fc1, PreparedLinear) and isinstance(fc2, PreparedLinear)
+            assert isinstance(fc1, InferenceLinear) and isinstance(fc2, InferenceLinear)
             x = fc2.add(x, fc1.gelu(y))
         return x
 
@@ -194,18 +259,26 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
     return weight * gamma[:, None], bias * gamma
 
 
-def _check_untouched(model: Beit) -> None:
-    """Refuse blocks in which something was replaced or hooked that the twin would leave out."""
-    if isinstance(model, PreparedBeit):
-        raise ValueError("Got a model that optimize() made; give it the model that one was made from.")
+def _check_unchanged(model: Beit) -> None:
+    """Refuse blocks in which something was replaced, hooked or quantised that the copy would leave out."""
+    if isinstance(model, InferenceBeit):
+        raise InvalidValueError("Got a model that optimize() made; give it the model that one was made from.")
     for name, module in model.blocks.named_modules(prefix="blocks"):
-        known = type(module) in _KNOWN and (type(module) is QkvLinear) == name.endswith("qkv")
-        known = known and getattr(module, "approximate", "none") == "none"  # of GELU
-        if not known or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            raise ValueError(
-                f"Got {name!r}, a {type(module).__name__}, not of the plain network or with hooks; a twin would "
-                "run without them. Merge adapters and remove hooks first."
+        if not _is_ours(module):
+            raise InvalidValueError(
+                f"Got {name!r}, a {type(module).__name__}, that is not of the plain network: replaced, hooked, pruned "
+                "or quantised. An inference copy would run without that. Merge adapters, remove hooks, and optimize "
+                "the model as it was before it was quantised."
             )
+
+
+def _is_ours(module: nn.Module) -> bool:
+    plain = all(
+        type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.is_floating_point()
+        for parameter in module.parameters(recurse=False)
+    )
+    exact = type(module) in _KNOWN and getattr(module, "approximate", "none") == "none"  # of GELU
+    return exact and plain and not kernels.is_hooked(module)
 
 
 def _refuse(what: str) -> NoReturn:

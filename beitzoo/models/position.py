@@ -6,8 +6,6 @@ for the class token, which has no place (to a patch, from a patch, to itself). B
 `modeling_finetune.py`, class `Attention`.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +14,6 @@ from beitzoo.zoo.networks import Pair, ResizeRule
 
 CLASS_ROWS = 3
 ROW_MULTIPLE = 8
-FEW_SCORES = 125_000  # up to here (3 heads at 224 pixels) one lookup takes less time than the steps of a strip
 
 
 def table_rows(grid: Pair) -> int:
@@ -44,114 +41,30 @@ def bias(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 
     Selecting columns of the transposed table rather than rows of the table gives the attention layout
     at once, and its backward is a sum over columns instead of a sort. That sum has one term for every pair with
-    the same offset, too many for half precision: where a gradient is wanted, the result is cast, not the table.
+    the same offset, too many for half precision: so the result is cast, not the table.
 
     Rows are padded to a multiple of 8 and cut back to N: fused kernels on GPUs copy a bias that is not aligned so.
     """
-    trained = torch.is_grad_enabled() and table.requires_grad
-    columns = (table if trained else table.to(dtype)).t().contiguous()  # (H, rows)
+    columns = table.t().contiguous()  # (H, rows)
     tokens = index.shape[1]
     padded = F.pad(index, (0, -tokens % ROW_MULTIPLE))
     return columns.index_select(1, padded.flatten()).view(-1, *padded.shape).to(dtype)[..., :tokens]
 
 
-def bias_into(workspace: Tensor, columns: Tensor, grid: Pair, rows: Tensor) -> None:
-    """Write the same bias into a workspace, (H, N, N or more), from a transposed table, (H, table rows).
-
-    Between patches the bias depends on the offset alone. So for all queries of one image row it is a window
-    of one strip, (H, w, (2h - 1) w), which moves by w for the next row: a small lookup of `strip_rows`, then h copies
-    of long runs.
-    """
-    h, w = grid
-    out = workspace[..., : 1 + h * w]
-    strip = columns.index_select(1, rows).view(-1, w, (2 * h - 1) * w)
-    to_patch, from_patch, to_itself = columns[:, -CLASS_ROWS:].unbind(1)
-    out[:, 0] = to_patch[:, None]
-    out[:, 1:, 0] = from_patch[:, None]
-    out[:, 0, 0] = to_itself
-    for y in range(h):
-        start = (h - 1 - y) * w
-        out[:, 1 + y * w : 1 + (y + 1) * w, 1:] = strip[:, :, start : start + h * w]
-
-
-def strip_rows(grid: Pair, device: torch.device) -> Tensor:
-    """Return the table rows of the strip that `bias_into` cuts up, one after the other."""
-    h, w = grid
-    x = torch.arange(w, device=device)
-    dy = torch.arange(2 * h - 2, -1, -1, device=device)
-    rows = dy[None, :, None] * (2 * w - 1) + (x[:, None] - x[None, :] + w - 1)[:, None, :]  # (w, 2h - 1, w)
-    return rows.flatten()
-
-
-@dataclass
-class PositionBias:
-    """What one forward pass knows about positions; made in it, handed to every block, never kept.
-
-    Attributes:
-        grid: Rows and columns of patches of these images.
-        table_grid: Those that the tables are made for.
-        rule: How a table is fitted from one to the other.
-        shared: The bias that all blocks have in common, (H, N, N), or None.
-    """
-
-    grid: Pair
-    table_grid: Pair
-    rule: ResizeRule
-    shared: Tensor | None = None
-    _index: Tensor | None = field(default=None, init=False)
-    _workspace: Tensor | None = field(default=None, init=False)
-    _rows: Tensor | None = field(default=None, init=False)
-
-    def of(self, table: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Return the bias of a block with this table for queries of a dtype, (H, N, N); None if there is none.
-
-        On a CPU and without a gradient, all blocks are written into one workspace (at 512 pixels, finding fresh
-        memory costs more than filling it), so what is returned holds until the next call.
-        """
-        shared = None if self.shared is None else self.shared.to(dtype)
-        if table is None:
-            return shared
-        table = resize_table(table, self.table_grid, self.grid, self.rule)
-        if table.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            own = self._written(table, dtype)
-            return own if shared is None else own.add_(shared)
-        own = bias(table, self._index_on(table.device), dtype)
-        return own if shared is None else own + shared
-
-    def _index_on(self, device: torch.device) -> Tensor:
-        if self._index is None:
-            self._index = relative_position_index(self.grid, device)
-        return self._index
-
-    def _written(self, table: Tensor, dtype: torch.dtype) -> Tensor:
-        """Write the bias of a block into the workspace; what is looked up is the same for all blocks."""
-        workspace = self._workspace_like(table, dtype)
-        tokens, padded = workspace.shape[1:]
-        columns = table.to(dtype).t().contiguous()  # (H, rows)
-        few = workspace.numel() <= FEW_SCORES
-        if self._rows is None:
-            index = F.pad(self._index_on(table.device), (0, padded - tokens)) if few else None
-            self._rows = strip_rows(self.grid, table.device) if index is None else index.flatten()
-        if few:
-            torch.index_select(columns, 1, self._rows, out=workspace.flatten(1))
-        else:
-            bias_into(workspace, columns, self.grid, self._rows)
-        return workspace[..., :tokens]
-
-    def _workspace_like(self, table: Tensor, dtype: torch.dtype) -> Tensor:
-        if self._workspace is None or self._workspace.dtype != dtype:
-            tokens = 1 + self.grid[0] * self.grid[1]
-            shape = (table.shape[1], tokens, tokens + -tokens % ROW_MULTIPLE)
-            self._workspace = table.new_empty(shape, dtype=dtype)
-        return self._workspace
-
-
 class RelativePositionBias(nn.Module):
-    """The table that all blocks share during pretraining; a module only for the sake of its name."""
+    """The table that all blocks share during pretraining.
+
+    It is asked by a call, so that tools which fetch parameters when a module is called (offloading, sharding) see it.
+    """
 
     def __init__(self, grid: Pair, num_heads: int) -> None:
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), num_heads))
+
+    def forward(self, index: Tensor, source: Pair, target: Pair, rule: ResizeRule) -> Tensor:
+        """Return the bias for a grid, (H, N, N), by its index and from the table of this or another grid."""
+        table = resize_table(self.relative_position_bias_table, source, target, rule)
+        return bias(table, index, table.dtype)
 
 
 def resize_table(table: Tensor, source: Pair, target: Pair, rule: ResizeRule = "geometric_cubic") -> Tensor:

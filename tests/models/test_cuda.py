@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import randomise, relative_error, timm_twin
+from oracles import randomise, relative_error, timm_model
 
 from beitzoo import Beit
 from beitzoo.zoo.architectures import ARCHITECTURES
@@ -28,14 +28,14 @@ def test_gpu_agrees_with_cpu(img_size: tuple[int, int], dtype: torch.dtype, tole
 def test_gpu_gradients_agree_with_timm(autocast: bool) -> None:
     model = Beit(replace(ARCHITECTURES["beit_base_patch16_224"], depth=2)).cuda()
     randomise(model)
-    twin = timm_twin(model.cpu()).cuda()
+    peer = timm_model(model.cpu()).cuda()
     model.cuda()
     x = torch.randn(2, 3, 224, 224, device="cuda")
-    for network in (model, twin):
+    for network in (model, peer):
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             logits = network(x)
         (logits.float() * torch.linspace(-1, 1, 1000, device="cuda")).sum().backward()
-    gradients = dict(twin.named_parameters())
+    gradients = dict(peer.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert relative_error(parameter.grad, gradients[name].grad) <= (5e-2 if autocast else 1e-4), name

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import randomise, relative_error, timm_twin
+from oracles import randomise, relative_error, timm_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
@@ -35,13 +35,13 @@ def images(batch: int = 2, size: tuple[int, int] = (64, 64)) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"return_prefix_tokens": True}, {"stop_early": True}], ids=str)
 def test_intermediates_are_timms(indices: int | list[int] | None, output_fmt: str, options: dict[str, bool]) -> None:
     model = build(img_size=(48, 80), global_pool="token")
-    twin = timm_twin(model)
+    theirs = timm_model(model)
     x = images(size=(48, 80))
     arguments = {"indices": indices, "output_fmt": output_fmt, "norm": True, **options}
-    ours, theirs = model.forward_intermediates(x, **arguments), twin.forward_intermediates(x, **arguments)
-    assert relative_error(ours[0], theirs[0]) < 1e-5
-    assert len(ours[1]) == len(theirs[1])
-    for a, b in zip(ours[1], theirs[1], strict=True):
+    ours, others = model.forward_intermediates(x, **arguments), theirs.forward_intermediates(x, **arguments)
+    assert relative_error(ours[0], others[0]) < 1e-5
+    assert len(ours[1]) == len(others[1])
+    for a, b in zip(ours[1], others[1], strict=True):
         for left, right in zip(a if isinstance(a, tuple) else [a], b if isinstance(b, tuple) else [b], strict=True):
             assert left.shape == right.shape
             assert relative_error(left, right) < 1e-5
@@ -143,7 +143,7 @@ def test_attention_maps_are_what_the_fused_path_mixes_by() -> None:
     tokens, bias = model._embed(x)
     for index, block in enumerate(model.blocks):
         q, k, v = block.attn._project(block.norm1(tokens))
-        fused = attend(q, k, v, bias.of(block.attn.relative_position_bias_table, q.dtype))
+        fused = attend(q, k, v, bias.of(block.attn.relative_position_bias_table, q))
         assert relative_error(maps[:, index] @ v, fused) < 1e-5
         tokens = block(tokens, bias)
     chosen = model.attention_maps(x, [-1, 0])
@@ -223,43 +223,6 @@ def test_an_empty_batch_gives_empty_outputs(depth: int) -> None:
     maps = model.forward_intermediates(images(0), intermediates_only=True)
     assert [m.shape for m in maps] == [(0, 64, 4, 4)] * 4
     assert model.attention_maps(images(0)).shape == (0, 4, 2, 17, 17)
-
-
-def test_hooks_and_replacements_of_qkv_take_effect() -> None:
-    """A low-rank adapter around the linear is what users put there."""
-    model = build()
-    x = images()
-    before, seen = model(x), []
-    handle = model.blocks[1].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    hooked = model(x)
-    handle.remove()
-    assert seen == [(2, 17, 192)]
-    assert torch.equal(hooked, before)
-    handle = model.blocks[1].attn.qkv.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    doubled = model(x)
-    handle.remove()
-    with torch.no_grad():
-        model.blocks[1].attn.qkv.weight.mul_(2)
-    assert relative_error(model(x), doubled) < 1e-5
-    with torch.no_grad():
-        model.blocks[1].attn.qkv.weight.div_(2)
-
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base, self.down, self.up = base, nn.Linear(64, 2, bias=False), nn.Linear(2, 192, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + self.up(self.down(x))
-
-    model.blocks[1].attn.qkv = Adapter(model.blocks[1].attn.qkv)
-    after = model(x)
-    assert not torch.allclose(after, before)
-    after.sum().backward()
-    assert model.blocks[1].attn.qkv.up.weight.grad.abs().sum() > 0
-    with torch.no_grad():
-        model.blocks[1].attn.qkv.up.weight.zero_()
-    assert relative_error(model(x), before) < 1e-5
 
 
 def test_selective_checkpointing_recomputes_only_those_blocks() -> None:

@@ -1,4 +1,4 @@
-"""The inference twin gives the model's numbers, and refuses what it is not made for."""
+"""The inference copy gives the model's numbers, and refuses what it is not made for."""
 
 import copy
 import pickle
@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 import beitzoo
 from beitzoo import Beit, optimize
-from beitzoo.models import kernels, prepared
+from beitzoo.models import kernels, packed
 from beitzoo.models import optimize as optimize_module
-from beitzoo.models.kernels import attend, attend_blocked
 from beitzoo.zoo.architectures import ARCHITECTURES
 
 SMALL = ARCHITECTURES["test_beit"]
@@ -32,15 +31,15 @@ def images(batch: int = 3, size: tuple[int, int] = (64, 64)) -> Tensor:
     return torch.randn(batch, 3, *size)
 
 
-@pytest.fixture(params=[prepared.PackedLinear, prepared.ConvolutionLinear, prepared.PreparedLinear])
-def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[prepared.PreparedLinear]:
+@pytest.fixture(params=[packed.PackedLinear, packed.ConvolutionLinear, packed.InferenceLinear])
+def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[packed.InferenceLinear]:
     """Run with the linears of every kind of processor."""
-    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: request.param)
+    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: request.param)
     return request.param
 
 
-def kinds_in(twin: Beit) -> set[type]:
-    return {type(module) for module in twin.modules() if isinstance(module, prepared.PreparedLinear)}
+def kinds_in(fast: Beit) -> set[type]:
+    return {type(module) for module in fast.modules() if isinstance(module, packed.InferenceLinear)}
 
 
 FLAGS: list[dict[str, object]] = [
@@ -62,23 +61,23 @@ def test_every_option_gives_the_models_outputs(flags: dict[str, object], inplace
     logits, tokens = model(x), model.forward_features(x)
     maps = model.forward_intermediates(x, norm=True, intermediates_only=True)
     attention_maps = model.attention_maps(x)
-    twin = optimize(model, inplace=inplace)
-    assert (twin is model) == inplace
-    assert isinstance(twin, Beit)
-    assert relative_error(twin(x), logits) <= 1e-5
-    assert relative_error(twin(x[:1]), logits[:1]) <= 1e-5
-    assert relative_error(twin.forward_features(x), tokens) <= 1e-5
-    for ours, theirs in zip(twin.forward_intermediates(x, norm=True, intermediates_only=True), maps, strict=True):
+    fast = optimize(model, inplace=inplace)
+    assert (fast is model) == inplace
+    assert isinstance(fast, Beit)
+    assert relative_error(fast(x), logits) <= 1e-5
+    assert relative_error(fast(x[:1]), logits[:1]) <= 1e-5
+    assert relative_error(fast.forward_features(x), tokens) <= 1e-5
+    for ours, theirs in zip(fast.forward_intermediates(x, norm=True, intermediates_only=True), maps, strict=True):
         assert relative_error(ours, theirs) <= 1e-5
-    assert relative_error(twin.attention_maps(x), attention_maps) <= 1e-5
-    assert twin(images(0, model.config.img_size)).shape == (0, *logits.shape[1:])
+    assert relative_error(fast.attention_maps(x), attention_maps) <= 1e-5
+    assert fast(images(0, model.config.img_size)).shape == (0, *logits.shape[1:])
 
 
 def test_the_kind_of_linear_is_the_one_asked_for(linears: type) -> None:
     assert kinds_in(optimize(build())) == {linears}
 
 
-def test_a_plain_linear_in_a_block_is_taken_over() -> None:
+def test_a_new_linear_in_a_block_is_taken_over() -> None:
     model = build()
     fc1 = model.blocks[0].mlp.fc1
     model.blocks[0].mlp.fc1 = nn.Linear(fc1.in_features, fc1.out_features)
@@ -89,16 +88,16 @@ def test_a_plain_linear_in_a_block_is_taken_over() -> None:
 @pytest.mark.parametrize(
     ("onednn", "avx512", "avx2", "bf16", "dtype", "width", "kind"),
     [
-        (False, True, True, True, torch.float32, 768, prepared.PreparedLinear),
-        (False, False, True, False, torch.float32, 768, prepared.PreparedLinear),
-        (True, True, True, False, torch.float32, 64, prepared.PackedLinear),
-        (True, True, True, True, torch.bfloat16, 64, prepared.PackedLinear),
-        (True, True, True, False, torch.bfloat16, 768, prepared.PreparedLinear),
-        (True, True, True, True, torch.float64, 768, prepared.PreparedLinear),
-        (True, False, True, False, torch.float32, 384, prepared.ConvolutionLinear),
-        (True, False, True, False, torch.float32, 192, prepared.PreparedLinear),
-        (True, False, True, True, torch.bfloat16, 768, prepared.PreparedLinear),
-        (True, False, False, False, torch.float32, 768, prepared.PreparedLinear),
+        (False, True, True, True, torch.float32, 768, packed.InferenceLinear),
+        (False, False, True, False, torch.float32, 768, packed.InferenceLinear),
+        (True, True, True, False, torch.float32, 64, packed.PackedLinear),
+        (True, True, True, True, torch.bfloat16, 64, packed.PackedLinear),
+        (True, True, True, False, torch.bfloat16, 768, packed.InferenceLinear),
+        (True, True, True, True, torch.float64, 768, packed.InferenceLinear),
+        (True, False, True, False, torch.float32, 384, packed.ConvolutionLinear),
+        (True, False, True, False, torch.float32, 192, packed.InferenceLinear),
+        (True, False, True, True, torch.bfloat16, 768, packed.InferenceLinear),
+        (True, False, False, False, torch.float32, 768, packed.InferenceLinear),
     ],
 )
 def test_the_kind_of_linear_follows_the_processor(
@@ -112,49 +111,48 @@ def test_the_kind_of_linear_follows_the_processor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
-    monkeypatch.setattr(prepared, "_has_bfloat16", lambda: bf16)
-    assert prepared._fastest(dtype, width) is kind
+    monkeypatch.setattr(kernels, "cpu_has", {"avx512": avx512, "avx2": avx2}.__getitem__)
+    monkeypatch.setattr(packed, "_has_bfloat16", lambda: bf16)
+    assert packed._fastest(dtype, width) is kind
 
 
 def test_a_pytorch_without_these_operators_gets_plain_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     for avx512 in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda avx512=avx512: avx512)
-        assert prepared._fastest(torch.float32, 768) is prepared.PreparedLinear
+        monkeypatch.setattr(kernels, "cpu_has", lambda feature, avx512=avx512: feature == "avx2" or avx512)
+        assert packed._fastest(torch.float32, 768) is packed.InferenceLinear
 
 
 def test_shapes_that_keep_changing_end_in_a_plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "MOST_LAYOUTS", 2)
+    monkeypatch.setattr(packed, "MOST_REPACKS", 2)
     weight, bias = torch.randn(48, 64), torch.randn(48)
-    linear = prepared.ConvolutionLinear(weight, bias)
-    laid_out = []
+    linear = packed.ConvolutionLinear(weight, bias)
+    packed_so_far = []
     for batch in (1, 1, 3, 2, 1):
         x, residual = torch.randn(batch, 17, 64), torch.randn(batch, 17, 48)
         expected = F.linear(x, weight, bias)
         assert relative_error(linear(x), expected) <= 1e-6
         assert relative_error(linear.add(residual, x), residual + expected) <= 1e-6
         assert relative_error(linear.gelu(x), F.gelu(expected)) <= 1e-6
-        laid_out.append(linear.layout.weight.is_mkldnn)
-    assert laid_out == [True, True, True, False, False]
-    assert torch.equal(linear.layout.weight, weight)
+        packed_so_far.append(linear.packing.weight.is_mkldnn)
+    assert packed_so_far == [True, True, True, False, False]
+    assert torch.equal(linear.packing.weight, weight)
 
 
 def test_a_plain_linear_at_the_end_is_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "MOST_LAYOUTS", 0)
+    monkeypatch.setattr(packed, "MOST_REPACKS", 0)
     weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, 17, 64)
-    linear = prepared.ConvolutionLinear(weight, bias)
+    linear = packed.ConvolutionLinear(weight, bias)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert relative_error(linear(x), F.linear(x.double(), weight.double(), bias.double())) <= 1e-6
         assert linear.add(torch.zeros(2, 17, 48), x).dtype == torch.float32
-    assert not linear.layout.weight.is_mkldnn
+    assert not linear.packing.weight.is_mkldnn
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-def test_onednn_takes_weights_as_they_were_laid_out(capfd: pytest.CaptureFixture[str]) -> None:
-    """In any other form it would lay them out in every call."""
-    linear = prepared.ConvolutionLinear(torch.randn(768, 384), torch.randn(768))
+def test_onednn_takes_weights_as_they_were_packed_so_far(capfd: pytest.CaptureFixture[str]) -> None:
+    """In any other form it would repack them in every call."""
+    linear = packed.ConvolutionLinear(torch.randn(768, 384), torch.randn(768))
     x, residual = torch.randn(1, 197, 384), torch.randn(1, 197, 768)
     with torch.inference_mode():
         linear(x)
@@ -166,97 +164,97 @@ def test_onednn_takes_weights_as_they_were_laid_out(capfd: pytest.CaptureFixture
 
 
 def test_a_part_of_a_weight_is_pickled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: prepared.ConvolutionLinear)
+    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: packed.ConvolutionLinear)
     whole = len(pickle.dumps(optimize(build())))
-    monkeypatch.setattr(prepared.ConvolutionLinear, "most_inputs", 64)
+    monkeypatch.setattr(packed.ConvolutionLinear, "most_inputs", 64)
     assert len(pickle.dumps(optimize(build()))) < 1.1 * whole
 
 
 def test_long_products_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: prepared.ConvolutionLinear)
-    monkeypatch.setattr(prepared.ConvolutionLinear, "most_inputs", 100)
+    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: packed.ConvolutionLinear)
+    monkeypatch.setattr(packed.ConvolutionLinear, "most_inputs", 100)
     model = build()
-    twin = optimize(model)
-    assert [len(block.fc1) for block in twin.blocks] == [3] * model.config.depth  # 256 hidden channels
+    fast = optimize(model)
+    assert [len(block.fc1) for block in fast.blocks] == [3] * model.config.depth  # 256 hidden channels
     x = images()
     with torch.inference_mode():
-        logits = twin(x)
+        logits = fast(x)
     assert relative_error(logits, model(x)) <= 1e-5
-    assert torch.equal(copy.deepcopy(twin)(x), logits)  # laid out in inference mode, and used outside
+    assert torch.equal(copy.deepcopy(fast)(x), logits)  # packed in inference mode, and used outside
 
 
 @pytest.mark.parametrize("ready_bytes", [0, 1 << 30])
 def test_any_grid_with_biases_ready_or_not(ready_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimize_module, "READY_BYTES", ready_bytes)
     model = build(dynamic_img_size=True, use_shared_rel_pos_bias=True)
-    twin = optimize(model)
-    assert all((block.attn.ready is None) == (ready_bytes == 0) for block in twin.blocks)
+    fast = optimize(model)
+    assert all((block.attn.ready is None) == (ready_bytes == 0) for block in fast.blocks)
     with torch.inference_mode():
         for size in [(64, 64), (32, 96), (16, 16)]:
             x = images(size=size)
-            assert relative_error(twin(x), model(x)) <= 1e-5
-    for either in (model, twin):
+            assert relative_error(fast(x), model(x)) <= 1e-5
+    for either in (model, fast):
         either.set_input_size((96, 48))
     x = images(size=(96, 48))
-    assert relative_error(twin(x), model(x)) <= 1e-5
+    assert relative_error(fast(x), model(x)) <= 1e-5
 
 
 def test_other_heads_and_channels_work_as_ever() -> None:
     model = build()
-    twin = optimize(model)
+    fast = optimize(model)
     head = nn.Linear(64, 5)
-    for either in (model, twin):
+    for either in (model, fast):
         either.reset_classifier(5)
         either.head.load_state_dict(head.state_dict())
         either.set_in_chans(1)
     x = images()[:, :1]
-    assert relative_error(twin(x), model(x)) <= 1e-5
+    assert relative_error(fast(x), model(x)) <= 1e-5
 
 
-def test_feature_extractors_hold_a_twin() -> None:
+def test_feature_extractors_hold_a_copy() -> None:
     features = beitzoo.create_model("test_beit", features_only=True, out_indices=[0, 1]).eval()
     randomise(features)
     x = images()
-    twin = optimize(features)
-    assert isinstance(twin.backbone, optimize_module.PreparedBeit)
-    for ours, theirs in zip(twin(x), features(x), strict=True):
+    fast = optimize(features)
+    assert isinstance(fast.backbone, optimize_module.InferenceBeit)
+    for ours, theirs in zip(fast(x), features(x), strict=True):
         assert relative_error(ours, theirs) <= 1e-5
     with pytest.raises(RuntimeError, match="cannot be trained"):
-        twin.train()
+        fast.train()
 
 
-def test_a_twin_is_a_snapshot() -> None:
+def test_a_copy_is_a_snapshot() -> None:
     model = build()
     x = images()
-    twin = optimize(model)
-    before = twin(x)
+    fast = optimize(model)
+    before = fast(x)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(twin(x), before)
-    assert repr(twin).startswith("PreparedBeit(")
+    assert torch.equal(fast(x), before)
+    assert repr(fast).startswith("InferenceBeit(")
 
 
 def test_what_needs_the_model_itself_is_refused() -> None:
-    twin = optimize(build(drop_rate=0.5))
+    fast = optimize(build(drop_rate=0.5))
     x = images()
-    assert twin.eval() is twin
-    assert not twin(x).requires_grad
+    assert fast.eval() is fast
+    assert not fast(x).requires_grad
     for refused, reason in [
-        (lambda: twin.train(), "be trained"),
-        (lambda: twin.requires_grad_(), "give gradients"),
-        (lambda: twin(x.clone().requires_grad_()), "give gradients"),
-        (lambda: twin.state_dict(), "be saved as weights"),
-        (lambda: twin.load_state_dict({}), "load weights"),
-        (lambda: twin.half(), "change its device or dtype"),
-        (lambda: twin.to("meta"), "change its device or dtype"),
+        (lambda: fast.train(), "be trained"),
+        (lambda: fast.requires_grad_(), "give gradients"),
+        (lambda: fast(x.clone().requires_grad_()), "give gradients"),
+        (lambda: fast.state_dict(), "be saved as weights"),
+        (lambda: fast.load_state_dict({}), "load weights"),
+        (lambda: fast.half(), "change its device or dtype"),
+        (lambda: fast.to("meta"), "change its device or dtype"),
     ]:
         with pytest.raises(RuntimeError, match=f"cannot {reason}.*inference snapshot.*Use the model it was made from"):
             refused()
-    assert not twin.training
-    assert torch.equal(twin.to("cpu", torch.float32)(x), twin(x))
+    assert not fast.training
+    assert torch.equal(fast.to("cpu", torch.float32)(x), fast(x))
     with pytest.raises(ValueError, match=r"Got a model that optimize\(\) made"):
-        optimize(twin)
+        optimize(fast)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -271,7 +269,7 @@ def test_wrong_arguments_are_named() -> None:
 def test_additions_to_blocks_are_refused_not_lost() -> None:
     model = build()
     handle = model.blocks[1].attn.qkv.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"Got 'blocks.1.attn.qkv', a QkvLinear, .*with hooks"):
+    with pytest.raises(ValueError, match=r"Got 'blocks.1.attn.qkv', a Linear, .*hooked"):
         optimize(model, inplace=True)
     handle.remove()
     model.blocks[0].mlp.fc1 = nn.Sequential(model.blocks[0].mlp.fc1)
@@ -281,26 +279,26 @@ def test_additions_to_blocks_are_refused_not_lost() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
-def test_twins_are_copied_and_pickled(dtype: str | None, linears: type) -> None:
-    twin = optimize(build(), dtype=dtype)  # type: ignore[arg-type]
+def test_copies_are_copied_and_pickled(dtype: str | None, linears: type) -> None:
+    fast = optimize(build(), dtype=dtype)  # type: ignore[arg-type]
     x = images()
-    expected = twin(x)
-    assert torch.equal(copy.deepcopy(twin)(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(twin))(x), expected)
+    expected = fast(x)
+    assert torch.equal(copy.deepcopy(fast)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(x), expected)
 
 
-@pytest.mark.parametrize("most_layouts", [2, 16])
+@pytest.mark.parametrize("most_repacks", [2, 16])
 @pytest.mark.parametrize("dtype", [None, "int8"])
-def test_threads_share_a_twin(
-    dtype: str | None, most_layouts: int, linears: type, monkeypatch: pytest.MonkeyPatch
+def test_threads_share_a_copy(
+    dtype: str | None, most_repacks: int, linears: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared, "MOST_LAYOUTS", most_layouts)
+    monkeypatch.setattr(packed, "MOST_REPACKS", most_repacks)
     model = build()
-    twin = optimize(model, dtype=dtype)  # type: ignore[arg-type]
+    fast = optimize(model, dtype=dtype)  # type: ignore[arg-type]
     batches = [images(1 + i % 3) for i in range(8)]
     expected = [optimize(model, dtype=dtype)(x) for x in batches]  # type: ignore[arg-type]
     found: dict[int, Tensor] = {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: twin(batches[i])})) for i in range(8)]
+    threads = [threading.Thread(target=lambda i=i: found.update({i: fast(batches[i])})) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -309,23 +307,36 @@ def test_threads_share_a_twin(
 
 
 def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: prepared.PreparedLinear)
-    twin = optimize(build())
+    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: packed.InferenceLinear)
+    fast = optimize(build())
     x = images()
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(x), twin(x)) < 1e-6
-    assert relative_error(torch.export.export(twin, (x,)).module()(x), twin(x)) < 1e-6
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(x), fast(x)) < 1e-6
+    assert relative_error(torch.export.export(fast, (x,)).module()(x), fast(x)) < 1e-6
 
 
-@pytest.mark.parametrize("kind", [prepared.PackedLinear, prepared.ConvolutionLinear])
+@pytest.mark.parametrize("kind", [packed.PackedLinear, packed.ConvolutionLinear])
 def test_linears_of_onednn_stay_outside_the_graph(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_fastest", lambda dtype, width: kind)
-    torch._dynamo.reset()  # of the other kind there is a broken graph that would be taken
-    twin = optimize(build())
-    x = images()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model itself instead"):
-        torch.compile(twin, fullgraph=True, backend="eager")(x)
-    assert relative_error(torch.compile(twin, backend="eager")(x), twin(x)) < 1e-6
+    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: kind)
+    fast, x = optimize(build()), images()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model itself"):
+        torch.compile(fast, fullgraph=True, backend=count)(x)
+    assert torch.equal(torch.compile(fast, backend=count)(x), fast(x))
+    assert not graphs
+    with pytest.raises(RuntimeError, match=r"cannot be exported or traced: its linears are oneDNN's own"):
+        torch.export.export(fast, (x,))
+    with (
+        pytest.warns(FutureWarning, match="deprecated"),
+        pytest.raises(RuntimeError, match="cannot be exported or traced"),
+    ):
+        torch.jit.trace(fast, x)
 
 
 @pytest.mark.filterwarnings("ignore:This CPU has no arithmetic")
@@ -350,75 +361,36 @@ def test_a_dtype_that_the_processor_lacks_is_warned_of() -> None:
 
 @pytest.mark.parametrize("vnni", [False, True])
 def test_int8_is_near_and_independent_of_the_batch(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cpu._is_vnni_supported():
-        vnni = False
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    if vnni and not kernels.cpu_has("vnni"):
+        pytest.skip("this CPU has no VNNI")
+    monkeypatch.setattr(kernels, "cpu_has", lambda feature: vnni)
     model = build()
-    twin = optimize(model, dtype="int8")
+    fast = optimize(model, dtype="int8")
     x = images()
     with torch.inference_mode():
-        assert 1e-4 < relative_error(twin(x), model(x)) <= 0.04
+        assert 1e-4 < relative_error(fast(x), model(x)) <= 0.04
         louder = torch.cat([x[:1], 50 * x])
-        torch.testing.assert_close(twin(louder)[:1], twin(x)[:1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fast(louder)[:1], fast(x)[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_int8_linear_is_the_rounded_product() -> None:
     weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, 5, 64) * 3
-    levels = prepared._levels()
+    levels = packed._levels()
     weight_scale = weight.abs().amax(1, keepdim=True) / 127
     scale = x.abs().amax(-1, keepdim=True) / levels
     exact = (x / scale).round().double() @ (weight / weight_scale).round().double().t()
     expected = (exact * scale * weight_scale.t() + bias).float()
-    torch.testing.assert_close(prepared.Int8Linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed.Int8Linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_int8_never_overflows() -> None:
     """All at full range: the largest sums there can be."""
     x, weight = torch.ones(3, 3072), torch.ones(16, 3072)
-    torch.testing.assert_close(prepared.Int8Linear(weight, None)(x), torch.full((3, 16), 3072.0), rtol=1e-5, atol=0)
-    torch.testing.assert_close(prepared.Int8Linear(-weight, None)(x), torch.full((3, 16), -3072.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(packed.Int8Linear(weight, None)(x), torch.full((3, 16), 3072.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(packed.Int8Linear(-weight, None)(x), torch.full((3, 16), -3072.0), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("block_bytes", [1, 4 << 20])
-def test_blocked_attention_is_attention(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", block_bytes)
-    q, k, v = torch.randn(3, 2, 5, 17, 8).unbind(0)
-    bias = torch.randn(5, 17, 24)[..., :17]
-    mixed = attend_blocked(q, k, v, bias)
-    assert relative_error(mixed, attend(q, k, v, bias)) <= 1e-6
-    assert mixed.transpose(1, 2).is_contiguous()
-
-
-def test_attention_in_steps_has_the_gradients_of_the_fused_kernel() -> None:
-    q, k, v = torch.randn(3, 2, 2, 9, 4, dtype=torch.float64, requires_grad=True).unbind(0)
-    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
-    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    stepped = attend(q, k, v, bias)
-    assert relative_error(stepped, fused) <= 1e-12
-    weights = torch.randn_like(fused)
-    for a, b in zip(
-        torch.autograd.grad(stepped, (q, k, v, bias), weights),
-        torch.autograd.grad(fused, (q, k, v, bias), weights),
-        strict=True,
-    ):
-        assert relative_error(a, b) <= 1e-12
-    assert torch.autograd.gradcheck(attend, (q, k, v, bias))
-
-
-def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.dtype] = []
-    monkeypatch.setattr(kernels, "_has_bfloat16_without_amx", lambda: True)
-    monkeypatch.setattr(kernels, "attend_blocked", lambda q, *_: seen.append(q.dtype) or q)
-    model = build().bfloat16()
-    model(images().bfloat16())
-    assert not seen  # with a gradient
-    with torch.no_grad():
-        model(images().bfloat16())
-        model.float()(images())
-    assert seen == [torch.bfloat16] * model.config.depth
-
-
-def test_a_twin_runs_under_autocast(linears: type) -> None:
+def test_a_copy_runs_under_autocast(linears: type) -> None:
     model = randomise(beitzoo.create_model("test_beit")).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -427,23 +399,23 @@ def test_a_twin_runs_under_autocast(linears: type) -> None:
             assert relative_error(beitzoo.optimize(model)(x).float(), expected) < 2e-2
 
 
-def test_a_module_around_a_twin_cannot_load_or_train_it() -> None:
+def test_a_module_around_a_copy_cannot_load_or_train_it() -> None:
     features = beitzoo.create_model("test_beit", features_only=True)
     state = features.state_dict()
-    twin = beitzoo.optimize(features)
+    fast = beitzoo.optimize(features)
     with pytest.raises(RuntimeError, match="cannot load weights"):
-        twin.load_state_dict(state, strict=False)
-    backbone = next(module for module in twin.modules() if isinstance(module, beitzoo.Beit))
+        fast.load_state_dict(state, strict=False)
+    backbone = next(module for module in fast.modules() if isinstance(module, beitzoo.Beit))
     with pytest.raises(RuntimeError, match="cannot be initialised"):
         backbone.init_weights()
     backbone.cls_token.requires_grad_(True)
     with pytest.raises(RuntimeError, match="cannot give gradients"):
-        twin(torch.randn(1, 3, 64, 64))
+        fast(torch.randn(1, 3, 64, 64))
 
 
-def test_a_twin_refuses_what_its_model_refuses() -> None:
+def test_a_copy_refuses_what_its_model_refuses() -> None:
     model = beitzoo.create_model("test_beit").eval()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TypeError, match=r"Got images of torch.uint8; .*beitzoo.open_image"):
         beitzoo.optimize(model)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"Got dtype=torch\.float8_e4m3fn"):
         beitzoo.optimize(model, dtype=torch.float8_e4m3fn)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import randomise, reference_logits, relative_error, timm_twin
+from oracles import randomise, reference_logits, relative_error, timm_model
 from torch import Tensor
 
 from beitzoo import Beit, BeitConfig
@@ -42,10 +42,10 @@ def images(config: BeitConfig, batch: int) -> Tensor:
 def assert_parity(config: BeitConfig, batch: int, tolerance: float) -> None:
     """Compare tokens, features, logits, and the gradient of every parameter with timm's."""
     model = build(config)
-    twin = timm_twin(model)
+    peer = timm_model(model)
     x = images(config, batch)
     outputs = []
-    for network in (model, twin):
+    for network in (model, peer):
         tokens = network.forward_features(x)
         features = network.forward_head(tokens, pre_logits=True)
         logits = network.forward_head(tokens)
@@ -54,7 +54,7 @@ def assert_parity(config: BeitConfig, batch: int, tolerance: float) -> None:
     assert torch.equal(model.eval()(x), outputs[0][2])  # no dropout in this config, so the parts are the whole
     for ours, theirs in zip(*outputs, strict=True):
         assert relative_error(ours, theirs) <= tolerance
-    gradients = dict(twin.named_parameters())
+    gradients = dict(peer.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert relative_error(parameter.grad, gradients[name].grad) <= tolerance, name

@@ -29,10 +29,6 @@ def test_bias_is_the_table_read_through_the_index(grid: tuple[int, int]) -> None
     table = torch.randn(position.table_rows(grid), 3)
     looked_up = table[gen_relative_position_index(grid)].permute(2, 0, 1)
     assert torch.equal(look_up(table, grid), looked_up)
-    h, w = grid
-    workspace = torch.full((3, 1 + h * w, 8 + h * w), torch.nan)
-    position.bias_into(workspace, table.t(), grid, position.strip_rows(grid, table.device))
-    assert torch.equal(workspace[..., : 1 + h * w], looked_up)
     half = look_up(table, grid, torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, looked_up.bfloat16())
@@ -45,40 +41,6 @@ def test_bias_first_made_under_inference_mode_can_be_trained_through() -> None:
     look_up(table, (2, 3)).sum().backward()
     assert table.grad is not None
     assert table.grad.sum() == 2 * 7 * 7
-
-
-@pytest.mark.parametrize("shared", [None, torch.ones(2, 7, 7)], ids=["own", "shared"])
-@pytest.mark.parametrize("few", [0, 1000], ids=["strip", "lookup"])
-def test_every_mode_finds_the_same_biases(
-    shared: torch.Tensor | None, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With and without a gradient, one after the other from what one forward pass knows, in either dtype."""
-    monkeypatch.setattr(position, "FEW_SCORES", few)
-    tables = [torch.randn(position.table_rows((2, 3)), 2, requires_grad=True) for _ in range(2)]
-    expected = [look_up(t, (2, 3)) + (0 if shared is None else shared) for t in tables]
-    bias = position.PositionBias((2, 3), (2, 3), "geometric_cubic", shared)
-    for enabled, dtype in [
-        (True, torch.float32),
-        (False, torch.float32),
-        (False, torch.float64),
-        (True, torch.float64),
-    ]:
-        with torch.set_grad_enabled(enabled):
-            for table, values in zip(tables, expected, strict=True):
-                found = bias.of(table, dtype)
-                assert found is not None
-                assert (found.dtype, found.requires_grad) == (dtype, enabled)
-                torch.testing.assert_close(found, values.to(dtype), check_dtype=False)
-
-
-def test_one_forward_pass_without_a_gradient_has_one_workspace() -> None:
-    tables = [torch.randn(position.table_rows((2, 3)), 2) for _ in range(2)]
-    bias = position.PositionBias((2, 3), (2, 3), "geometric_cubic")
-    with torch.no_grad():
-        first, second = (bias.of(table, torch.float32) for table in tables)
-    assert first is not None and second is not None
-    assert first.data_ptr() == second.data_ptr()
-    assert first.stride(1) == 8  # of 7 tokens: rows are padded
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 32), (14, 40), (4, 6), (3, 5), (2, 7), (24, 14), (2, 1)])

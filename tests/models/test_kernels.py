@@ -1,0 +1,364 @@
+"""Fast paths give the same numbers as the standard calls, and are taken in ordinary eager inference only."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import randomise, relative_error
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
+
+from beitzoo import Beit, optimize
+from beitzoo.models import kernels, packed, position
+from beitzoo.zoo.architectures import ARCHITECTURES
+
+SMALL = ARCHITECTURES["test_beit"]
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+
+
+def build(**fields: object) -> Beit:
+    model = Beit(replace(SMALL, **fields)).eval()
+    randomise(model)
+    return model
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- the one rule -------------------------------------------------------------------------------------------
+
+
+def in_trace(ask: Callable[[Tensor], Tensor]) -> None:
+    with pytest.warns(FutureWarning, match="deprecated"):
+        torch.jit.trace(ask, torch.ones(2), check_trace=False)
+
+
+def in_compile(ask: Callable[[Tensor], Tensor]) -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ask(x)
+
+    torch.export.export(Module(), (torch.ones(2),), strict=False)
+
+
+def in_dual_level(ask: Callable[[Tensor], Tensor]) -> None:
+    with forward_ad.dual_level():
+        ask(torch.ones(2))
+
+
+def in_dispatch_mode(ask: Callable[[Tensor], Tensor]) -> None:
+    with FlopCounterMode(display=False):
+        ask(torch.ones(2))
+
+
+CONTEXTS: list[Callable[[Callable[[Tensor], Tensor]], object]] = [
+    in_trace,
+    in_compile,
+    in_dual_level,
+    in_dispatch_mode,
+    lambda ask: torch.vmap(ask)(torch.ones(2)),
+    lambda ask: torch.func.grad(lambda x: ask(x).sum())(torch.ones(2)),
+    lambda ask: torch.func.jvp(ask, (torch.ones(2),), (torch.ones(2),)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which jvp itself calls
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_no_fast_path_where_operators_are_traced_transformed_or_watched(
+    context: Callable[[Callable[[Tensor], Tensor]], object],
+) -> None:
+    seen: list[bool] = []
+
+    def ask(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen.append(kernels.is_eager() or kernels.is_plain_inference(x))
+        return x * 2
+
+    context(ask)
+    assert seen == [False]
+    ask(torch.ones(2))
+    assert seen == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_only_ordinary_tensors_of_a_cpu_are_plain() -> None:
+    x = torch.ones(2, 2)
+
+    class Subclass(Tensor):
+        pass
+
+    assert kernels.is_plain(x, nn.Parameter(x))
+    for other in (x.as_subclass(Subclass), x.to("meta"), x.to_sparse_csr(), x.to_mkldnn()):
+        assert not kernels.is_plain(x, other)
+    assert not kernels.is_plain_inference(x)
+    with torch.no_grad():
+        assert kernels.is_plain_inference(x)
+
+
+@pytest.mark.parametrize("name", ["_len_torch_dispatch_stack", "_functorch"])
+def test_a_pytorch_without_these_names_has_no_fast_paths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.delattr(torch._C, name)
+        assert not kernels.is_eager()
+        assert relative_error(model(x), expected) < 1e-6
+
+
+def test_a_pytorch_without_these_probes_has_no_such_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.cpu_has.cache_clear()
+    monkeypatch.delattr(torch.cpu, "_is_avx2_supported", raising=False)
+    assert not kernels.cpu_has("avx2")
+    kernels.cpu_has.cache_clear()
+
+
+# ---- attention ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4 << 20])
+def test_blocked_attention_is_attention(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_BYTES", block_bytes)
+    q, k, v = torch.randn(3, 2, 5, 17, 8).unbind(0)
+    bias = torch.randn(5, 17, 24)[..., :17]
+    mixed = kernels.attend_blocked(q, k, v, bias)
+    assert relative_error(mixed, kernels.attend(q, k, v, bias)) <= 1e-6
+    assert mixed.transpose(1, 2).is_contiguous()
+
+
+def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(kernels, "_has_bfloat16_without_amx", lambda: True)
+    monkeypatch.setattr(kernels, "attend_blocked", lambda q, *_: seen.append(q.dtype) or q)
+    model, x = build().bfloat16(), torch.randn(2, 3, 64, 64)
+    model(x.bfloat16())
+    assert not seen  # with a gradient
+    with torch.no_grad():
+        model(x.bfloat16())
+        model.float()(x)
+    assert seen == [torch.bfloat16] * model.config.depth
+
+
+def test_attention_in_steps_has_the_gradients_of_the_fused_kernel() -> None:
+    q, k, v = torch.randn(3, 2, 2, 9, 4, dtype=torch.float64, requires_grad=True).unbind(0)
+    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    stepped = kernels.attend(q, k, v, bias)
+    assert relative_error(stepped, fused) <= 1e-12
+    weights = torch.randn_like(fused)
+    for a, b in zip(
+        torch.autograd.grad(stepped, (q, k, v, bias), weights),
+        torch.autograd.grad(fused, (q, k, v, bias), weights),
+        strict=True,
+    ):
+        assert relative_error(a, b) <= 1e-12
+    assert torch.autograd.gradcheck(kernels.attend, (q, k, v, bias))
+
+
+# ---- position -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (1, 1), (1, 4), (3, 1), (2, 5), (7, 4)])
+@pytest.mark.parametrize("few", [0, 1 << 20], ids=["strip", "lookup"])
+def test_a_workspace_holds_the_bias(grid: tuple[int, int], few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FEW_SCORES", few)
+    table = torch.randn(position.table_rows(grid), 3)
+    expected = position.bias(table, position.relative_position_index(grid, table.device), table.dtype)
+    with torch.no_grad():
+        workspace = kernels.Workspace.for_grid(grid, 3, table)
+        workspace.scores.fill_(torch.nan)
+        assert torch.equal(workspace.write(table, grid), expected)
+    assert workspace.scores.stride(1) % 8 == 0  # rows are padded
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_mode_finds_the_same_biases(shared: bool, dtype: torch.dtype) -> None:
+    """With and without a gradient, for one block after the other, in the dtype of a model or another."""
+    model = build(use_shared_rel_pos_bias=shared, img_size=(32, 48))
+    grid, like = (2, 3), torch.empty(0, dtype=dtype)
+    index = position.relative_position_index(grid, like.device)
+    common = position.bias(model.rel_pos_bias.relative_position_bias_table, index, dtype) if shared else 0
+    for enabled in (True, False, True):
+        with torch.set_grad_enabled(enabled):
+            bias = model.position_bias(grid)
+            assert (bias.workspace is None) == enabled
+            for block in model.blocks:
+                table = block.attn.relative_position_bias_table
+                found = bias.of(table, like)
+                assert found is not None
+                assert (found.dtype, found.requires_grad) == (dtype, enabled)
+                torch.testing.assert_close(found, position.bias(table, index, dtype) + common, rtol=1e-6, atol=1e-6)
+
+
+def test_one_forward_pass_without_a_gradient_has_one_workspace() -> None:
+    model = build()
+    with torch.no_grad():
+        bias = model.position_bias((4, 4))
+        found = [bias.of(block.attn.relative_position_bias_table, model.cls_token) for block in model.blocks]
+        assert found[0].data_ptr() == found[1].data_ptr()
+        with torch.autocast("cpu", torch.bfloat16):
+            workspace = model.position_bias((4, 4)).workspace
+            assert workspace is not None and workspace.scores.dtype == torch.bfloat16
+
+
+# ---- linears ------------------------------------------------------------------------------------------------
+
+
+def wide(inputs: int = 768, outputs: int = 1024, bias: bool = True) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+
+
+@needs_mkl
+@pytest.mark.parametrize("shape", [(1, 197), (256,), (2, 1, 7)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_give_the_same_numbers(shape: tuple[int, ...], bias: bool, count: int) -> None:
+    layer, x = wide(bias=bias), torch.randn(*shape, 768)
+    with torch.inference_mode(), threads(count):
+        assert kernels._parts_pay(x, layer.weight)
+        y = kernels.linear(x, layer.weight, layer.bias)
+        assert y.shape == (*shape, 1024)
+        assert y.is_contiguous()
+        assert relative_error(y, x.double() @ layer.weight.double().t() + (layer.bias.double() if bias else 0)) < 1e-6
+        strided = torch.randn(768, *shape).movedim(0, -1)
+        ours = kernels.linear(strided, layer.weight, layer.bias)
+        assert relative_error(ours, F.linear(strided, layer.weight, layer.bias)) < 1e-6
+
+
+@needs_mkl
+@pytest.mark.parametrize(
+    ("layer", "x", "count"),
+    [
+        (wide(), torch.randn(1, 257, 768), 2),
+        (wide(), torch.randn(0, 197, 768), 2),
+        (wide(), torch.randn(1, 197, 768), 3),
+        (wide(outputs=764), torch.randn(1, 197, 768), 2),
+        (wide(outputs=1022), torch.randn(1, 197, 768), 2),
+        (wide(inputs=764), torch.randn(1, 197, 764), 2),
+        (wide(), torch.randn(768), 2),
+        (wide().double(), torch.randn(1, 197, 768).double(), 2),
+        (wide().bfloat16(), torch.randn(1, 197, 768).bfloat16(), 2),
+    ],
+    ids=["many", "none", "three threads", "few outputs", "uneven", "few inputs", "one token", "float64", "bfloat16"],
+)
+def test_elsewhere_the_product_is_one(layer: nn.Linear, x: Tensor, count: int) -> None:
+    with torch.inference_mode(), threads(count):
+        assert not kernels._parts_pay(x, layer.weight)
+        ours = kernels.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(ours, F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
+
+
+@needs_mkl
+def test_gradients_and_autocast_keep_one_product() -> None:
+    layer, x = wide(), torch.randn(1, 197, 768)
+    assert not kernels._parts_pay(x, layer.weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not kernels._parts_pay(x, layer.weight)
+        assert kernels.linear(x, layer.weight, layer.bias).dtype == torch.bfloat16
+
+
+@needs_mkl
+def test_a_copy_of_bases_width_uses_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: packed.InferenceLinear)
+    seen: list[bool] = []
+    pays = kernels._parts_pay
+    monkeypatch.setattr(kernels, "_parts_pay", lambda x, weight: seen.append(pays(x, weight)) or seen[-1])
+    config = ARCHITECTURES["beit_base_patch16_224"]
+    model = Beit(replace(config, depth=1, img_size=(64, 80), num_classes=10)).eval()
+    randomise(model)
+    fast, x = optimize(model), torch.randn(2, 3, 64, 80)
+    with torch.inference_mode(), threads(2):
+        assert relative_error(fast(x), model(x)) < 1e-5
+    assert seen == [True] * 4
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter around a linear, as people put one there."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(64, 2, bias=False), nn.Linear(2, 192, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_qkv_is_a_linear_that_can_be_hooked_and_replaced() -> None:
+    model = build()
+    attn, x = model.blocks[1].attn, torch.randn(2, 3, 64, 64)
+    before, seen = model(x), []
+    handle = attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert relative_error(model(x), before) < 1e-6
+    handle.remove()
+    assert seen == [(2, 17, 192)]
+    handle = attn.qkv.register_full_backward_hook(lambda module, *gradients: seen.append(gradients[1][0].shape))
+    model(x).sum().backward()
+    handle.remove()
+    assert seen == [(2, 17, 192)] * 2
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append("any") if module is attn.qkv else None
+    )
+    model(x)
+    handle.remove()
+    assert seen[2:] == ["any"]
+    handle = attn.qkv.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    doubled = model(x)
+    handle.remove()
+    with torch.no_grad():
+        attn.qkv.weight.mul_(2)
+        assert relative_error(model(x), doubled) < 1e-5
+        attn.qkv.weight.div_(2)
+    attn.qkv = Adapter(attn.qkv)
+    after = model(x)
+    assert not torch.allclose(after, before)
+    after.sum().backward()
+    assert attn.qkv.up.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        attn.qkv.up.weight.zero_()
+        assert relative_error(model(x), before) < 1e-5
+
+
+@pytest.mark.parametrize("change", [prune.l1_unstructured, parametrizations.orthogonal])
+def test_pruned_and_parametrised_weights_of_qkv_are_used(change: Callable[..., object]) -> None:
+    model, x = build(), torch.randn(2, 3, 64, 64)
+    qkv = model.blocks[0].attn.qkv
+    change(qkv, "weight", **({"amount": 0.9} if change is prune.l1_unstructured else {}))
+    with torch.no_grad():
+        found = model(x)
+        plain = build()
+        plain.load_state_dict(
+            {k: v for k, v in model.state_dict().items() if "blocks.0.attn.qkv" not in k}, strict=False
+        )
+        plain.blocks[0].attn.qkv.weight.copy_(qkv.weight)
+        assert relative_error(found, plain(x)) < 1e-6
+
+
+def test_a_weight_of_another_class_multiplies_as_it_likes() -> None:
+    class Doubled(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is F.linear:
+                x, weight, bias = args
+                return F.linear(x, 2 * weight.as_subclass(Tensor), bias)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    model, x = build().requires_grad_(False), torch.randn(2, 3, 64, 64)
+    attn = model.blocks[0].attn
+    weights = [attn.qkv.weight.data, attn.proj.weight.data]
+    attn.qkv.weight, attn.proj.weight = (nn.Parameter(w * 2, requires_grad=False) for w in weights)
+    expected = model(x)
+    attn.qkv.weight, attn.proj.weight = (nn.Parameter(w.as_subclass(Doubled), requires_grad=False) for w in weights)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
