@@ -42,6 +42,14 @@ def check(condition: bool, message: str) -> None:
         raise InvalidValueError(message)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell errors of a full memory, Python's and PyTorch's of any device, from all others."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    )
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Say which known names look most like the given one, as the tail of an error message."""
     known = list(known)

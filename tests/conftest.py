@@ -1,18 +1,8 @@
-"""What all tests share: one thread count, a fixed seed, and no way out of this machine."""
+"""What all tests share: an environment of their own, a fixed seed, and no way out of this machine."""
 
-import os
-import tempfile
+import isolation
 
-# Read by the hub client when it is imported; a forgotten fixture then fails at once instead of going out, and
-# nothing is written into the caches of whoever runs the tests.
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="beitzoo-tests-")
-os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["HF_HUB_DISABLE_XET"] = "1"
-os.environ.pop("HF_TOKEN", None)
-# Of each worker, and of the processes that tests start; more would fight for the cores.
-os.environ["OMP_NUM_THREADS"] = "1"
+# isort: split
 
 import shutil
 from collections.abc import Iterator
@@ -24,6 +14,8 @@ from fake_hub import FakeHub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+torch.set_num_threads(1)  # a plugin of pytest may have imported PyTorch before
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -31,7 +23,7 @@ def _seed() -> None:
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    shutil.rmtree(isolation.HOME, ignore_errors=True)
 
 
 @pytest.fixture

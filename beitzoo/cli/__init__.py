@@ -1,44 +1,55 @@
 """The command line: `beitzoo COMMAND`. One file per group of commands; PyTorch is imported by those that compute."""
 
 import codecs
+import errno
 import io
 import logging
 import os
 import sys
 import warnings
-from typing import Annotated, Any, Never
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from beitzoo import __version__
 from beitzoo.cli import evaluate, finetune, measure, models, predict
-from beitzoo.errors import UserError
+from beitzoo.errors import UserError, is_out_of_memory
 
 # What a shell reports for a program that was ended by SIGPIPE, as `head` does once it has read enough.
 _CLOSED_PIPE = 128 + 13
 
 
 class _Commands(TyperGroup):
-    """The group of all commands, and the one place where their errors become messages."""
+    """The group of all commands: turns a `UserError` of any of them into a message and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             try:
                 return super().invoke(ctx)
             finally:
-                sys.stdout.flush()
+                sys.stdout.flush()  # what cannot be written is found here, not while Python exits
         except BrokenPipeError:
-            _stop_writing()
+            _discard_stdout()
             raise typer.Exit(_CLOSED_PIPE) from None
-        except UserError as error:
-            if ctx.params["debug"]:
+        except Exception as error:
+            message = _message(error)
+            if message is None or ctx.params["debug"]:
                 raise
-            _fail(str(error))
-        except MemoryError:
-            if ctx.params["debug"]:
-                raise
-            _fail("There is not enough memory. Choose a smaller model, image size or batch, or close other programs.")
+        print(f"Error: {message}", file=sys.stderr)
+        raise typer.Exit(2)
+
+
+def _message(error: Exception) -> str | None:
+    """Say what the user can do about an error; None if it is a fault of beitzoo."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_out_of_memory(error):
+        return "There is not enough memory. Choose a smaller model, image size or batch, or close other programs."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _discard_stdout()
+        return f"The output cannot be written: {error.strerror}. Free some space, or write elsewhere."
+    return None
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -55,8 +66,8 @@ app.command()(measure.report)
 
 def main() -> None:
     """Run a command; what the user got wrong is one message and exit code 2, not a traceback."""
-    _quiet_libraries()
-    _accept_any_file_name()
+    _silence_libraries()
+    _accept_any_file_name(sys.stdout, sys.stderr)
     app(prog_name="beitzoo")
 
 
@@ -76,37 +87,33 @@ def _all_commands(
     """BEiT: every checkpoint by name."""
 
 
-def _fail(message: str) -> Never:
-    print(f"Error: {message}", file=sys.stderr)
-    raise typer.Exit(2) from None
-
-
-def _stop_writing() -> None:
-    """Send what is still buffered nowhere, so that Python does not complain about a closed pipe on its way out."""
+def _discard_stdout() -> None:
+    """Redirect stdout to nowhere, so that Python does not report the closed pipe again when it exits."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
-def _quiet_libraries() -> None:
-    """Leave stderr to our own words: no warnings or logs of libraries, unless the environment asks for them."""
+def _silence_libraries() -> None:
+    """Keep warnings and logs of libraries off stderr, unless the environment or `python -W` asks for them."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.getLogger().addHandler(logging.NullHandler())
+    if logging.lastResort is not None:  # what prints a record that nobody handles
+        logging.lastResort.addFilter(logging.Filter("beitzoo"))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
 
-def _accept_any_file_name() -> None:
-    """Let stdout and stderr write file names that their encoding, or any encoding, cannot express."""
+def _accept_any_file_name(*streams: object) -> None:
+    """Let text streams write every file name, whatever their encoding."""
     codecs.register_error("any-file-name", _encode_any)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="any-file-name")
 
 
 def _encode_any(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Write a byte that was no text as it came, and a character that the encoding lacks as an escape."""
+    """Encode one character: a byte of a name that is not text stays that byte, all else becomes an escape."""
     assert isinstance(error, UnicodeEncodeError)
     error.end = error.start + 1
     try:

@@ -48,8 +48,6 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     # Names of files need not be text; their bytes come out as they went in.
     errors = "surrogateescape"
     if path is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors=errors)
         yield sys.stdout
         return
     if path.is_dir():

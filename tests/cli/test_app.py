@@ -1,24 +1,151 @@
-"""Errors, exit codes and endings of every command."""
+"""What all commands share: errors, exit codes, endings, encodings, and help texts that do not wait for PyTorch."""
 
+import errno
+import io
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from commands import SAMPLES
+from commands import SAMPLES, run
+from PIL import Image
 
+from beitzoo import cli
 from beitzoo.cli import app, main
+from beitzoo.errors import InvalidValueError
+
+COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "finetune", "report"]
 
 
-def test_a_closed_pipe_is_quiet() -> None:
-    command = [sys.executable, "-m", "beitzoo", "predict", *[str(SAMPLES)] * 20]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+def beitzoo_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "beitzoo", *arguments]
+    return subprocess.run(command, capture_output=True, env={**os.environ, **environment})
+
+
+def test_help_and_misspelt_commands_do_not_import_pytorch() -> None:
+    """So that they are there in a fraction of a second."""
+    arguments = [["--help"], ["--version"], ["lst"], ["list"], *([command, "--help"] for command in COMMANDS)]
+    script = f"""
+import sys
+from beitzoo.cli import main
+for arguments in {arguments}:
+    sys.argv = ["beitzoo", *arguments]
+    try:
+        main()
+    except SystemExit:
+        print("IMPORTED", *arguments, {{"torch", "timm", "numpy", "PIL", "huggingface_hub"}} & {{*sys.modules}})
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    told = [line for line in result.stdout.splitlines() if line.startswith("IMPORTED")]
+    assert told == [f"IMPORTED {' '.join(one)} set()" for one in arguments]
+
+
+def test_version() -> None:
+    assert run("--version").stdout == "beitzoo 0.1.0\n"
+
+
+def test_usage_errors_are_plain() -> None:
+    """No boxes and no escape codes, on terminals neither."""
+    result = run("lst", env={"FORCE_COLOR": "1"}, color=True)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("Error: No such command 'lst'. Did you mean 'list'?\n")
+    for told in (result.stderr, run("predict", "--help", env={"FORCE_COLOR": "1"}, color=True).stdout):
+        assert told.isascii()
+        assert "\x1b" not in told
+
+
+def test_the_user_is_told_what_the_user_can_correct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else is a fault of beitzoo, and its traceback is what to report."""
+
+    def fail(error: Exception) -> None:
+        def command(*arguments: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli.models, "list_models", command)
+
+    fail(InvalidValueError("Three is no colour."))
+    assert (run("list").exit_code, run("list").stderr) == (2, "Error: Three is no colour.\n")
+    assert isinstance(run("--debug", "list").exception, InvalidValueError)
+    for full in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4 bytes.")):
+        fail(full)
+        assert run("list").exit_code == 2
+        assert run("list").stderr.startswith("Error: There is not enough memory.")
+        assert run("--debug", "list").exception is full
+    for own in (ValueError("x"), KeyError("y"), OSError(errno.EIO, "z"), AssertionError(), NotImplementedError()):
+        fail(own)
+        assert run("list").exception is own
+
+
+@pytest.mark.parametrize("arguments", [["list", "--pretrained"], ["predict", *[str(SAMPLES)] * 20]])
+def test_a_closed_pipe_is_quiet(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "beitzoo", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as child:
         assert child.stdout is not None
         assert child.stderr is not None
-        assert child.stdout.readline().startswith("image")
+        if arguments[0] == "predict":  # closed in the midst of rows; where rows are few, before the first
+            assert child.stdout.read(5) == b"image"
         child.stdout.close()
-        assert child.stderr.read() == ""
+        assert child.stderr.read() == b""
     assert child.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told() -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "beitzoo", "list"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: The output cannot be written: No space left on device.")
+
+
+def test_any_file_name_can_be_written() -> None:
+    """Bytes that are no text come out as they are, and what the encoding lacks as an escape."""
+    bytes_written = io.BytesIO()
+    stream = io.TextIOWrapper(bytes_written, encoding="ascii")
+    cli._accept_any_file_name(stream)
+    stream.write("a\udcff\udce9é日\U0001f600\ud800z")
+    stream.flush()
+    assert bytes_written.getvalue() == rb"a" + b"\xff\xe9" + rb"\xe9\u65e5\U0001f600\ud800z"
+
+
+def test_no_file_name_ends_a_run(tmp_path: Path) -> None:
+    for name in ("é日.png", "\udcff.png"):
+        with Image.open(SAMPLES / "digit_3.png") as image:
+            image.save(tmp_path / name, format="png")
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    result = beitzoo_process("predict", str(tmp_path), "--format", "csv", **ascii_only)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert rb"/\xe9\u65e5.png" in result.stdout
+    assert b"/\xff.png" in result.stdout
+
+
+def test_libraries_are_silent(tmp_path: Path) -> None:
+    """Warnings and logs of theirs are no message to a user; ours are, and whoever asks for theirs gets them."""
+    script = """
+import logging, sys, warnings
+from beitzoo import cli
+def noisy(*arguments, **options):
+    warnings.warn("their warning")
+    logging.getLogger("their.module").warning("their log")
+    logging.getLogger("beitzoo.module").warning("our log")
+    return []
+cli.models.list_models = noisy
+sys.argv = ["beitzoo", "list"]
+cli.main()
+"""
+    quiet = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (quiet.returncode, quiet.stderr) == (0, "our log\n")
+    asked = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True)
+    assert "their warning" in asked.stderr
+
+
+def test_shells_complete_commands() -> None:
+    asked = {"_BEITZOO_COMPLETE": "complete_bash", "COMP_WORDS": "beitzoo ver", "COMP_CWORD": "1"}
+    assert beitzoo_process(**asked).stdout.decode().split() == ["verify"]
+    script = beitzoo_process("--show-completion", "bash").stdout.decode()
+    assert "_BEITZOO_COMPLETE=complete_bash" in script
 
 
 @pytest.mark.parametrize(
