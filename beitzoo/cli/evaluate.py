@@ -1,49 +1,98 @@
 """The command evaluate."""
 
 import json
+import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from beitzoo.cli import extras
 from beitzoo.cli.models import AsJson
+from beitzoo.cli.networks import Checkpoint, load_networks
+from beitzoo.errors import check
+
+if TYPE_CHECKING:
+    from beitzoo.evaluation.evaluate import Evaluation
+    from beitzoo.results import Row
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
+# Unreadable images that are listed for one model.
+_MOST_LISTED = 20
+
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model names, or local-dir:FOLDER.")],
-    data: Annotated[str, typer.Option(help="'digits' (its held-out third), or a folder of class folders (all).")],
+    models: Annotated[list[str], typer.Argument(help="Model names, or folders of models.")],
+    data: Annotated[
+        str, typer.Option(help="'digits', or a folder of class folders; images a run was trained on are left out.")
+    ],
+    checkpoint: Checkpoint = None,
     split_seed: Annotated[
-        int | None, typer.Option(help="Which held-out third of the digits; by default the one the run held out.")
+        int | None, typer.Option(help="Use the third of the digits that this seed holds out.")
     ] = None,
     results_file: Annotated[Path | None, typer.Option(help="Append a row per model to this CSV.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 2,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure top-1 and top-5 accuracy; of several models also mean and standard deviation."""
-    extras.require("train", "accelerate", "sklearn")
+    """Measure top-1 and top-5 accuracy; of several models also mean and standard deviation.
+
+    An unreadable image is listed and not counted, and exit code 1 at the end.
+    """
     from beitzoo import results
-    from beitzoo.evaluation.evaluate import COLUMNS, accuracy_row, summarise
+    from beitzoo.evaluation.evaluate import COLUMNS, Subject, load_data
+    from beitzoo.evaluation.evaluate import evaluate as evaluate_one
+    from beitzoo.inference.pipeline import Loading
     from beitzoo.measure.options import usable_device
 
+    check(checkpoint is None or len(models) == 1, "--checkpoint is one file; name the one model that it is of.")
     kept = results.Table(results_file, tuple(COLUMNS))
     kept.check()
-
-    rows = []
-    for name in tqdm(models, unit="model", disable=None):
-        row = accuracy_row(name, data, split_seed, usable_device(device))
-        rows.append(kept.append(row))
+    where = usable_device(device)
+    images = load_data(data)
+    print("\n".join(images.describe()), file=sys.stderr)
+    evaluations = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
+        for name in tqdm(models, unit="model", disable=None):
+            ((_, model),) = load_networks([name], checkpoint, where).items()
+            subject = Subject(model, name, checkpoint)
+            evaluations.append(evaluate_one(subject, images, data, split_seed, Loading(batch_size, workers)))
+            kept.append(evaluations[-1].row)
+    rows = [evaluation.row for evaluation in evaluations]
+    _comment(evaluations)
     if as_json:
         print(json.dumps(rows, indent=2))
-        return
-    table = Table("model", "top1", "top5", "images")
+    else:
+        _print_table(rows)
+    if any(evaluation.failures for evaluation in evaluations):
+        raise typer.Exit(1)
+
+
+def _comment(evaluations: Sequence["Evaluation"]) -> None:
+    """Say on stderr what was measured, and which images could not be; each once for all models."""
+    for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
+        print(note, file=sys.stderr)
+    failures = list(dict.fromkeys(failure for evaluation in evaluations for failure in evaluation.failures))
+    for image, reason in failures[:_MOST_LISTED]:
+        print(f"Not counted: {image}: {reason}", file=sys.stderr)
+    if len(failures) > _MOST_LISTED:
+        print(f"Not counted: {len(failures) - _MOST_LISTED:,} more", file=sys.stderr)
+
+
+def _print_table(rows: Sequence["Row"]) -> None:
+    from beitzoo.evaluation.evaluate import summarise
+
+    table = Table("model", "top1", "top5", "images", "failures")
     for row in rows:
-        table.add_row(str(row["model"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}", str(row["count"]))
+        top5 = "" if row["top5"] is None else f"{row['top5']:.2f}"
+        table.add_row(str(row["model"]), f"{row['top1']:.2f}", top5, str(row["count"]), str(row["failures"]))
     Console().print(table)
     if len(rows) > 1:
-        Console().print(summarise(rows))
+        print(summarise(rows))

@@ -3,19 +3,26 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from beitzoo.inference.rows import Form
+from beitzoo.cli.networks import Checkpoint, load_networks
+from beitzoo.inference.rows import Form, choose_form
 from beitzoo.zoo.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from beitzoo.images.folders import LeftOut
     from beitzoo.inference.classify import Tally
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
+
+_NOBODY_NAMED = (
+    f"No --model was named, so {DEFAULT_MODEL} answers, which reads handwritten digits and nothing else; 'beitzoo list "
+    "--pretrained' shows all."
+)
 
 
 def predict_(
@@ -23,43 +30,57 @@ def predict_(
         list[str],
         typer.Argument(
             help="Files, folders or globs; '-' reads files and folders from stdin, a line each. While the list goes "
-            "on, rows come three batches behind it; -b 1 keeps that short."
+            "on, rows come a batch behind it; -b 1 keeps that short."
         ),
     ],
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help=f"Model name, or local-dir:FOLDER; repeatable. If none: {DEFAULT_MODEL}"),
+        typer.Option("--model", "-m", help=f"Model name or folder of a model; repeatable. If none: {DEFAULT_MODEL}"),
     ] = None,
+    checkpoint: Checkpoint = None,
     topk: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
-    form: Annotated[Form, typer.Option("--format", help="Of the rows, which are written as they come.")] = Form.TABLE,
+    form: Annotated[
+        Form | None, typer.Option("--format", help="Of the rows; by default as --output is named, or a table.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write to this file; until the end, to FILE.partial.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 2,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Classify images. An unreadable one is a row with the reason, and exit code 1 at the end."""
-    from beitzoo.factory import create_model
-    from beitzoo.images.files import find_images
-    from beitzoo.inference.classify import Tally, predict
+    from beitzoo.images.folders import LeftOut
+    from beitzoo.inference.classify import Tally, predict_each
+    from beitzoo.inference.pipeline import Loading
     from beitzoo.inference.rows import open_output, write_rows
     from beitzoo.measure.options import usable_device
     from beitzoo.progress import watch
 
-    where = usable_device(device)
-    networks = {
-        name: create_model(name, pretrained=True, device=where) for name in dict.fromkeys(models or [DEFAULT_MODEL])
-    }
-    total = None if "-" in images else len(networks) * sum(1 for _ in find_images(images))
-    tally = Tally(predict(networks, _paths(images), topk=topk, batch_size=batch_size, workers=workers))
+    form = choose_form(form, output)
+    names = models or ([] if checkpoint else [DEFAULT_MODEL])
+    networks = load_networks(names, checkpoint, usable_device(device))
+    left_out = LeftOut()
+    predictions = predict_each(networks, _paths(images, left_out), topk=topk, loading=Loading(batch_size, workers))
+    tally = Tally(predictions)
     unit = "image" if len(networks) == 1 else "row"
     rows_on_terminal = output is None and sys.stdout.isatty()
     with warnings.catch_warnings(), open_output(output) as file:
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in its row
-        write_rows(watch(tally, unit, total, bar=not rows_on_terminal), form, file, topk)
-    _exit_with_one_if_failed(tally, unit)
+        if not (models or checkpoint):
+            print(_NOBODY_NAMED, file=sys.stderr)
+        watched = watch(tally, unit, _total(images, len(networks)), bar=not rows_on_terminal)
+        write_rows(watched, form, file, topk, rows_for_widths=min(batch_size, 16) * len(networks))
+    _summarise(tally, unit, left_out)
 
 
-def _exit_with_one_if_failed(tally: "Tally", unit: str) -> None:
+def _total(images: Sequence[str], models: int) -> int | None:
+    """Return how many rows there will be, where that is known without walking through folders beforehand."""
+    return len(images) * models if all(map(os.path.isfile, images)) else None
+
+
+def _summarise(tally: "Tally", unit: str, left_out: "LeftOut") -> None:
+    """Say on stderr what has no row or no answer; exit with 1 if there was nothing, or something failed."""
+    for line in left_out.describe():
+        print(line, file=sys.stderr)
     if not tally.rows:
         print("There were no images: nothing was listed on stdin.", file=sys.stderr)
     elif tally.failed:
@@ -68,14 +89,14 @@ def _exit_with_one_if_failed(tally: "Tally", unit: str) -> None:
         raise typer.Exit(1)
 
 
-def _paths(arguments: Iterable[str]) -> Iterator[Path]:
+def _paths(arguments: Iterable[str], left_out: "LeftOut") -> Iterator[Path]:
     """Find the images of all arguments; where one is '-', those named on stdin, read line by line as needed."""
-    from beitzoo.images.files import find_images, images_at
+    from beitzoo.images.folders import find_images, images_at
 
     for argument in arguments:
         if argument == "-":
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
             for line in filter(None, lines):
-                yield from images_at(line)
+                yield from images_at(line, left_out)
         else:
-            yield from find_images([argument])
+            yield from find_images([argument], left_out)

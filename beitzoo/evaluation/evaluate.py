@@ -1,27 +1,25 @@
-"""How right a classifier is."""
+"""How right a classifier is: its accuracy on labelled images that it was not trained on, as a row."""
 
-import functools
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from beitzoo.errors import check
-from beitzoo.factory import create_model, look_up
-from beitzoo.images.datasets import ImageSet, LabelledImages, collate, digits, labelled_folder
+from beitzoo.evaluation.metrics import Accuracy, AccuracySum
+from beitzoo.factory import look_up
+from beitzoo.images.datasets import ImageSet, digits, labelled_folder
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split
-from beitzoo.images.transforms import create_transform, resolve_data_config
+from beitzoo.images.transforms import resolve_data_config
+from beitzoo.inference.classify import classification, eval_mode
+from beitzoo.inference.pipeline import Failure, Loading, run_jobs
 from beitzoo.models.beit import Beit
 from beitzoo.results import ENVIRONMENT, Row, environment
 from beitzoo.zoo import costs
 from beitzoo.zoo.checkpoints import LocalFile
-from beitzoo.zoo.labels import accepts
+from beitzoo.zoo.labels import outputs_of
 from beitzoo.zoo.registry import DEFAULT_MODEL
 
 _OWN_COLUMNS = (
@@ -37,127 +35,170 @@ _OWN_COLUMNS = (
     "data",
     "split_seed",
     "count",
+    "failures",
 )
 COLUMNS = [*_OWN_COLUMNS, *ENVIRONMENT]
 
+# Images whose logits are added up at a time.
+_ADD_EVERY = 64
+
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Accuracy over a set of images.
+class Subject:
+    """A model that is measured, and where its weights are from.
 
     Attributes:
-        top1: Per cent of images whose likeliest class is the right one.
-        top5: Per cent whose right class is among the five likeliest.
-        loss: Mean cross-entropy, nats.
-        count: Images counted.
+        model: The classifier.
+        name: As in `create_model`; the row has it.
+        checkpoint: The file of its weights, where they are not those of the name.
     """
 
-    top1: float
-    top5: float
-    loss: float
-    count: int
+    model: Beit
+    name: str
+    checkpoint: Path | None = None
 
 
-@torch.inference_mode()
-def measure_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Accuracy:
-    """Classify batches of images (B, C, H, W) with labels (B,); the model's mode is kept.
+@dataclass
+class Evaluation:
+    """One measurement.
 
-    Raises:
-        ValueError: There was no image.
+    Attributes:
+        row: In timm's columns and with its environment.
+        failures: Images that were not counted, with the reason.
+        notes: What a reader of the row must know.
     """
-    was_training = model.training
-    model.eval()
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    for batch in batches:
-        images, labels = (t.to(device) for t in batch)
-        if not len(labels):
-            continue
-        logits = model(images).float()
-        ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([ranks[:, 0].sum(), ranks.sum(), loss]).double().cpu()
-        count += len(labels)
-    model.train(was_training)
-    if not count:
-        raise ValueError("There is no readable image to measure accuracy on.")
-    top1, top5, loss = (sums / count).tolist()
-    return Accuracy(100 * top1, 100 * top5, loss, count)
+
+    row: Row
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-def evaluation_loader(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> DataLoader[Any]:
-    """Load images in order, prepared as the model expects them."""
-    transform = create_transform(**resolve_data_config(model))
-    dataset = LabelledImages(images, indices, transform, model.config.in_chans)
-    shape = (model.config.in_chans, *model.config.img_size)
-    return DataLoader(dataset, 64, num_workers=workers, collate_fn=functools.partial(collate, shape=shape))
+def load_data(data: str) -> ImageSet:
+    """Find the images that are measured on: `digits`, or a folder of class folders."""
+    return digits() if data == "digits" else labelled_folder(Path(data))
 
 
-def evaluate(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> Accuracy:
-    """Measure the accuracy of a classifier on some images of a set, in the model's precision."""
-    return measure_accuracy(model, evaluation_loader(model, images, indices, workers), model.cls_token.device)
-
-
-def accuracy_row(name: str, data: str, split_seed: int | None, device: torch.device) -> Row:
-    """Measure a model by name and make its row, in timm's columns and with its environment.
+def evaluate(
+    subject: Subject, images: ImageSet, data: str, split_seed: int | None = None, loading: Loading | None = None
+) -> Evaluation:
+    """Measure the accuracy of a classifier on all images that it was not trained on.
 
     Args:
-        name: As in `create_model`.
-        data: `digits` or a folder of class folders. Images that the model's own run trained on are left out; of the
-            digits, where no run of this model is known, the third that seed 0 holds out is used.
-        split_seed: Use the third of the digits that this seed holds out.
-        device: Where the model runs.
+        subject: The classifier.
+        images: Of some or all of its classes. As in timm, all its outputs compete, also those of other classes.
+        data: What the row calls the images.
+        split_seed: Use the third of the digits that this seed holds out. Without it, images that the model's own run
+            trained on are left out; of the digits, where no such run is known, it is seed 0.
+        loading: Batch size and threads.
 
     Raises:
-        ValueError: The data has other classes than the model, or the model was trained on another split and so has
-            seen images that this one holds out.
+        InvalidValueError: The data has classes that the model has not, or all its images were trained on.
     """
-    model = create_model(name, pretrained=True, device=device)
-    images = digits() if data == "digits" else labelled_folder(Path(data).expanduser())
-    indices = _unseen_images(name, images, split_seed)
-    _check_classes(model, name, images)
-    accuracy = evaluate(model, images, indices)
-    config = resolve_data_config(model)
+    indices, notes = _unseen_images(subject, images, split_seed)
+    outputs = _outputs(subject, images)
+    if len(outputs) < subject.model.num_classes:
+        notes.append(
+            f"{subject.name} tells {subject.model.num_classes:,} classes apart, the data has {len(outputs):,} of them; "
+            "all its outputs compete, as in timm."
+        )
+    labels = {index: outputs[images.labels[index]] for index in indices}
+    accuracy, failures = measure(subject.model, images, labels, loading or Loading())
+    row = {**_facts(subject), **_scores(accuracy), "data": data, "split_seed": split_seed}
+    row |= environment(subject.model.cls_token.device)
+    return Evaluation({name: row[name] for name in COLUMNS}, failures, notes)
+
+
+def measure(
+    model: Beit, images: ImageSet, labels: dict[int, int], loading: Loading
+) -> tuple[Accuracy, list[tuple[str, str]]]:
+    """Classify some images of a set, in the model's precision; return its accuracy, and what could not be classified.
+
+    Args:
+        model: The classifier; its training mode is kept.
+        images: The set.
+        labels: For each index of an image that is measured, the right output of the model.
+        loading: Batch size and threads.
+
+    Raises:
+        InvalidValueError: No image could be classified.
+    """
+    sums = AccuracySum(model.num_classes)
+    failures: list[tuple[str, str]] = []
+    pending: list[tuple[torch.Tensor, int]] = []
+
+    def add() -> None:
+        if pending:
+            sums.add(torch.stack([logits for logits, _ in pending]), torch.tensor([label for _, label in pending]))
+            pending.clear()
+
+    job = classification(model, list)
+    with eval_mode([model]):
+        for index, (outcome,) in run_jobs(labels, [job], loading, lambda index: images.images[index]):
+            if isinstance(outcome, Failure):
+                failures.append((images.identity(index)[0], outcome.reason))
+                continue
+            pending.append((outcome, labels[index]))
+            if len(pending) == _ADD_EVERY:
+                add()
+    add()
+    sums.add_failures(len(failures))
+    return sums.accuracy(), failures
+
+
+def _facts(subject: Subject) -> Row:
+    config = resolve_data_config(subject.model)
     return {
-        "model": name,
+        "model": subject.name if subject.checkpoint is None else str(subject.checkpoint),
         "img_size": config["input_size"][2],
-        "top1": round(accuracy.top1, 3),
-        "top1_err": round(100 - accuracy.top1, 3),
-        "top5": round(accuracy.top5, 3),
-        "top5_err": round(100 - accuracy.top5, 3),
-        "param_count": round(costs.parameters(model.config) / 1e6, 2),
+        "param_count": round(costs.parameters(subject.model.config) / 1e6, 2),
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
-        "data": data,
-        "split_seed": split_seed,
-        "count": accuracy.count,
-        **environment(model.cls_token.device),
     }
 
 
-def _unseen_images(name: str, images: ImageSet, split_seed: int | None) -> list[int]:
-    """Choose the images that the model was not trained on, nor chosen by."""
-    own = _split_of_run(name, images)
+def _scores(accuracy: Accuracy) -> Row:
+    top1, top5 = accuracy.top1, accuracy.top5
+    return {
+        "top1": round(top1, 3),
+        "top1_err": round(100 - top1, 3),
+        "top5": None if top5 is None else round(top5, 3),
+        "top5_err": None if top5 is None else round(100 - top5, 3),
+        "count": accuracy.count,
+        "failures": accuracy.failures,
+    }
+
+
+def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -> tuple[list[int], list[str]]:
+    """Choose the images that the model was not trained on, nor chosen by; and say what was left out."""
+    own = _split_of_run(subject, images)
     seen = set() if own is None else {*own.train, *own.val}
     if split_seed is None and (own is not None or images.root is not None):
         unseen = [index for index in range(len(images.labels)) if index not in seen]
-        check(bool(unseen), f"{name} was trained on all {len(images.labels)} images; evaluate it on others.")
-        return unseen
+        check(
+            bool(unseen),
+            f"{subject.name} was trained on all {len(images.labels):,} images; evaluate it on others.",
+        )
+        note = f"Left out {len(seen):,} of {len(images.labels):,} images, which {subject.name} was trained on."
+        return unseen, [note] if seen else []
     held_out = _split_of_digits(images, split_seed or 0).test
     check(
         not seen & set(held_out),
-        f"{name} was trained on images that split_seed {split_seed} holds out; leave --split-seed out to measure it on "
-        "those that its own run held out.",
+        f"{subject.name} was trained on images that split_seed {split_seed} holds out; leave --split-seed out to "
+        "measure it on those that its own run held out.",
     )
-    return sorted(held_out)
+    return sorted(held_out), []
 
 
-def _split_of_run(name: str, images: ImageSet) -> Split | None:
+def _split_of_run(subject: Subject, images: ImageSet) -> Split | None:
     """Find the split that a model was trained with: in the file that its run wrote; seed 0 for the shipped model."""
-    entry = look_up(name)
-    if entry.name == DEFAULT_MODEL:
-        return None if images.root is not None else _split_of_digits(images, 0)
-    sources = () if entry.pretrained is None else entry.pretrained.sources
-    files = [source.path for source in sources if isinstance(source, LocalFile)]
+    if subject.checkpoint is not None:
+        files = [subject.checkpoint.expanduser()]
+    else:
+        entry = look_up(subject.name)
+        if entry.name == DEFAULT_MODEL:
+            return None if images.root is not None else _split_of_digits(images, 0)
+        sources = () if entry.pretrained is None else entry.pretrained.sources
+        files = [source.path for source in sources if isinstance(source, LocalFile)]
     splits = [folder / SPLIT_FILE for file in files for folder in file.absolute().parents[:2]]
     return next((read_split(path, images) for path in splits if path.is_file()), None)
 
@@ -167,22 +208,32 @@ def _split_of_digits(images: ImageSet, seed: int) -> Split:
     return draw_split(images, val_fraction=0.1, test_fraction=1 / 3, seed=seed)
 
 
+def _outputs(subject: Subject, images: ImageSet) -> list[int]:
+    """Find the output of the model that stands for each class of the data."""
+    model, name = subject.model, subject.name
+    own = model.class_names
+    if own is None:
+        check(
+            len(images.names) == model.num_classes,
+            f"{name} tells {model.num_classes} classes apart and nobody named them, the data has "
+            f"{len(images.names)}; evaluate a model that was trained on these classes.",
+        )
+    outputs = outputs_of(model.pretrained.head, images.names)
+    unknown = [name for name, output in zip(images.names, outputs, strict=True) if output is None]
+    check(
+        not unknown,
+        f"{name} was not trained on {len(unknown)} of the {len(images.names)} classes of the data "
+        f"({_some(unknown)}), but on {model.num_classes} ({_some(own or ())}). Name the class folders after the "
+        "model's classes, or evaluate a model that was trained on these.",
+    )
+    return [output for output in outputs if output is not None]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+
 def summarise(rows: Sequence[Row]) -> str:
     """Say mean and sample standard deviation of top-1 over several rows."""
     values = [float(row["top1"]) for row in rows if row["top1"] is not None]
     return f"top1 {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (mean ± sd of {len(values)})"
-
-
-def _check_classes(model: Beit, name: str, images: ImageSet) -> None:
-    """Refuse data whose classes are not the model's: its numbers would mean something else."""
-    if len(images.names) != model.num_classes:
-        raise ValueError(
-            f"{name} tells {model.num_classes} classes apart, the data has {len(images.names)}; "
-            "evaluate a model that was trained on these classes."
-        )
-    if not accepts(model.pretrained.head, images.names):
-        names = model.class_names or ()
-        raise ValueError(
-            f"{name} was trained on other classes ({', '.join(names[:3])}, ...) than the data has "
-            f"({', '.join(images.names[:3])}, ...); name the class folders after the model's classes."
-        )

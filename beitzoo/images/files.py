@@ -1,28 +1,30 @@
-"""Image files: which there are, and the pixels in them. What cannot be read is an error with its reason."""
+"""Image files and the pixels in them. What cannot be read is an error with its reason."""
 
-import glob
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
-from beitzoo.errors import UserError
+from beitzoo.errors import InvalidOptionError, UserError
 
 _logger = logging.getLogger(__name__)
 
 # A file is opened as what it contains, whatever it is called; decoders outside this list never run.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# Pillow can be built without a decoder for AVIF.
+READS_AVIF = bool(features.check("avif"))
+FORMATS = (*(("AVIF",) if READS_AVIF else ()), "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 # What one image may take while it is decoded; the header says so beforehand. Enough for cameras of 60 megapixels.
 MAX_BYTES = 500_000_000
 # Pillow holds 4 bytes a pixel, and while it turns or converts an image, two of them.
 _BYTES_PER_PIXEL = 8
-# libwebp has two canvases of its own; a progressive JPEG all its coefficients; 16 bits become 8 by way of 32.
+# libwebp has two canvases of its own, and so has libavif; a progressive JPEG all its coefficients; 16 bits become 8 by
+# way of 32.
 _BYTES_PER_PIXEL_MORE = 16
 # A progressive JPEG is gone through once per scan, of which a small file can have thousands; cameras write about ten.
 _MAX_SCANNED_PIXELS = 1_500_000_000
@@ -32,35 +34,92 @@ class ImageError(UserError, ValueError):
     """A file that is not an image, or not one we open."""
 
 
-def open_image(path: Path, in_chans: int = 3) -> Image.Image:
-    """Decode an image upright, as grey for one channel and RGB otherwise.
+def open_image(path: str | Path, in_chans: int = 3) -> Image.Image:
+    """Decode an image upright, as grey for one channel and RGB otherwise, as all commands do.
 
-    Of an animation it is the first frame. Transparency is dropped and colour profiles are not applied, as when timm
-    reads its datasets; 16 bits are scaled to 8.
+    It is turned as its EXIF data say; 16 bits are scaled to 8; CMYK and palettes become RGB. Transparency is dropped
+    and colour profiles are not applied, as when timm reads its datasets. Of an animation it is the first frame.
+
+    Args:
+        path: A file; `~` is the home folder, unless there is a file of that very name.
+        in_chans: 1 for grey, else RGB.
 
     Raises:
         ImageError: The file is missing, damaged, cut short, too large or of a format outside `FORMATS`.
+        InvalidOptionError: It is no path.
     """
+    if not isinstance(path, str | Path):
+        raise InvalidOptionError(
+            f"open_image takes a path, and this is {_what(path)}; convert decoded images to PIL with Image.fromarray."
+        )
+    path = Path(path if "\0" in str(path) or os.path.lexists(path) else os.path.expanduser(path))
     with opened(path) as image:
         image.load()
-        _turn_upright(image, path)
-        image.info.pop("transparency", None)  # `convert` would warn, and change nothing
-        mode = "L" if in_chans == 1 else "RGB"
-        eight_bit = _eight_bit(image)
-        return eight_bit if eight_bit.mode == mode else eight_bit.convert(mode)
+        return _converted(_upright(image, str(path), in_place=True), in_chans)
+
+
+def as_image(source: Any, in_chans: int = 3) -> Image.Image:
+    """Return what `open_image` does, of a path or of an image that is decoded already.
+
+    Args:
+        source: A path, a PIL image, or unsigned bytes as an array (H, W) or (H, W, 1 or 3 or 4) or as a tensor
+            (1 or 3 or 4, H, W).
+        in_chans: 1 for grey, else RGB.
+
+    Raises:
+        ImageError: The image cannot be read.
+        InvalidOptionError: It is none of these.
+    """
+    if isinstance(source, str | Path):
+        return open_image(source, in_chans)
+    if isinstance(source, Image.Image):
+        try:
+            source.load()  # Pillow may read the file behind it only now
+        except Exception as error:
+            raise ImageError(_reason(error)) from error
+        return _converted(_upright(source, "an image"), in_chans)
+    array = source.permute(1, 2, 0).numpy(force=True) if hasattr(source, "permute") and source.ndim == 3 else source
+    shape: tuple[int, ...] = tuple(getattr(array, "shape", ()))
+    channels = shape[-1] if len(shape) == 3 else 1
+    if str(getattr(array, "dtype", "")) != "uint8" or len(shape) not in (2, 3) or channels not in (1, 3, 4):
+        raise InvalidOptionError(
+            f"An image cannot be made of {_what(source)}. Give a path, a PIL image, an array (height, width, channels) "
+            "of uint8, or a tensor (channels, height, width) of uint8; what is normalised already goes to the model "
+            "itself."
+        )
+    return _converted(Image.fromarray(array[:, :, 0] if shape[2:] == (1,) else array), in_chans)
+
+
+def _what(value: Any) -> str:
+    """Describe a value that is not what it should be."""
+    kind = type(value).__name__
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return f"a {kind}" if shape is None else f"a {kind} of shape {tuple(shape)} and {dtype}"
+
+
+def _converted(image: Image.Image, in_chans: int) -> Image.Image:
+    image.info.pop("transparency", None)  # `convert` would warn, and change nothing
+    mode = "L" if in_chans == 1 else "RGB"
+    eight_bit = _eight_bit(image)
+    return eight_bit if eight_bit.mode == mode else eight_bit.convert(mode)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """Open a file whose header is acceptable; no pixel is decoded yet. All that fails inside is an `ImageError`."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device could be waited for without end
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device could be waited for without end
             raise ImageError("a folder, not an image" if path.is_dir() else "not a regular file")
+        if not status.st_size:
+            raise ImageError("the file is empty")
         with Image.open(path, formats=FORMATS) as image:
             _check_cost(image, path)
             yield image
     except ImageError:
         raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(_foreign(path)) from error
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         raise ImageError(_reason(error)) from error
 
@@ -69,8 +128,6 @@ def _reason(error: Exception) -> str:
     match error:
         case FileNotFoundError():
             return "there is no such file"
-        case Image.UnidentifiedImageError():
-            return f"not an image that can be read ({', '.join(FORMATS)})"
         case OSError(errno=int(), strerror=str(reason)):
             return f"the file cannot be opened: {reason}"
         case Image.DecompressionBombError():
@@ -79,11 +136,23 @@ def _reason(error: Exception) -> str:
             return f"damaged or unreadable: {error or type(error).__name__}"
 
 
+def _foreign(path: Path) -> str:
+    """Say what a file is that no decoder takes; phones write HEIC, which Pillow does not decode."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    brand = start[8:] if start[4:8] == b"ftyp" else b""
+    if brand in (b"avif", b"avis"):
+        return "an AVIF image, which Pillow does not decode here; convert it to JPEG or PNG"
+    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        return "a HEIC image, which is not decoded; convert it to JPEG or PNG"
+    return f"not an image that can be read ({', '.join(FORMATS)})"
+
+
 def _check_cost(image: Image.Image, path: Path) -> None:
     """Refuse by its header what would take too much memory or time to decode."""
     pixels = image.width * image.height
     progressive = "progressive" in image.info
-    costly = image.format == "WEBP" or image.mode.startswith("I;16") or progressive
+    costly = image.format in ("AVIF", "WEBP") or image.mode.startswith("I;16") or progressive
     most = MAX_BYTES // (_BYTES_PER_PIXEL_MORE if costly else _BYTES_PER_PIXEL)
     if pixels > most:
         raise ImageError(
@@ -91,7 +160,7 @@ def _check_cost(image: Image.Image, path: Path) -> None:
             "at most; make it smaller"
         )
     if progressive and _has_more_scans(path, _MAX_SCANNED_PIXELS // pixels):
-        raise ImageError("too slow: a progressive JPEG with a great many scans; save it anew")
+        raise ImageError("too slow: a progressive JPEG with a great many scans; save it again")
 
 
 def _has_more_scans(path: Path, most: int) -> bool:
@@ -103,11 +172,16 @@ def _has_more_scans(path: Path, most: int) -> bool:
     return scans > most
 
 
-def _turn_upright(image: Image.Image, path: Path) -> None:
+def _upright(image: Image.Image, name: str, in_place: bool = False) -> Image.Image:
+    """Turn an image as its EXIF data say; in place it takes less memory."""
     try:
+        if not in_place:
+            return ImageOps.exif_transpose(image)
         ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # damaged notes about an image do not make its pixels unreadable
-        _logger.warning("The EXIF data of %s is damaged, so it is not turned: %s.", path, error)
+        _logger.warning("The EXIF data of %s is damaged, so it is not turned: %s.", name, error)
+        return image if in_place else image.copy()
+    return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -117,62 +191,3 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ImageError("its pixels are 32-bit numbers of unknown range; convert it to 8 or 16 bits")
     return image
-
-
-def find_images(places: Iterable[str]) -> Iterator[Path]:
-    """Turn files, folders (searched through) and globs into image paths, in order, one by one.
-
-    A file is taken at its word; of a folder, what is called like an image. A place where there is nothing is itself
-    among the paths, so that it is reported and not passed over.
-    """
-    for place in places:
-        path = place if "\0" in place else os.path.expanduser(place)
-        is_glob = "\0" not in path and not os.path.lexists(path)
-        yield from _images_of(sorted(glob.glob(path, recursive=True)) if is_glob else [path], path)
-
-
-def images_at(name: str) -> Iterator[Path]:
-    """Return the file of that name, whatever characters are in it, or the images below the folder; else the name."""
-    return _images_of([name], name)
-
-
-def _images_of(names: Iterable[str], place: str) -> Iterator[Path]:
-    found = False
-    for name in names:
-        for image in images_below(Path(name)) if os.path.isdir(name) else [Path(name)]:
-            found = True
-            yield image
-    if not found:
-        yield Path(place)
-
-
-def images_below(folder: Path) -> Iterator[Path]:
-    """Walk through a folder in order of names; a folder in it that cannot be listed is among the paths itself.
-
-    Links to folders are followed, except back to a folder they are in, whose images are found anyway.
-    """
-    left: list[tuple[Path, bool, frozenset[tuple[int, int]]]] = [(folder, True, frozenset())]
-    while left:
-        path, is_folder, above = left.pop()
-        if not is_folder:
-            if path.suffix.lower() in SUFFIXES:
-                yield path
-            continue
-        try:
-            status = path.stat()
-            within = above | {(status.st_dev, status.st_ino)}
-            if within == above:
-                continue
-            with os.scandir(path) as entries:
-                inside = sorted(((entry.name, _is_folder(entry)) for entry in entries), reverse=True)
-        except OSError:
-            yield path
-            continue
-        left += [(path / name, is_folder, within) for name, is_folder in inside]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself; it is no folder to search, and as a file it gets its reason
-        return False

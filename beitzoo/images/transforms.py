@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from beitzoo.errors import InvalidValueError, UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -12,8 +14,9 @@ Transform = Callable[["Image"], Tensor]
 
 _FIELDS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
-# Pixels of a resized image of which the centre is cropped, 67 MB.
-_MAX_RESIZED = 2**24
+# What Pillow raises at a resize for the shape of one image, such as a side that would have no pixels left, or more than
+# there is memory for. All else, torch's RuntimeError too, means that the transform is wrong, and for every image.
+_ODD_IMAGE = (ValueError, OSError, MemoryError, ZeroDivisionError)
 
 
 class HasPretrainedCfg(Protocol):
@@ -42,72 +45,46 @@ def create_transform(is_training: bool = False, *, fast: bool = False, **options
 
     Args:
         is_training: Random crops and augmentation instead of resize and centre crop.
-        fast: Evaluate on tensors, up to twice as fast and up to one of 255 levels off, see `images.fast`. The
-            transform then takes uint8 tensors, (channels, height, width), as well as PIL images.
+        fast: Evaluate on tensors, up to twice as fast, with bilinear or bicubic interpolation. Of photographs it is
+            up to two of 255 levels off; see `images.fast` for other images. The transform then takes uint8 tensors,
+            (channels, height, width), as well as PIL images.
         **options: What `resolve_data_config` returns, and any option of `timm.data.create_transform`.
     """
     if fast:
         from beitzoo.images.fast import FastTransform  # late, as it imports Pillow
 
         if is_training:
-            raise ValueError("There is no fast transform for training; leave out fast=True.")
+            raise InvalidValueError("There is no fast transform for training; leave out fast=True.")
         return FastTransform(create_transform(**options), options)
-    # Imported late: with it comes torchvision, more than a second that importing beitzoo should not cost.
+    # Imported late: with them comes torchvision, more than a second that importing beitzoo should not cost.
     from timm.data import create_transform as create_timm_transform
+    from torchvision.transforms import Compose
+
+    from beitzoo.images.steps import BoundedResize, FloorCrop, ImageSteps
 
     transform = create_timm_transform(is_training=is_training, **options)
-    steps: list[Any] = [] if is_training else getattr(transform, "transforms", [])
-    for place, step in enumerate(steps):
+    if not isinstance(transform, Compose):  # several, or one that a user of timm asked for by an option
+        return transform
+    steps = list(transform.transforms)
+    for place, step in enumerate(() if is_training else steps):
         if type(step).__name__ in ("Resize", "ResizeKeepRatio"):
-            steps[place] = _Bounded(step)
+            steps[place] = BoundedResize(step)
         if type(step).__name__ == "CenterCrop" and options.get("crop_mode") == "center_floor":
-            steps[place] = _FloorCrop(*step.size)
-    return transform
+            steps[place] = FloorCrop(*step.size)
+    return ImageSteps(steps)
 
 
-class _FloorCrop:
-    """Crop the centre as transformers does: half a pixel is rounded down, where timm rounds to even."""
+def prepare(image: "Image", transform: Transform) -> Tensor:
+    """Transform an image for a network.
 
-    def __init__(self, height: int, width: int) -> None:
-        self.height = height
-        self.width = width
-
-    def __call__(self, image: Any) -> Any:
-        from torchvision.transforms.functional import crop, get_dimensions
-
-        _, height, width = get_dimensions(image)
-        return crop(image, (height - self.height) // 2, (width - self.width) // 2, self.height, self.width)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(size=({self.height}, {self.width}))"
-
-
-class _Bounded:
-    """A resize to a short side, for a centre crop behind it, that takes bounded memory whatever the image.
-
-    What is cut off at both ends is an even number of short sides. That many become an even number of pixels in the
-    resized image, so that the crop's rounding, and with it the pixels it shows, stay what they are.
+    Raises:
+        ImageError: The image has a shape that cannot be transformed, such as a side of which no pixel would be left.
     """
+    from beitzoo.images.files import ImageError
 
-    def __init__(self, resize: Any) -> None:
-        self.resize = resize
-        size = resize.size
-        pixels = size**2 if isinstance(size, int) else size[0] * size[1]
-        keeps_short_side = isinstance(size, int) or getattr(resize, "longest", None) == 0
-        self.most = max(_MAX_RESIZED // pixels, 16) if keeps_short_side else None
-
-    def __call__(self, image: "Image") -> Any:
-        return self.resize(self._without_ends(image))
-
-    def __repr__(self) -> str:
-        return repr(self.resize)
-
-    def _without_ends(self, image: "Image") -> "Image":
-        if self.most is None or isinstance(image, Tensor):  # timm takes tensors as well
-            return image
-        short, long = sorted(image.size)
-        if long <= self.most * short:
-            return image
-        cut = 2 * short * -(-(long // short - self.most) // 4)
-        box = (cut, 0, image.width - cut, image.height)
-        return image.crop(box if image.width > image.height else (0, cut, image.width, image.height - cut))
+    try:
+        return transform(image)
+    except _ODD_IMAGE as error:
+        if isinstance(error, UserError):
+            raise
+        raise ImageError(f"cannot be prepared: {error or type(error).__name__}") from error

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Literal, TextIO
 import typer
 from rich.cells import cell_len
 
+from beitzoo.errors import FileAccessError, check
+
 if TYPE_CHECKING:
     from beitzoo.inference.classify import Prediction
-
-# Rows from which the table takes the widths of its columns, a batch; what is longer later sticks out and is never cut.
-_ROWS_FOR_WIDTHS = 16
-
 
 Role = Literal["title", "error"]
 Paint = Callable[[str, Role], str]
@@ -35,36 +33,47 @@ class Form(StrEnum):
     CSV = "csv"
 
 
-@contextmanager
-def open_output(path: Path | None) -> Iterator[TextIO]:
-    """Open the place that rows go to: stdout, or a file that is there whole or not at all.
-
-    Until all rows are written they are in a file beside it, `NAME.partial`, which an interrupted run leaves. A link
-    stays, and the file it leads to is the one that is written; into a pipe or a device go the rows themselves.
+def choose_form(form: Form | None, output: Path | None) -> Form:
+    """Return the form that was asked for, or else the one that the name of the output file says.
 
     Raises:
-        OSError: The file cannot be written, or another run's `.partial` is in the way.
+        InvalidValueError: The name says something that is not written.
     """
-    # Names of files need not be text; their bytes come out as they went in.
-    errors = "surrogateescape"
+    if form is not None or output is None:
+        return form or Form.TABLE
+    forms = {"": Form.TABLE, ".txt": Form.TABLE, ".json": Form.JSON, ".csv": Form.CSV}
+    suffix = output.suffix.lower()
+    check(
+        suffix in forms or (output.exists() and not output.is_file()),
+        f"--output {output}: what a {suffix} file holds is not known here. Name it .json, .csv or .txt, or say "
+        f"--format {', '.join(Form)}.",
+    )
+    return forms.get(suffix, Form.TABLE)
+
+
+@contextmanager
+def open_output(path: Path | None) -> Iterator[TextIO]:
+    """Open the place that rows go to: stdout, or a file that is replaced once all rows are written.
+
+    Until then they are in a file beside it, `NAME.partial`, which an interrupted run leaves. A link stays, and the file
+    it leads to is the one that is written; into a pipe or a device go the rows themselves.
+
+    Raises:
+        FileAccessError: The file cannot be written, or another run's `.partial` is in the way.
+    """
     if path is None:
         yield sys.stdout
         return
+    path = path.expanduser()
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give --output the name of a file.")
+        raise FileAccessError(f"{path} is a folder; give --output the name of a file.")
     if path.exists() and not path.is_file():  # there is nothing to keep in it, and no file may take its place
-        with path.open("w", encoding="utf-8", errors=errors, newline="") as file:
+        with _open_text(path, "w") as file:
             yield file
         return
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    try:
-        file = partial.open("x", encoding="utf-8", errors=errors, newline="")
-    except FileExistsError as error:
-        raise FileExistsError(
-            f"{partial} has the rows of a run that was interrupted or is still going on; move it away first."
-        ) from error
+    file = _open_text(partial, "x")
     try:
         with file:
             yield file
@@ -77,15 +86,50 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     partial.replace(path)
 
 
-def write_rows(predictions: Iterable["Prediction"], form: Form, file: TextIO, topk: int) -> None:
-    """Write every prediction as soon as it is there, so that an interrupted run keeps what was done."""
+def _open_text(path: Path, mode: Literal["w", "x"]) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Names of files need not be text; their bytes come out as they went in.
+        return path.open(mode, encoding="utf-8", errors="surrogateescape", newline="")
+    except FileExistsError as error:
+        raise FileAccessError(
+            f"{path} has the rows of a run that was interrupted or is still going on; move it away first."
+        ) from error
+    except OSError as error:
+        raise FileAccessError(f"Cannot write {path} ({error.strerror}); give --output another file.") from error
+
+
+def write_rows(
+    predictions: Iterable["Prediction"], form: Form, file: TextIO, topk: int, rows_for_widths: int = 16
+) -> None:
+    """Write every prediction as soon as it is there, so that an interrupted run keeps what was done.
+
+    Args:
+        predictions: As they come.
+        form: What is written.
+        file: Receives the rows.
+        topk: Classes that a line of a CSV has columns for.
+        rows_for_widths: Rows from which a table takes the widths of its columns, which it waits for; what is longer
+            later sticks out and is never cut.
+
+    Raises:
+        FileAccessError: The rows cannot be written, such as on a full disk.
+    """
     if form is Form.TABLE:
-        lines = _table(predictions, _paint if file.isatty() and not os.environ.get("NO_COLOR") else _plain)
+        paint = _paint if file.isatty() and not os.environ.get("NO_COLOR") else _plain
+        lines = _table(predictions, paint, rows_for_widths)
     else:
         lines = _json(predictions) if form is Form.JSON else _csv(predictions, topk)
     for line in lines:
-        file.write(line)
-        file.flush()
+        try:
+            file.write(line)
+            file.flush()
+        except BrokenPipeError:  # whoever reads them has enough
+            raise
+        except OSError as error:
+            raise FileAccessError(
+                f"The rows cannot be written: {error.strerror}. Make room, or write elsewhere."
+            ) from error
 
 
 def _json(predictions: Iterable["Prediction"]) -> Iterator[str]:
@@ -93,7 +137,7 @@ def _json(predictions: Iterable["Prediction"]) -> Iterator[str]:
     separator = "[\n"
     try:
         for prediction in predictions:
-            yield separator + json.dumps({**asdict(prediction), "path": str(prediction.path)})
+            yield separator + json.dumps({**asdict(prediction), "path": _path(prediction)})
             separator = ",\n"
     except (Exception, KeyboardInterrupt):
         if separator == ",\n":
@@ -110,7 +154,7 @@ def _csv(predictions: Iterable["Prediction"], topk: int) -> Iterator[str]:
     for prediction in predictions:
         classes = [value for answer in prediction.answers for value in (answer.label, answer.index, answer.probability)]
         missing = [""] * (3 * topk - len(classes))
-        yield header + _csv_line([str(prediction.path), prediction.model, prediction.error, *classes, *missing])
+        yield header + _csv_line([_path(prediction), prediction.model, prediction.error, *classes, *missing])
         header = ""
     yield header
 
@@ -122,12 +166,12 @@ def _csv_line(values: Iterable[object]) -> str:
     return line.getvalue().removesuffix("\r\n") + "\n"
 
 
-def _table(predictions: Iterable["Prediction"], paint: Paint) -> Iterator[str]:
+def _table(predictions: Iterable["Prediction"], paint: Paint, rows_for_widths: int) -> Iterator[str]:
     """Write aligned columns: image, model where there are several, label, probability and the classes next to it."""
     rest = iter(predictions)
     first: list[Prediction] = []
     try:
-        first.extend(itertools.islice(rest, _ROWS_FOR_WIDTHS))
+        first.extend(itertools.islice(rest, rows_for_widths))
     except (Exception, KeyboardInterrupt):
         yield from _table_rows(first, first, paint)
         raise
@@ -155,7 +199,11 @@ def _table_rows(first: list["Prediction"], predictions: Iterable["Prediction"], 
 def _cells(prediction: "Prediction", several: bool) -> list[str]:
     """Return the cells of a row that say which image, which model and which class."""
     label = [_printable(prediction.answers[0].label)] if prediction.answers else []
-    return [_printable(str(prediction.path)), *([prediction.model or ""] if several else []), *label]
+    return [_printable(_path(prediction) or ""), *([prediction.model or ""] if several else []), *label]
+
+
+def _path(prediction: "Prediction") -> str | None:
+    return None if prediction.path is None else str(prediction.path)
 
 
 def _aligned(cells: list[str], widths: list[int]) -> str:

@@ -37,6 +37,13 @@ def training_loader(model: Beit, images: ImageSet, indices: list[int], recipe: R
     )
 
 
+def evaluation_loader(model: Beit, images: ImageSet, indices: list[int], workers: int = 0) -> DataLoader[Any]:
+    """Load images in order, prepared as the model expects them."""
+    transform = create_transform(**resolve_data_config(model))
+    dataset = LabelledImages(images, indices, transform, model.config.in_chans)
+    return DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=_collate(model))
+
+
 def training_transform(model: Beit, augment: AffineAugment | CropAugment) -> Transform:
     """Build the augmentation of a recipe, ending in the model's own size and normalisation."""
     config = resolve_data_config(model)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from beitzoo.evaluation.evaluate import Accuracy, measure_accuracy
+from beitzoo.evaluation.metrics import Accuracy, measure_accuracy
 from beitzoo.training.optim import make_optimizer, make_schedule
 from beitzoo.training.recipe import TrainSection
 

@@ -23,6 +23,21 @@ def accepts(head: Head, names: tuple[str, ...]) -> bool:
     return any(names == _synsets(file) and own == _imagenet(file) for file in _SYNSETS.values())
 
 
+def outputs_of(head: Head, names: tuple[str, ...]) -> tuple[int | None, ...]:
+    """Return for each class the output of a head that stands for it, by its name or, in ImageNet, by its synset.
+
+    None stands where the head has no such class, or two of that name. A head that nobody named has them in the order
+    of its outputs.
+    """
+    own = label_names(head)
+    if own is None or accepts(head, names):
+        return tuple(range(len(names)))
+    synsets = next((_synsets(file) for file in _SYNSETS.values() if own == _imagenet(file)), ())
+    outputs = {synset: index for index, synset in enumerate(synsets)}
+    outputs |= {name: index for index, name in enumerate(own) if own.count(name) == 1}
+    return tuple(outputs.get(name) for name in names)
+
+
 def label_names(head: Head) -> tuple[str, ...] | None:
     """Return the class names of a head, in the order of its outputs; None if nobody named them."""
     labels = None if isinstance(head, Mim | Tokenizer) else head.labels

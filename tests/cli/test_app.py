@@ -78,7 +78,9 @@ def test_the_user_is_told_what_the_user_can_correct(monkeypatch: pytest.MonkeyPa
         assert run("list").exception is own
 
 
-@pytest.mark.parametrize("arguments", [["list", "--pretrained"], ["predict", *[str(SAMPLES)] * 20]])
+@pytest.mark.parametrize(
+    "arguments", [["list", "--pretrained"], ["predict", "-mbeit_nano_patch4_32", *[str(SAMPLES)] * 20]]
+)
 def test_a_closed_pipe_is_quiet(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "beitzoo", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as child:
@@ -115,7 +117,7 @@ def test_no_file_name_ends_a_run(tmp_path: Path) -> None:
         with Image.open(SAMPLES / "digit_3.png") as image:
             image.save(tmp_path / name, format="png")
     ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
-    result = beitzoo_process("predict", str(tmp_path), "--format", "csv", **ascii_only)
+    result = beitzoo_process("predict", str(tmp_path), "-mbeit_nano_patch4_32", "--format", "csv", **ascii_only)
     assert (result.returncode, result.stderr) == (0, b"")
     assert rb"/\xe9\u65e5.png" in result.stdout
     assert b"/\xff.png" in result.stdout
@@ -188,11 +190,21 @@ def test_the_options_are_frozen() -> None:
     assert options == {
         "list": ["markdown", "pattern", "pretrained"],
         "info": ["as_json", "name"],
-        "predict": ["batch_size", "device", "form", "images", "models", "output", "topk", "workers"],
+        "predict": ["batch_size", "checkpoint", "device", "form", "images", "models", "output", "topk", "workers"],
         "download": ["cache_dir", "models"],
         "verify": ["as_json", "cache_dir", "models"],
         "finetune": ["out", "recipe", "settings"],
-        "evaluate": ["as_json", "data", "device", "models", "results_file", "split_seed"],
+        "evaluate": [
+            "as_json",
+            "batch_size",
+            "checkpoint",
+            "data",
+            "device",
+            "models",
+            "results_file",
+            "split_seed",
+            "workers",
+        ],
         "benchmark": [],
         "report": ["out", "results"],
     }

@@ -31,7 +31,7 @@ def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:
     rows = json.loads(result.stdout)
     assert result.exit_code == 1
     assert rows[0]["answers"][0]["label"] == "3"
-    assert rows[1]["error"].startswith("not an image")
+    assert rows[1]["error"] == "the file is empty"
     assert rows[1]["answers"] == []
     assert "1 of 2 images have no answer; each says why." in result.stderr
     strange = tmp_path / "a[b]long[copy]name[red].png"
@@ -39,7 +39,7 @@ def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:
     table = run("predict", str(strange), str(tmp_path / "broken.png")).stdout.splitlines()
     assert table[1].startswith(f"{strange}  3 ")
     assert table[2].startswith(str(tmp_path / "broken.png"))
-    assert "not an image" in table[2]
+    assert "the file is empty" in table[2]
 
 
 def test_predict_with_several_models_as_csv(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 import beitzoo
 from beitzoo.images import files
 from beitzoo.images.datasets import ImageSet, LabelledImages, collate, labelled_folder
-from beitzoo.images.files import ImageError, find_images, images_at, open_image
+from beitzoo.images.files import ImageError, open_image
+from beitzoo.images.folders import find_images, images_at
 from beitzoo.zoo.pretrained import PRETRAINED
 
 PHOTO = Path("beitzoo/assets/samples/chelsea.jpg")
@@ -75,7 +76,7 @@ def test_pixels_of_unknown_range_are_refused(kind: type, tmp_path: Path) -> None
 
 
 def test_damaged_exif_leaves_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(image: Image.Image, in_place: bool) -> Image.Image:
+    def fail(image: Image.Image, in_place: bool = False) -> Image.Image:
         raise struct.error("unpack requires a buffer of 2 bytes")
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)
@@ -93,7 +94,7 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
 def test_unreadable_files_are_named_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = PHOTO.read_bytes()
     cases = {
-        "empty.jpg": (b"", "not an image"),
+        "empty.jpg": (b"", "the file is empty"),
         "text.png": (b"hello", "not an image"),
         "cut.jpg": (whole[:2000], "damaged or unreadable"),
         "disguised.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import beitzoo
-from beitzoo.images import transforms
+from beitzoo.images import steps
 from beitzoo.images.files import open_image
 
 PHOTO = Path("beitzoo/assets/samples/chelsea.jpg")
@@ -208,7 +208,7 @@ def test_long_images_lose_only_what_the_crop_does_not_show(
     short: int, pct: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exactly timm's pixels where the short side divides the long one."""
-    monkeypatch.setattr(transforms, "_MAX_RESIZED", 2**15)
+    monkeypatch.setattr(steps, "_MAX_RESIZED", 2**15)
     options = {**EVAL, "crop_pct": pct}
     transform: Any = beitzoo.create_transform(**options)
     for times in (33, 50, 51, 52, 53, 120):
@@ -223,7 +223,7 @@ def test_long_images_lose_only_what_the_crop_does_not_show(
 def test_long_images_of_odd_ratio_differ_by_two_levels_at_most(
     size: tuple[int, int], input_size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transforms, "_MAX_RESIZED", 2**15)
+    monkeypatch.setattr(steps, "_MAX_RESIZED", 2**15)
     options = {**EVAL, "input_size": input_size}
     image = slopes(*size)
     difference = beitzoo.create_transform(**options)(image) - timm.data.create_transform(**options)(image)

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 import beitzoo
-import beitzoo.inference.classify
 from beitzoo import Beit
+from beitzoo.images import files
 from beitzoo.images.files import ImageError, open_image
-from beitzoo.inference.classify import Tally, predict
+from beitzoo.inference import pipeline
+from beitzoo.inference.classify import Tally, predict, predict_each
+from beitzoo.inference.pipeline import Loading
 
 SAMPLES = Path("beitzoo/assets/samples")
 DIGITS = sorted(SAMPLES.glob("*.png"))
@@ -52,7 +54,7 @@ def test_a_file_that_fails_once_does_not_shift_its_twin(monkeypatch: pytest.Monk
             raise ImageError("gone for a moment")
         return open_image(path, in_chans)
 
-    monkeypatch.setattr(beitzoo.inference.classify, "open_image", open_once)
+    monkeypatch.setattr(files, "open_image", open_once)
     first, *others = predict(beitzoo.create_model(pretrained=True), [DIGITS[1], DIGITS[1], DIGITS[7]])
     assert first.error == "gone for a moment"
     assert [p.answers[0].label for p in others] == ["1", "7"]
@@ -105,7 +107,7 @@ def test_several_models_see_each_image_at_once(tmp_path: Path, monkeypatch: pyte
         opened.append((path.name, in_chans))
         return open_image(path, in_chans)
 
-    monkeypatch.setattr(beitzoo.inference.classify, "open_image", count)
+    monkeypatch.setattr(files, "open_image", count)
     (tmp_path / "broken.png").touch()
     paths = [DIGITS[7], tmp_path / "broken.png", DIGITS[2]]
     models = {
@@ -188,10 +190,12 @@ def test_paths_are_read_as_needed_and_rows_come_before_the_end() -> None:
             asked += 1
             yield path
 
-    rows = predict(beitzoo.create_model(pretrained=True), endless(), batch_size=5)
-    labels = [row.answers[0].label for row in itertools.islice(rows, 40)]
-    assert labels == [str(i % 10) for i in range(40)]
-    assert asked == 50  # two batches ahead
+    rows = predict_each(beitzoo.create_model(pretrained=True), endless(), loading=Loading(batch_size=5))
+    assert next(rows).answers[0].label == "0"
+    assert asked == 5  # the first rows wait for nothing but their own batch
+    labels = [row.answers[0].label for row in itertools.islice(rows, 39)]
+    assert labels == [str(i % 10) for i in range(1, 40)]
+    assert asked == 45  # one batch ahead
     rows.close()  # type: ignore[attr-defined]
 
 
@@ -212,13 +216,13 @@ def test_a_broken_transform_is_no_fault_of_the_images(monkeypatch: pytest.Monkey
         def fail(image: Image.Image, error: Exception = error) -> torch.Tensor:
             raise error
 
-        monkeypatch.setattr(beitzoo.inference.classify, "create_transform", lambda fail=fail, **_: fail)
+        monkeypatch.setattr(pipeline, "create_transform", lambda fail=fail, **_: fail)
         with pytest.raises(type(error), match=str(error)):
-            next(predict(beitzoo.create_model(pretrained=True), DIGITS))
+            predict(beitzoo.create_model(pretrained=True), DIGITS)
 
 
 def test_tally_counts_rows_and_failures() -> None:
-    tally = Tally(predict(beitzoo.create_model(pretrained=True), [DIGITS[0], Path("absent.png")]))
+    tally = Tally(predict_each(beitzoo.create_model(pretrained=True), [DIGITS[0], Path("absent.png")]))
     assert (tally.rows, tally.failed) == (0, 0)
     assert len(list(tally)) == 2
     assert (tally.rows, tally.failed) == (2, 1)

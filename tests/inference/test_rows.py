@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from beitzoo.errors import FileAccessError, InvalidValueError
 from beitzoo.inference.classify import Answer, Prediction
-from beitzoo.inference.rows import Form, open_output, write_rows
+from beitzoo.inference.rows import Form, choose_form, open_output, write_rows
 
 CAT = Prediction(Path("a.png"), (Answer(1, "cat, tabby", 0.875), Answer(0, "dog", 0.125)), None, "m")
 BROKEN = Prediction(Path('odd, "name"\n.png'), error="damaged", model="m")
@@ -128,7 +129,7 @@ def test_an_interrupted_run_keeps_its_rows(
     assert form is not Form.JSON or len(json.loads(text)) == 9
     assert "The rows so far are in " in capsys.readouterr().err
     with (
-        pytest.raises(FileExistsError, match="interrupted or is still going on"),
+        pytest.raises(FileAccessError, match="interrupted or is still going on"),
         open_output(tmp_path / "sub" / "rows"),
     ):
         pass
@@ -148,7 +149,7 @@ def test_a_run_that_fails_before_its_first_row_leaves_nothing(
     assert capsys.readouterr().err == ""
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_once_all_rows_are_written(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("old")
     with open_output(path) as file:
@@ -156,7 +157,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         assert path.read_text() == "old"
     assert path.read_bytes().splitlines()[4].startswith(b"lat\xe9.png")
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(IsADirectoryError, match="is a folder"), open_output(tmp_path):
+    with pytest.raises(FileAccessError, match="is a folder"), open_output(tmp_path):
         pass
 
 
@@ -187,3 +188,33 @@ def test_a_pipe_and_a_device_stay_what_they_are(tmp_path: Path) -> None:
     os.close(reader)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert sorted(tmp_path.iterdir()) == [null, pipe]
+
+
+def test_the_form_is_what_the_file_is_called_unless_it_is_said(tmp_path: Path) -> None:
+    names = {"a.json": Form.JSON, "a.CSV": Form.CSV, "a.txt": Form.TABLE, "a": Form.TABLE, os.devnull: Form.TABLE}
+    assert {name: choose_form(None, Path(name)) for name in names} == names
+    assert choose_form(Form.CSV, Path("a.json")) == Form.CSV
+    assert choose_form(None, None) == Form.TABLE
+    with pytest.raises(InvalidValueError, match=r"what a .jsonl file holds is not known here. Name it .json, .csv"):
+        choose_form(None, tmp_path / "a.jsonl")
+
+
+def test_a_full_disk_is_an_error_of_the_user_and_a_closed_pipe_is_not() -> None:
+    class Full(io.StringIO):
+        error: type[OSError] = OSError
+
+        def write(self, text: str) -> int:
+            raise self.error(28, "No space left on device")
+
+    with pytest.raises(FileAccessError, match="cannot be written: No space left on device"):
+        write_rows([CAT], Form.CSV, Full(), 2)
+    Full.error = BrokenPipeError
+    with pytest.raises(BrokenPipeError):
+        write_rows([CAT], Form.CSV, Full(), 2)
+
+
+def test_pixels_without_a_path_have_none_in_any_form() -> None:
+    pixels = [Prediction(None, CAT.answers)]
+    assert json.loads(written(pixels, Form.JSON))[0]["path"] is None
+    assert written(pixels, Form.CSV).splitlines()[1].startswith(",,,")
+    assert "cat, tabby" in written(pixels, Form.TABLE)

@@ -1,6 +1,5 @@
 """Recipes are closed records; parameters learn as fast as they say; a run leaves what it promises."""
 
-import csv
 import json
 import math
 import os
@@ -15,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 import beitzoo
-from beitzoo.evaluation.evaluate import COLUMNS, accuracy_row, measure_accuracy, summarise
 from beitzoo.training.data import load_images, training_transform
 from beitzoo.training.optim import make_optimizer, make_schedule, parameter_groups, spread_bias_tables
 from beitzoo.training.recipe import (
@@ -143,22 +141,6 @@ def test_affine_augmentation_without_range_is_the_evaluation_transform() -> None
     assert not torch.equal(training_transform(model, AffineAugment(kind="affine", rotate=30))(image), plain)
 
 
-def test_accuracy_counts_what_is_right() -> None:
-    logits = torch.eye(8)[:6] * 4
-    nothing = (torch.empty(0, 8), torch.empty(0, dtype=torch.int64))
-    batches = [(logits[:4], torch.tensor([0, 1, 2, 7])), nothing, (logits[4:], torch.tensor([4, 0]))]
-    model = nn.Identity().train()
-    accuracy = measure_accuracy(model, batches, torch.device("cpu"))
-    right = math.log(math.exp(4) + 7) - 4
-    assert accuracy.count == 6
-    assert accuracy.top1 == pytest.approx(100 * 4 / 6)
-    assert accuracy.top5 == pytest.approx(100 * 5 / 6)
-    assert accuracy.loss == pytest.approx(right + 4 * 2 / 6)
-    assert model.training
-    with pytest.raises(ValueError, match="no readable image"):
-        measure_accuracy(model, [nothing], torch.device("cpu"))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on a folder of three colours with one broken image in it."""
@@ -222,36 +204,6 @@ def test_the_same_seed_gives_the_same_run(run: Path, tmp_path: Path) -> None:
     }
 
 
-def test_evaluating_on_other_classes_is_refused(run: Path) -> None:
-    with pytest.raises(ValueError, match="tells 3 classes apart, the data has 10"):
-        accuracy_row(f"local-dir:{run / 'best'}", "digits", None, CPU)
-
-
-def test_shipped_model_reaches_what_the_results_say() -> None:
-    row = accuracy_row("beit_nano_patch4_32.digits", "digits", None, CPU)
-    assert row["count"] == 599
-    assert isinstance(row["top1"], float)
-    rows = list(csv.DictReader(Path("results/digits.csv").read_text().splitlines()))
-    assert row["top1"] == pytest.approx(float(rows[0]["top1"]), abs=0.2)  # one image is 0.167
-    assert row["top1"] >= 97.5
-    assert list(row) == COLUMNS == list(rows[0])
-    assert row["top1_err"] == pytest.approx(100 - row["top1"])
-
-
-@pytest.mark.parametrize("name", ["beit_nano_patch4_32.digits", "beit_nano_patch4_32"])
-def test_a_model_is_not_measured_on_images_it_was_trained_on(name: str) -> None:
-    with pytest.raises(ValueError, match="was trained on images that split_seed 7 holds out"):
-        accuracy_row(name, "digits", 7, CPU)
-
-
-def test_a_model_is_measured_on_the_images_that_its_run_held_out(run: Path) -> None:
-    data = json.loads((run / "recipe.json").read_text())["data"]["path"]
-    row = accuracy_row(f"local-dir:{run / 'best'}", data, None, CPU)
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert row["count"] == metrics["test_count"]
-    assert row["top1"] == pytest.approx(metrics["test_top1"], abs=1e-3)
-
-
 def test_two_processes_train_together(run: Path, tmp_path: Path) -> None:
     """One of them meets a batch of broken images only; both go on, and one writes."""
     recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
@@ -270,7 +222,3 @@ def test_two_processes_train_together(run: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("test_top1") == 1
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
-
-
-def test_summary_is_mean_and_sample_deviation() -> None:
-    assert summarise([{"top1": 97.0}, {"top1": 98.0}, {"top1": 99.0}]) == "top1 98.00 ± 1.00 (mean ± sd of 3)"

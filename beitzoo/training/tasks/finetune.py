@@ -8,13 +8,13 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from beitzoo.evaluation.evaluate import evaluate, evaluation_loader
+from beitzoo.evaluation.metrics import measure_accuracy
 from beitzoo.factory import create_model
 from beitzoo.files import write_text
 from beitzoo.images.splits import SPLIT_FILE, draw_split, write_split
 from beitzoo.models.beit import Beit
 from beitzoo.saving import save_pretrained
-from beitzoo.training.data import load_images, training_loader
+from beitzoo.training.data import evaluation_loader, load_images, training_loader
 from beitzoo.training.loop import Run, fit, process_state
 from beitzoo.training.optim import spread_bias_tables
 from beitzoo.training.recipe import Recipe, dump_recipe
@@ -58,7 +58,8 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
     if not state.is_main_process:
         return {}
     chosen = create_model(f"local-dir:{directory / 'best'}", pretrained=True, device=model.cls_token.device)
-    test = evaluate(chosen, images, split.test, recipe.data.workers)
+    loader = evaluation_loader(chosen, images, split.test, recipe.data.workers)
+    test = measure_accuracy(chosen, loader, chosen.cls_token.device)
     metrics = {
         "test_top1": test.top1,
         "test_top5": test.top5,

@@ -1,0 +1,39 @@
+"""From the options --model, --checkpoint and --device to networks with weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from beitzoo.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    import torch
+
+    from beitzoo.models.beit import Beit
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Weights of your own, a file; the one model that is named then says of which network they are."),
+]
+
+
+def load_networks(names: Sequence[str], checkpoint: Path | None, device: "torch.device") -> dict[str, "Beit"]:
+    """Create each named model, or the one whose weights are in a file; by name, in order, each once.
+
+    Raises:
+        InvalidValueError: There are several models for one file.
+    """
+    from beitzoo.factory import create_model
+
+    if checkpoint is None:
+        return {name: create_model(name, pretrained=True, device=device) for name in dict.fromkeys(names)}
+    if len(names) > 1:
+        raise InvalidValueError(
+            f"--checkpoint is one file, and {len(names)} models are named ({', '.join(names)}); name the one that the "
+            "file is of."
+        )
+    if not names:  # a file that says itself what network it is of, by what is beside it
+        return {str(checkpoint): create_model(str(checkpoint), pretrained=True, device=device)}
+    return {names[0]: create_model(names[0], checkpoint_path=checkpoint, device=device)}
