@@ -1,6 +1,9 @@
-"""Time a model: python benchmark.py --model beit_base_patch16_224."""
+"""Time models: python benchmark.py --model beit_base_patch16_224, the same as beitzoo benchmark."""
 
-from beitzoo.measure.benchmark import main
+import sys
+
+from beitzoo.cli import main
 
 if __name__ == "__main__":
+    sys.argv.insert(1, "benchmark")
     main()

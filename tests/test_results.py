@@ -33,7 +33,7 @@ def test_a_row_is_on_disk_with_the_header_of_the_first(tmp_path: Path) -> None:
     assert rows.append({"a": 1}) == {"a": 1, "b": None}
     rows.append({"b": "x,y", "a": 2})
     assert (tmp_path / "new" / "rows.csv").read_text() == 'a,b\n1,\n2,"x,y"\n'
-    with pytest.raises(InvalidValueError, match=r"lacks the columns \['device'.* has \['b'\] of its own"):
+    with pytest.raises(InvalidValueError, match=r"lacks the columns \['device'.* has \['b'\]\."):
         Table(tmp_path / "new" / "rows.csv", ("a",)).append({"a": 3})
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["rows.csv"]
 

@@ -11,14 +11,14 @@ from beitzoo.cli import extras
 
 
 def report(
-    results: Annotated[Path, typer.Option(help="Folder with benchmark.csv and comparison.csv.")] = Path("results"),
-    out: Annotated[Path | None, typer.Option(help="Receives the pictures; by default plots/ in that folder.")] = None,
+    out: Annotated[Path, typer.Option(help="Receives plots/ and accuracy/.")],
+    results: Annotated[Path, typer.Option(help="Folder whose CSV files are read.")] = Path("results"),
 ) -> None:
     """Draw accuracy against speed and the ratio to each peer, and write the tables of published accuracy."""
     extras.require("plots", "matplotlib")
-    from beitzoo.measure.report import draw_all, write_accuracies
+    from beitzoo.measure.report import write_report
 
-    for path in [*write_accuracies(results / "accuracy"), *draw_all(results, out or results / "plots")]:
+    for path in write_report(results.expanduser(), out.expanduser()):
         print(path)
 
 
@@ -30,4 +30,4 @@ def benchmark(context: typer.Context) -> None:
     """Time models, by the flags of timm's benchmark.py; `beitzoo benchmark --help` lists them."""
     from beitzoo.measure.benchmark import main
 
-    main(context.args)
+    raise typer.Exit(main(context.args))

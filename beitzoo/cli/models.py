@@ -13,8 +13,19 @@ from rich.text import Text
 
 from beitzoo.errors import InvalidValueError
 from beitzoo.zoo import accuracy, costs
-from beitzoo.zoo.checkpoints import DataConfig, HubFile, LocalFile, PackageFile, ReleaseFile, Source
-from beitzoo.zoo.registry import list_models
+from beitzoo.zoo.checkpoints import (
+    Classify,
+    DataConfig,
+    Head,
+    HubFile,
+    LocalFile,
+    PackageFile,
+    ReleaseFile,
+    Segment,
+    Source,
+)
+from beitzoo.zoo.pretrained import PRETRAINED
+from beitzoo.zoo.registry import find, list_models
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
@@ -29,12 +40,43 @@ def list_(
 ) -> None:
     """List the models of the zoo."""
     if markdown:
-        from beitzoo.measure.table import model_table
-
         print(model_table())
         return
     for name in list_models(pattern, pretrained=pretrained):
         print(name)
+
+
+def model_table() -> str:
+    """Return a Markdown table with a row for each checkpoint."""
+    lines = ["| model | input | parameters | GMACs | classes | top-1 % |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, pretrained in PRETRAINED.items():
+        config = find(name).config
+        cells = [
+            f"`{name}`",
+            "x".join(map(str, config.img_size)),
+            f"{costs.parameters(config) / 1e6:.1f} M",
+            f"{costs.macs(config) / 1e9:.2f}",
+            _classes(pretrained.head),
+            _headline(name),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _classes(head: Head) -> str:
+    match head:
+        case Classify():
+            return f"{head.num_classes:,}"
+        case Segment():
+            return f"{head.num_classes} of ADE20K (backbone)"
+    return "visual tokens (backbone)"
+
+
+def _headline(name: str) -> str:
+    best = accuracy.headline(name)
+    if best is None:
+        return ""
+    return f"{best.top1:.1f}" if best.top1 is not None else f"mIoU {best.miou:.1f}"
 
 
 def info(name: str, as_json: AsJson = False) -> None:
@@ -144,7 +186,6 @@ def _facts(name: str) -> dict[str, Any]:
         "crop_mode": data.crop_mode,
         "weights": [] if row is None else [_where(source) for source in row.sources],
         "accuracy": [_published(one) for one in accuracy.published(entry.name)],
-        **_speed(entry.name),
         "license": row and row.license,
         "paper": row and row.paper,
     }
@@ -153,16 +194,6 @@ def _facts(name: str) -> dict[str, Any]:
 def _published(one: accuracy.Accuracy) -> dict[str, Any]:
     """Return what is known of one accuracy; the model is known already."""
     return {name: value for name, value in asdict(one).items() if name != "model" and value is not None}
-
-
-def _speed(name: str) -> dict[str, Any]:
-    from beitzoo.measure.table import images_per_second, measured_speed
-
-    row = measured_speed(name)
-    if row is None:
-        return {"images_per_second": None, "measured_on": None}
-    where = f"{row['device']}, {row['threads']} threads, one image at a time in float32, {row['date']}"
-    return {"images_per_second": round(images_per_second(row), 2), "measured_on": where}
 
 
 def _plain(value: object) -> str:

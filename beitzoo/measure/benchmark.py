@@ -1,123 +1,127 @@
-"""The command of `benchmark.py`: timm's flags, read into a record for each row."""
+"""The command benchmark: timm's flags, read into records. argparse reads them, as in timm: flags with many values."""
 
-import ast
+import argparse
 import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Never, Union, get_args, get_origin, get_type_hints
 
-import torch
-import typer
+from beitzoo.errors import InvalidOptionError, UserError, check, closest
+from beitzoo.files import read_text
+from beitzoo.measure.options import DATA_MODEL, BenchmarkOptions, Flag, SweepOptions, usable_device
+from beitzoo.results import Row, Table, environment
+from beitzoo.zoo.registry import UnknownModelError, list_models
 
-from beitzoo.measure.options import BenchmarkOptions, usable_device
-from beitzoo.measure.peers import check_names
-from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS, KEY, sweep
-from beitzoo.results import Format, Row, Table, environment
-from beitzoo.zoo.registry import UnknownModelError, find, list_models
+# What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command of `benchmark.py`; what the user got wrong is one message and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        app(args=list(_with_values(sys.argv[1:] if arguments is None else arguments)))
-    except (ValueError, TypeError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+_DESCRIPTION = "Time models with random weights; print their rows, and append them to a file if asked to."
 
 
-# The one function with more than seven parameters: they are the flags, and the record is made of them at once.
-@app.command()
-def run(
-    model: Annotated[str, typer.Option("--model", "-m", help="Name, glob, or 'all' architectures.")] = "",
-    model_list: Annotated[
-        Path | None, typer.Option(help="File with a name or glob per line; # starts a comment.")
-    ] = None,
-    bench: Annotated[
-        str | None, typer.Option(help="inference, train, both or profile; both, or inference with --compare.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", help="256 as in timm; 1 on a CPU, where 256 take minutes.")
-    ] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Height and width; the model's own by default.")] = None,
-    input_size: Annotated[tuple[int, int, int] | None, typer.Option(help="Channels, height and width.")] = None,
-    precision: Annotated[str, typer.Option(help="float32, amp, amp_bfloat16, bfloat16 or float16.")] = "float32",
-    amp: Annotated[bool, typer.Option("--amp", help="Autocast, as --precision amp.")] = False,
-    amp_dtype: Annotated[str, typer.Option(help="Of the autocast: float16 or bfloat16.")] = "float16",
-    num_classes: Annotated[int | None, typer.Option(min=0, help="Width of the head.")] = None,
-    gp: Annotated[str | None, typer.Option(help="Pooling: avg or token.")] = None,
-    model_kwargs: Annotated[list[str] | None, typer.Option(help="field=value ..., fields of BeitConfig.")] = None,
-    channels_last: Annotated[bool, typer.Option("--channels-last")] = False,
-    torchcompile: Annotated[str | None, typer.Option(help="Compile; backend, inductor if none is given.")] = None,
-    torchcompile_mode: Annotated[str | None, typer.Option(help="Such as max-autotune.")] = None,
-    grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing")] = False,
-    opt: Annotated[str, typer.Option(help="Any optimizer of timm.")] = "sgd",
-    opt_eps: float | None = None,
-    opt_betas: tuple[float, float] | None = None,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0001,
-    lr: Annotated[float, typer.Option(help="timm fixes it at this.")] = 0.0001,
-    clip_grad: float | None = None,
-    clip_mode: Annotated[str, typer.Option(help="norm, value or agc.")] = "norm",
-    smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.1,
-    drop: Annotated[float, typer.Option(help="Dropout before the head.")] = 0.0,
-    drop_path: Annotated[float | None, typer.Option(help="Stochastic depth.")] = None,
-    detail: Annotated[bool, typer.Option("--detail", help="Time the parts of a training step, too.")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, images and the order of turns.")] = 0,
-    num_warm_iter: int = 10,
-    num_bench_iter: Annotated[int, typer.Option(help="Timed steps; rounds with --compare.")] = 40,
-    no_retry: Annotated[
-        bool, typer.Option("--no-retry", help="Do not try smaller batches when memory runs out.")
-    ] = False,
-    compare: Annotated[str | None, typer.Option(help="Peers, such as timm,timm+compile,transformers,openvino.")] = None,
-    subject: Annotated[str, typer.Option(help="Our side of the ratio, or beitzoo+optimize.")] = "beitzoo",
-    subject_precision: Annotated[str | None, typer.Option(help="Its precision if that differs, such as int8.")] = None,
-    results_file: Annotated[
-        Path | None, typer.Option(help="Append rows here; those that are there are not repeated.")
-    ] = None,
-    results_format: Annotated[str, typer.Option(help="csv or json.")] = "csv",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure rows with an error again.")] = False,
-) -> None:
-    """Time models and print their rows as JSON after `--result`; a row each, or with --compare a row per peer."""
-    given = locals()  # before anything else is local: the flags, by the names of the record's fields
-    if results_format not in get_args(Format):
-        raise ValueError(f"--results-format {results_format!r}; there are {', '.join(get_args(Format))}.")
-    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    peers: list[str | None] = [*compare.split(",")] if compare else [None]
-    check_names(name for name in (*peers, subject) if name is not None)
-    flags = {name: value for name, value in given.items() if name in BenchmarkOptions.__dataclass_fields__}
-    flags |= {
-        "bench": bench or ("inference" if compare else "both"),
-        "batch_size": (1 if place.type == "cpu" else 256) if batch_size is None else batch_size,
-        "precision": _precision(precision, amp, amp_dtype),
-        "model_kwargs": tuple(map(_pair, model_kwargs or ())),
-        "device": str(place),
-        "retry": not no_retry,
-    }
-    names = _names(model, model_list)
-    jobs = [BenchmarkOptions(**{**flags, "model": name, "peer": peer}) for name in names for peer in peers]
-    columns = COMPARISON_COLUMNS if compare else BENCHMARK_COLUMNS
-    table = Table(results_file, columns, KEY, cast(Format, results_format))
-    table.check()
-    _print(list(sweep(jobs, environment(place), table, retry_failed)))
-
-
-def _names(model: str, model_list: Path | None) -> list[str]:
-    """Return the names that were asked for, by name, glob or file, each once and in order.
+def main(arguments: Sequence[str]) -> int:
+    """Measure what the flags ask for, print the rows, and return the exit code: 1 if some of them failed.
 
     Raises:
-        UnknownModelError: Some are unknown; the closest are named, and nothing is run.
-        ValueError: There is none.
+        UserError: What was asked for is impossible; nothing was measured.
     """
-    lines = model_list.read_text(encoding="utf-8").splitlines() if model_list else []
-    words = [word for word in (model, *(line.partition("#")[0].strip() for line in lines)) if word]
-    if not words:
-        raise ValueError("There is no model to time; give --model NAME, a glob such as 'beit_*', or --model-list FILE.")
+    rows = run(read_flags(arguments))
+    print_rows(rows)
+    return int(any(row.get("error") for row in rows))
+
+
+def read_flags(arguments: Sequence[str]) -> SweepOptions:
+    """Read the flags of a command line."""
+    parser = _Parser(prog="beitzoo benchmark", usage="%(prog)s [FLAGS]", description=_DESCRIPTION, allow_abbrev=False)
+    for record in (SweepOptions, BenchmarkOptions):
+        hints = get_type_hints(record, include_extras=True)
+        for one in fields(record):
+            if get_origin(hints[one.name]) is Annotated:
+                _add_flag(parser, one, *get_args(hints[one.name]))
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [name for action in parser._actions for name in action.option_strings]
+        raise InvalidOptionError(f"There is no flag {unknown[0]!r}; {closest(unknown[0], flags)}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    of_run: dict[str, Any] = {one.name: given.pop(one.name) for one in fields(SweepOptions) if one.name in given}
+    return SweepOptions(**of_run, rows=given)
+
+
+def run(options: SweepOptions) -> list[Row]:
+    """Measure the rows that were asked for and that are not in the file yet; return all of them.
+
+    Raises:
+        UserError: What was asked for is impossible; nothing was measured.
+    """
+    from beitzoo.measure.peers import check_names
+    from beitzoo.measure.sweep import experiment_of, sweep
+
+    peers: list[str | None] = [*options.compare.split(",")] if options.compare else [None]
+    check_names([name for name in (*peers, options.rows.get("subject")) if name is not None])
+    jobs = options.jobs(_models(options), peers)
+    kind = experiment_of(jobs[0])
+    table = Table(options.results_file, kind.columns, kind.key, options.results_format)
+    table.check()
+    with _progress_shown():
+        return list(sweep(jobs, environment(usable_device(jobs[0].device)), table, options.retry_failed))
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print rows as timm does: JSON after `--result`, fastest first and without what is empty."""
+    fastest_first = sorted(rows, key=_rate, reverse=True)
+    filled = [{name: value for name, value in row.items() if value not in (None, "")} for row in fastest_first]
+    print(f"--result\n{json.dumps(filled[0] if len(filled) == 1 else filled, indent=2)}")
+    failed = sum("error" in row for row in filled)
+    if failed:
+        print(f"{failed} of {len(rows)} rows failed; each says why in its column error.", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raise what is wrong with a command line, instead of ending the program."""
+
+    def error(self, message: str) -> Never:
+        raise InvalidOptionError(f"{message[0].upper()}{message[1:]}; `beitzoo benchmark --help` lists the flags.")
+
+
+def _add_flag(parser: argparse.ArgumentParser, one: Field[Any], kind: Any, flag: Flag) -> None:
+    """Add a flag for a field; where it is not given, the record's default stands."""
+    default = "" if one.default in (None, False, True, ()) else f" Default: {one.default}."
+    parser.add_argument(
+        *(flag.names or (f"--{one.name.replace('_', '-')}",)),
+        help=f"{flag.help}{default}".replace("%", "%%"),
+        default=argparse.SUPPRESS,
+        **(flag.reads or _read_as(kind)),
+    )
+
+
+def _read_as(hint: Any) -> dict[str, Any]:
+    """Say how argparse reads a value of this type."""
+    if get_origin(hint) in (UnionType, Union):
+        (hint,) = (one for one in get_args(hint) if one is not type(None))
+    if hint is bool:
+        return {"action": "store_true"}
+    if get_origin(hint) is Literal:
+        return {"type": str}  # the record checks it, for Python as well
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        return {"type": kinds[0], "action": "append"} if kinds[-1] is ... else {"type": kinds[0], "nargs": len(kinds)}
+    return {"type": hint}
+
+
+def _models(options: SweepOptions) -> list[str]:
+    """Return the models that were asked for, by name, glob or file, each once and in order."""
+    if options.rows.get("bench") == "data":
+        check(not options.model, f"--bench data uses the transform of {DATA_MODEL}; leave out --model.")
+        return [DATA_MODEL]
+    lines = read_text(options.model_list).splitlines() if options.model_list else []
+    words = [word for word in (*options.model, *(line.partition("#")[0].strip() for line in lines)) if word]
+    check(
+        bool(words),
+        "There is no model to time; give --model NAME, a glob such as 'beit_*', or --model-list FILE.",
+    )
     return list(dict.fromkeys(name for word in words for name in _matching(word)))
 
 
@@ -125,60 +129,12 @@ def _matching(word: str) -> list[str]:
     """Return the names that a word stands for; a glob with a dot is one of checkpoints."""
     if word == "all":
         return list_models()
-    if not set("*?[") & set(word):
-        find(word)
-        return [word]
+    if not set("*?[") & set(word) or Path(word).exists():
+        return [word]  # looked up when its options are checked
     names = list_models(word, pretrained="." in word)
     if not names:
         raise UnknownModelError(f"No model's name is like {word!r}; `beitzoo list` shows all.")
     return names
-
-
-def _precision(precision: str, amp: bool, amp_dtype: str) -> str:
-    """Join timm's three flags."""
-    if amp_dtype not in ("float16", "bfloat16"):
-        raise ValueError(f"--amp-dtype {amp_dtype!r}; there are float16, bfloat16.")
-    if amp and precision not in ("float32", "amp"):
-        raise ValueError(f"--amp with --precision {precision}; give one of the two.")
-    if amp or precision == "amp":
-        return "amp" if amp_dtype == "float16" else "amp_bfloat16"
-    return precision
-
-
-def _pair(word: str) -> tuple[str, Any]:
-    """Read `field=value`, the value as Python writes it, or else as text."""
-    name, equals, value = word.partition("=")
-    if not equals:
-        raise ValueError(f"--model-kwargs {word!r}; it must be field=value, such as img_size=384.")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _with_values(arguments: Sequence[str]) -> Iterator[str]:
-    """Give timm's two flags that take no or many values one each, as the command line library wants them."""
-    flag = ""
-    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
-        flag = argument if argument.startswith("-") else flag
-        if flag == "--model-kwargs":
-            if argument != flag:
-                yield from (flag, argument)
-            continue
-        yield argument
-        if argument == "--torchcompile" and following.startswith("-"):
-            yield "inductor"
-
-
-def _print(rows: list[Row]) -> None:
-    """Print rows as timm does, fastest first and without what is empty; exit with 1 if some have failed."""
-    fastest_first = sorted(rows, key=_rate, reverse=True)
-    filled = [{name: value for name, value in row.items() if value not in (None, "")} for row in fastest_first]
-    print(f"--result\n{json.dumps(filled[0] if len(filled) == 1 else filled, indent=2)}")
-    failed = sum("error" in row for row in filled)
-    if failed:
-        print(f"{failed} of {len(rows)} rows failed; each says why in its column error.", file=sys.stderr)
-        raise typer.Exit(1)
 
 
 def _rate(row: Row) -> float:
@@ -187,3 +143,23 @@ def _rate(row: Row) -> float:
         if row.get(name):
             return float(row[name] or 0)
     return 0.0
+
+
+@contextmanager
+def _progress_shown() -> Iterator[None]:
+    """Write our own messages to stderr; those of libraries stay where they are."""
+    logger, handler = logging.getLogger("beitzoo"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

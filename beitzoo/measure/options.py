@@ -1,115 +1,161 @@
-"""What a benchmark was asked for: one frozen record for one row."""
+"""What a benchmark is asked for: records whose fields are the flags, each with its type, default and help."""
 
+import argparse
+import ast
 import shlex
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import torch
-
+from beitzoo.errors import InvalidOptionError, InvalidValueError, check
+from beitzoo.results import Format
+from beitzoo.zoo.checkpoints import Classify
 from beitzoo.zoo.networks import BeitConfig, override
-from beitzoo.zoo.registry import find
 
-Bench = Literal["inference", "train", "both", "profile"]
+if TYPE_CHECKING:
+    import torch
+
+    from beitzoo.zoo.registry import Entry
+
+# What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
+
+Bench = Literal["inference", "train", "both", "profile", "load", "data"]
 Phase = Literal["inference", "train"]
 Precision = Literal["float32", "float16", "bfloat16", "amp", "amp_bfloat16", "int8"]
 ClipMode = Literal["norm", "value", "agc"]
 
-_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_AUTOCAST = {"amp": torch.float16, "amp_bfloat16": torch.bfloat16}
-
+# The checkpoint whose transform `--bench data` uses: that of most.
+DATA_MODEL = "beit_base_patch16_224.in22k_ft_in22k_in1k"
+# What a benchmark of loading or of images can be asked for; its rows have no columns for more.
+_OF_FILES = {"model", "bench", "num_bench_iter", "images", "seed"}
 # What has a column of its own; all else that was asked for goes into the column `options`.
 _COLUMNS = {"model", "bench", "img_size", "input_size", "batch_size", "precision", "device", "peer", "subject"}
 _COLUMNS |= {"subject_precision", "num_warm_iter", "num_bench_iter", "retry"}
 
 
+@dataclass(frozen=True)
+class Flag:
+    """How a field of a record is given on the command line; its type and default are the field's.
+
+    Attributes:
+        help: What it is.
+        names: Its spellings; the field's name with dashes if there are none.
+        reads: What else argparse is told, for values that it does not read by their type.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    reads: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pair(word: str) -> tuple[str, Any]:
+    """Read `field=value`, the value as Python writes it, or else as text."""
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{word!r} is not field=value, such as img_size=384")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions:
-    """One row to measure. Names, meanings and defaults are those of timm's flags where timm has one.
+    """What is measured for one row. Names, meanings and defaults are those of timm's flags where timm has one.
 
     Attributes:
         model: Name as in `create_model`; the weights are random.
-        bench: Forward passes, training steps, both, or only what is counted without running.
-        batch_size: Images of a step.
-        img_size: Height and width, the model's own if None.
-        input_size: Channels, height and width; goes before `img_size`.
-        precision: Type of weights and input; `amp` and `amp_bfloat16` are float32 under autocast to float16 and
-            bfloat16. `int8` is for comparisons of prepared models.
-        device: Such as cpu or cuda.
-        num_classes: Width of the head; the checkpoint's own if None, and none for one trained without classes.
-        gp: Pooling, as `global_pool`.
-        model_kwargs: Fields of `BeitConfig`, by name.
-        channels_last: Keep images and kernels in that memory format.
-        torchcompile: Backend of torch.compile; not compiled if None.
-        torchcompile_mode: Its mode.
-        grad_checkpointing: Recompute activations in the backward pass.
-        num_warm_iter: Steps before the timed ones.
-        num_bench_iter: Timed steps; in a comparison, rounds.
-        retry: Go on with a smaller batch when memory does not suffice.
-        detail: Time forward, backward and update of a training step each.
-        seed: Of weights, images and the order of turns.
-        opt: Optimizer, by timm's name.
-        opt_eps: Its epsilon, if it has one.
-        opt_betas: Its betas, if it has them.
-        momentum: Its momentum.
-        weight_decay: Its weight decay.
-        lr: Learning rate, which timm's script fixes at this default.
-        clip_grad: Bound of the gradient; not clipped if None.
-        clip_mode: Whether that bounds its norm, each value, or its share of the weights.
-        smoothing: Of the labels.
-        drop: Dropout before the head.
-        drop_path: Stochastic depth.
-        peer: What the subject is compared with; a plain benchmark if None.
-        subject: Which of our own routes is measured in a comparison.
-        subject_precision: Its precision if that differs from the peer's.
+        peer: What the subject is compared with; None for a benchmark of one network.
     """
 
     model: str
-    bench: Bench = "inference"
-    batch_size: int = 1
-    img_size: int | None = None
-    input_size: tuple[int, int, int] | None = None
-    precision: Precision = "float32"
-    device: str = "cpu"
-    num_classes: int | None = None
-    gp: str | None = None
-    model_kwargs: tuple[tuple[str, Any], ...] = ()
-    channels_last: bool = False
-    torchcompile: str | None = None
-    torchcompile_mode: str | None = None
-    grad_checkpointing: bool = False
-    num_warm_iter: int = 10
-    num_bench_iter: int = 40
-    retry: bool = True
-    detail: bool = False
-    seed: int = 0
-    opt: str = "sgd"
-    opt_eps: float | None = None
-    opt_betas: tuple[float, float] | None = None
-    momentum: float = 0.9
-    weight_decay: float = 0.0001
-    lr: float = 0.0001
-    clip_grad: float | None = None
-    clip_mode: ClipMode = "norm"
-    smoothing: float = 0.1
-    drop: float = 0.0
-    drop_path: float | None = None
     peer: str | None = None
-    subject: str = "beitzoo"
-    subject_precision: Precision | None = None
+    bench: Annotated[
+        Bench,
+        Flag(
+            "inference, train, both (the default), or profile (count, run nothing); with --compare inference (the "
+            "default) or train; load: from a file to the first logits; data: from an image file to a tensor."
+        ),
+    ] = "inference"
+    batch_size: Annotated[
+        int, Flag("Images of a step; 256 as in timm, but 1 on a CPU, where 256 take minutes.", ("--batch-size", "-b"))
+    ] = 1
+    img_size: Annotated[int | None, Flag("Height and width; the model's own by default.")] = None
+    input_size: Annotated[tuple[int, int, int] | None, Flag("Channels, height and width; goes before --img-size.")] = (
+        None
+    )
+    precision: Annotated[
+        Precision, Flag("Of weights and input; amp and amp_bfloat16: float32 under autocast; int8: with --compare.")
+    ] = "float32"
+    device: Annotated[str, Flag("Such as cpu; cuda where there is one.")] = "cpu"
+    checkpoint: Annotated[Path | None, Flag("Weights for the model from this file; random by default.")] = None
+    num_classes: Annotated[int | None, Flag("Width of the head; the checkpoint's own by default.")] = None
+    gp: Annotated[str | None, Flag("Pooling: avg or token.")] = None
+    model_kwargs: Annotated[
+        tuple[tuple[str, Any], ...],
+        Flag("Fields of BeitConfig: field=value ...", reads={"type": pair, "nargs": "*", "metavar": "FIELD=VALUE"}),
+    ] = ()
+    channels_last: Annotated[bool, Flag("Keep images and kernels in that memory format.")] = False
+    torchcompile: Annotated[
+        str | None,
+        Flag("Compile with this backend, inductor if none is given.", reads={"nargs": "?", "const": "inductor"}),
+    ] = None
+    torchcompile_mode: Annotated[str | None, Flag("Mode of the compiler, such as max-autotune.")] = None
+    grad_checkpointing: Annotated[bool, Flag("Recompute activations in the backward pass.")] = False
+    num_warm_iter: Annotated[int, Flag("Steps before the timed ones.")] = 10
+    num_bench_iter: Annotated[int, Flag("Timed steps; rounds with --compare, load (9 by default) and data (15).")] = 40
+    retry: Annotated[
+        bool,
+        Flag(
+            "Do not try smaller batches when memory runs out.",
+            ("--no-retry",),
+            {"action": "store_false", "dest": "retry"},
+        ),
+    ] = True
+    detail: Annotated[bool, Flag("Time forward, backward and update of a training step as well.")] = False
+    seed: Annotated[int, Flag("Of weights, images and the order of rounds.")] = 0
+    opt: Annotated[str, Flag("Any optimizer of timm.")] = "sgd"
+    opt_eps: Annotated[float | None, Flag("Its epsilon.")] = None
+    opt_betas: Annotated[tuple[float, float] | None, Flag("Its betas.")] = None
+    momentum: Annotated[float, Flag("Its momentum.")] = 0.9
+    weight_decay: Annotated[float, Flag("Its weight decay.")] = 0.0001
+    lr: Annotated[float, Flag("Its learning rate.")] = 0.0001
+    clip_grad: Annotated[float | None, Flag("Bound of the gradient.")] = None
+    clip_mode: Annotated[ClipMode, Flag("What that bounds: norm, value, or agc (relative to the weights).")] = "norm"
+    smoothing: Annotated[float, Flag("Label smoothing.")] = 0.1
+    drop: Annotated[float, Flag("Dropout before the head.")] = 0.0
+    drop_path: Annotated[float | None, Flag("Stochastic depth.")] = None
+    subject: Annotated[str, Flag("Our side of a comparison: beitzoo, beitzoo+compile or beitzoo+optimize.")] = "beitzoo"
+    subject_precision: Annotated[
+        Precision | None, Flag("Its precision where that differs from the peer's, such as int8.")
+    ] = None
+    images: Annotated[
+        tuple[Path, ...], Flag("Photographs for --bench data.", reads={"type": Path, "nargs": "+", "metavar": "FILE"})
+    ] = ()
 
     def __post_init__(self) -> None:
         for name, kind in (("bench", Bench), ("precision", Precision), ("clip_mode", ClipMode)):
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                raise ValueError(f"--{_flag(name)} {value!r}; there are {', '.join(get_args(kind))}.")
+            _check_choice(name, getattr(self, name), kind)
+        if self.subject_precision is not None:
+            _check_choice("subject_precision", self.subject_precision, Precision)
         for name, least in (("batch_size", 1), ("num_bench_iter", 1), ("num_warm_iter", 0)):
             value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"--{_flag(name)} {value}; it must be a whole number from {least} up.")
-        if self.precision == "int8" and self.peer is None:
-            raise ValueError("--precision int8 is for --compare with --subject beitzoo+optimize; a Beit has no int8.")
-        if self.peer is not None and self.bench not in ("inference", "train"):
-            raise ValueError(f"--bench {self.bench} compares nothing; use --bench inference or --bench train.")
+            check(value >= least, f"--{_spelled(name)} {value}; it must be a whole number from {least} up.")
+        check(
+            self.precision != "int8" or self.peer is not None,
+            "--precision int8 is for --compare with --subject beitzoo+optimize; a Beit has no int8.",
+        )
+        check(
+            self.peer is None or self.bench in ("inference", "train"),
+            f"--bench {self.bench} compares nothing; use --bench inference or --bench train.",
+        )
+        if self.bench in ("load", "data"):
+            self._check_files()
+        check(
+            bool(self.images) == (self.bench == "data"),
+            f"--bench {self.bench} {'needs' if self.bench == 'data' else 'has no use for'} --images FILE ...",
+        )
         self.network()
 
     @property
@@ -121,8 +167,8 @@ class BenchmarkOptions:
     def overrides(self) -> dict[str, Any]:
         """The arguments of `create_model` behind the name."""
         channels, *size = self.input_size or (None, self.img_size, self.img_size)
-        entry = find(self.model)
-        headless = entry.pretrained is not None and entry.pretrained.head != "classify"
+        pretrained = self._entry().pretrained
+        headless = pretrained is not None and not isinstance(pretrained.head, Classify)
         return {
             "in_chans": channels,
             "img_size": None if size[0] is None else tuple(size),
@@ -137,50 +183,106 @@ class BenchmarkOptions:
         """Return the network's config.
 
         Raises:
-            ValueError: The name is unknown, or the network impossible.
-            TypeError: It has no such field.
+            InvalidValueError: The name is unknown, or the network impossible.
+            InvalidOptionError: It has no such field.
         """
-        return override(find(self.model).config, **self.overrides)
+        return override(self._entry().config, **self.overrides)
 
     def others(self) -> str:
         """Write what was asked for beside what has a column of its own, as flags; empty if nothing was."""
         flags = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _COLUMNS or value == field.default:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in _COLUMNS or value == one.default:
                 continue
             if isinstance(value, tuple):
-                pairs = field.name == "model_kwargs"
+                pairs = one.name == "model_kwargs"
                 words = [f"{key}={item}" for key, item in value] if pairs else [str(item) for item in value]
             else:
                 words = [] if value is True else [str(value)]
-            flags.append(shlex.join([f"--{_flag(field.name)}", *words]))
+            flags.append(shlex.join([f"--{_spelled(one.name)}", *words]))
         return " ".join(flags)
 
+    def _entry(self) -> "Entry":
+        from beitzoo.factory import look_up
 
-def usable_device(name: str) -> torch.device:
-    """Check a device before anything is loaded onto it.
+        return look_up(self.model)
+
+    def _check_files(self) -> None:
+        asked = [f"--{_spelled(one.name)}" for one in fields(self) if getattr(self, one.name) != one.default]
+        foreign = [name for name in asked if name[2:].replace("-", "_") not in _OF_FILES]
+        if foreign:
+            raise InvalidOptionError(f"--bench {self.bench} has no use for {', '.join(foreign)}; leave that out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What a run of the benchmark does: which models and peers, what is asked of all rows, where rows go.
+
+    Attributes:
+        rows: Fields of `BenchmarkOptions` that were given.
+    """
+
+    model: Annotated[tuple[str, ...], Flag("Name, glob or 'all' architectures; repeatable.", ("--model", "-m"))] = ()
+    model_list: Annotated[Path | None, Flag("File with a name or glob per line; # starts a comment.")] = None
+    compare: Annotated[str | None, Flag("Peers, such as timm,timm+compile,transformers,onnxruntime,openvino.")] = None
+    amp: Annotated[bool, Flag("As --precision amp.")] = False
+    amp_dtype: Annotated[str, Flag("Of amp: float16 or bfloat16.")] = "float16"
+    results_file: Annotated[
+        Path | None, Flag("Append rows to this file; those that are there are not measured again.")
+    ] = None
+    results_format: Annotated[Format, Flag("csv or json.")] = "csv"
+    retry_failed: Annotated[bool, Flag("Measure rows with an error again.")] = False
+    rows: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_choice("results_format", self.results_format, Format)
+        _check_choice("amp_dtype", self.amp_dtype, Literal["float16", "bfloat16"])
+
+    def jobs(self, names: list[str], peers: list[str | None]) -> list[BenchmarkOptions]:
+        """Return what is measured for each model and peer, with the defaults that depend on what was given."""
+        import torch
+
+        given = {"bench": "inference" if self.compare else "both", **self.rows, "precision": self._precision()}
+        if given["bench"] in ("load", "data"):
+            given = {"num_bench_iter": {"load": 9, "data": 15}[given["bench"]], **given}
+        else:
+            device = usable_device(given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+            given = {"batch_size": 1 if device.type == "cpu" else 256, **given, "device": str(device)}
+        return [BenchmarkOptions(model=name, peer=peer, **given) for name in names for peer in peers]
+
+    def _precision(self) -> str:
+        """Join timm's three flags."""
+        precision: str = self.rows.get("precision", "float32")
+        check(
+            not self.amp or precision in ("float32", "amp"),
+            f"--amp with --precision {precision}; give one of the two.",
+        )
+        if self.amp or precision == "amp":
+            return "amp" if self.amp_dtype == "float16" else "amp_bfloat16"
+        return precision
+
+
+def usable_device(name: str) -> "torch.device":
+    """Return a device after checking that it is there.
 
     Raises:
-        ValueError: It is not there.
+        InvalidValueError: It is not.
     """
+    import torch
+
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {name!r} here: {str(error).splitlines()[0]} Use --device cpu.") from error
+        reason = str(error).splitlines()[0]
+        raise InvalidValueError(f"There is no device {name!r} here: {reason} Use --device cpu.") from error
     return device
 
 
-def stored_dtype(precision: Precision) -> torch.dtype:
-    """Return the type of weights and images under a precision."""
-    return _STORED.get(precision, torch.float32)
+def _check_choice(name: str, value: str, kind: Any) -> None:
+    check(value in get_args(kind), f"--{_spelled(name)} {value!r}; there are {', '.join(get_args(kind))}.")
 
 
-def autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """Return what a precision casts to while it runs; None if to nothing."""
-    return _AUTOCAST.get(precision)
-
-
-def _flag(name: str) -> str:
+def _spelled(name: str) -> str:
     return name.replace("_", "-")

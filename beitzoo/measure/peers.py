@@ -1,56 +1,232 @@
-"""The same network with the same weights elsewhere: what a Beit is measured against, and our own second routes."""
+"""The same network elsewhere: peers, and the comparison of two sides in interleaved rounds."""
 
 import importlib.metadata
+import statistics
+import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beitzoo.errors import closest
-from beitzoo.measure.options import Precision, stored_dtype
+from beitzoo.errors import InvalidValueError, UnsupportedError, check, closest
+from beitzoo.factory import create_model
+from beitzoo.measure import steps
+from beitzoo.measure.options import BenchmarkOptions, Precision
+from beitzoo.measure.steps import rounded
 from beitzoo.models.beit import Beit
 from beitzoo.models.optimize import optimize
+from beitzoo.results import Row
 from beitzoo.saving import save_pretrained, save_transformers
+from beitzoo.zoo import costs
+from beitzoo.zoo.networks import BeitConfig
+
+# Where one side exceeds the rate of torch.mm by more than this factor, torch.mm bounds nothing on that machine.
+_BOUND = 1.1
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a runtime is given.
+class Side:
+    """One side of a comparison.
 
     Attributes:
+        name: A key of `PEERS`.
         model: Ours, float32, in eval mode.
         images: (B, in_chans, height, width), float32.
-        precision: What it is to compute in.
-        threads: How many it may use.
+        options: What was asked for, with the precision of this side.
         folder: Where it can put files.
     """
 
+    name: str
     model: Beit
     images: Tensor
-    precision: Precision
-    threads: int
+    options: BenchmarkOptions
     folder: Path
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to run a Beit; either a module, which can also be trained, or a runtime's call.
+    """A way to run a Beit: a module, which can also be trained, or a runtime.
 
     Attributes:
         packages: Distributions it needs; the first is the one whose version counts.
-        module: Makes a module that maps images to our model's output, float32, from our model and a folder.
+        module: Makes a module that maps images to our model's output, float32.
         compiled: Run the module through torch.compile.
         runtime: Makes a call that gives the output for the images.
     """
 
     packages: tuple[str, ...]
-    module: Callable[[Beit, Path], nn.Module] | None = None
+    module: Callable[[Side], nn.Module] | None = None
     compiled: bool = False
-    runtime: Callable[[Asked], Callable[[], Any]] | None = None
+    runtime: Callable[[Side], Callable[[], Any]] | None = None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A side that can be timed: its step, its output before any step, and the seconds the first step took."""
+
+    step: Callable[[], Any]
+    output: Tensor
+    first_call_time: float
+
+
+def compare(options: BenchmarkOptions) -> Row:
+    """Time our network and a peer's in interleaved rounds and return the row of their ratio.
+
+    Both have the same weights, get the same images and may use the same threads. `ratio` is the median over rounds of
+    the peer's time by ours: above 1 the peer is slower.
+
+    Raises:
+        UserError: One of them cannot do what was asked for.
+    """
+    assert options.peer is not None
+    torch.manual_seed(options.seed)
+    model = create_model(
+        options.model, checkpoint_path=options.checkpoint, device=options.device, **options.overrides
+    ).eval()
+    if options.checkpoint is None:
+        randomise(model)
+    images = steps.random_images(model.config, options, model.cls_token.device)
+    with torch.inference_mode():
+        exact = model(images)
+    steps.set_switches(options)
+    own = replace(options, precision=options.subject_precision or options.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = _prepare(Side(options.subject, model, images, own, Path(folder, "ours")))
+        theirs = _prepare(Side(options.peer, model, images, options, Path(folder, "theirs")))
+        times = _time(ours, theirs, model.config, own)
+    return publishable(
+        _timed_columns(times, model.config, options)
+        | {
+            "output_difference": rounded(relative_difference(theirs.output, ours.output)),
+            "subject_error": rounded(relative_difference(ours.output, exact)),
+            "peer_error": rounded(relative_difference(theirs.output, exact)),
+            "first_call_time": round(ours.first_call_time, 3),
+            "peer_first_call_time": round(theirs.first_call_time, 3),
+            "peer_version": peer_version(options.peer),
+        }
+    )
+
+
+def publishable(row: Row) -> Row:
+    """Return a row of a comparison without the figures that bound nothing.
+
+    A ratio whose interval is too wide is an error, to be measured again. Shares of the rate of torch.mm are left out
+    where either side exceeds that rate by far: such as in bfloat16 on a processor without the instructions for it.
+    """
+    kept = steps.without_wide_interval(row)
+    if any(float(kept.get(name) or 0) > _BOUND for name in ("gemm_share", "peer_gemm_share")):
+        return kept | dict.fromkeys(("gemm_gflops", "gemm_share", "peer_gemm_share"))
+    return kept
+
+
+def _prepare(side: Side) -> _Ready:
+    """Build one side and run it once."""
+    side.folder.mkdir()
+    peer, options, device = PEERS[side.name], side.options, side.images.device
+    if peer.module is None:
+        assert peer.runtime is not None
+        if options.bench == "train":
+            raise UnsupportedError(f"{side.name} does not train; compare it with --bench inference.")
+        return _run_once(peer.runtime(side), device)
+    if options.precision == "int8":
+        raise UnsupportedError(
+            f"{side.name} has no int8; compare it in another --precision, ours by --subject-precision."
+        )
+    network = peer.module(side).to(device)
+    # Only those are compiled whose name says so.
+    options = replace(options, torchcompile=(options.torchcompile or "inductor") if peer.compiled else None)
+    if options.bench == "train":
+        training = steps.TrainingStep(network, side.images, options)
+        with torch.no_grad():
+            output = training.outputs()
+        return _Ready(training, output, steps.time_call(training, device))
+    network = steps.prepared(network.eval(), options)
+    images = side.images.to(steps.stored_dtype(options.precision))
+    return _run_once(steps.inference_step(network, images, options.precision), device)
+
+
+def _run_once(step: Callable[[], Any], device: torch.device) -> _Ready:
+    outputs: list[Any] = []
+    first = steps.time_call(lambda: outputs.append(step()), device)
+    return _Ready(step, torch.as_tensor(outputs[0]).clone(), first)
+
+
+def _time(ours: _Ready, theirs: _Ready, config: BeitConfig, options: BenchmarkOptions) -> dict[str, list[float]]:
+    """Time both sides, and torch.mm, in interleaved rounds; return the seconds of a step in each round."""
+    calls = {"ours": ours.step, "theirs": theirs.step}
+    device = torch.device(options.device)
+    if options.precision != "int8":  # torch.mm has none
+        dtype = steps.autocast_dtype(options.precision) or steps.stored_dtype(options.precision)
+        calls["gemm"] = gemm_call(config, options.batch_size, dtype, device)
+    for _ in range(options.num_warm_iter):
+        ours.step()
+        theirs.step()
+    return steps.time_rounds(calls, options.num_bench_iter, device, options.seed)
+
+
+def _timed_columns(times: dict[str, list[float]], config: BeitConfig, options: BenchmarkOptions) -> Row:
+    row = steps.ratio_columns(times["theirs"], times["ours"])
+    for prefix, name in (("", "ours"), ("peer_", "theirs")):
+        median = statistics.median(times[name])
+        row |= {
+            f"{prefix}samples_per_sec": rounded(options.batch_size / median),
+            f"{prefix}step_time": rounded(1e3 * median),
+            f"{prefix}step_time_p5": rounded(1e3 * steps.percentile(times[name], 0.05)),
+            f"{prefix}step_time_p95": rounded(1e3 * steps.percentile(times[name], 0.95)),
+        }
+    return row | _gemm_columns(times, config, options)
+
+
+def _gemm_columns(times: dict[str, list[float]], config: BeitConfig, options: BenchmarkOptions) -> Row:
+    """Compare the arithmetic that was done with what torch.mm does in the same rounds.
+
+    A training step is counted as three forward passes, the usual estimate.
+    """
+    passes = 3 if options.bench == "train" else 1
+    work = 2 * passes * options.batch_size * costs.macs(config)
+    row: Row = {"gflops": rounded(work / statistics.median(times["ours"]) / 1e9)}
+    if "gemm" not in times:
+        return row
+    flops = gemm_flops(config, options.batch_size)
+    row["gemm_gflops"] = rounded(flops / statistics.median(times["gemm"]) / 1e9)
+    shares = {"gemm_share": "ours"}
+    if options.subject_precision in (None, options.precision):
+        shares["peer_gemm_share"] = "theirs"
+    for column, name in shares.items():
+        by_time = [gemm / one for gemm, one in zip(times["gemm"], times[name], strict=True)]
+        row[column] = rounded(work / flops * statistics.median(by_time))
+    return row
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference as a share of the largest value of `theirs`."""
+    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
+    if ours.shape != theirs.shape:
+        raise InvalidValueError(
+            f"The two outputs have shapes {tuple(ours.shape)} and {tuple(theirs.shape)}; they must be alike."
+        )
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def gemm_call(config: BeitConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """Return a call that multiplies matrices of the shapes of one block's four linears, `torch.mm` and nothing else."""
+    rows, width, hidden = batch_size * config.num_tokens, config.embed_dim, config.hidden_dim
+    shapes = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
+    pairs = [
+        (torch.randn(rows, k, dtype=dtype, device=device), torch.randn(k, n, dtype=dtype, device=device))
+        for k, n in shapes
+    ]
+    return lambda: [torch.mm(left, right) for left, right in pairs]
+
+
+def gemm_flops(config: BeitConfig, batch_size: int) -> int:
+    """Count the floating point operations of `gemm_call`."""
+    width, hidden = config.embed_dim, config.hidden_dim
+    return 2 * batch_size * config.num_tokens * (4 * width * width + 2 * width * hidden)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -78,22 +254,20 @@ def check_names(names: Iterable[str]) -> None:
     """Refuse names that are no peers.
 
     Raises:
-        ValueError: Names the closest.
+        InvalidValueError: Names the closest.
     """
     for name in names:
-        if name not in PEERS:
-            raise ValueError(f"There is no peer {name!r}; {closest(name, PEERS)}")
+        check(name in PEERS, f"There is no peer {name!r}; {closest(name, PEERS)}")
 
 
 def check_installed(name: str) -> None:
     """Make sure that what a peer needs is there.
 
     Raises:
-        ValueError: It is not; says how to install it.
+        InvalidValueError: It is not; says how to install it.
     """
     missing = [package for package in PEERS[name].packages if _version(package) is None]
-    if missing:
-        raise ValueError(f"{name} needs {', '.join(missing)}; install it with: pip install 'beitzoo[peers]'")
+    check(not missing, f"{name} needs {', '.join(missing)}; install it with: pip install 'beitzoo[peers]'")
 
 
 def peer_version(name: str) -> str:
@@ -117,33 +291,35 @@ class _Logits(nn.Module):
         self.network.gradient_checkpointing_enable()  # type: ignore[operator]
 
 
-def _ours(model: Beit, _: Path) -> nn.Module:
-    return deepcopy(model)
+def _ours(side: Side) -> nn.Module:
+    return deepcopy(side.model)
 
 
-def _timm(model: Beit, folder: Path) -> nn.Module:
+def _timm(side: Side) -> nn.Module:
     import timm
 
-    save_pretrained(model, folder / "timm")
-    network: nn.Module = timm.create_model(f"local-dir:{folder / 'timm'}", pretrained=True)
+    save_pretrained(side.model, side.folder / "timm")
+    network: nn.Module = timm.create_model(f"local-dir:{side.folder / 'timm'}", pretrained=True)
     return network
 
 
-def _transformers(model: Beit, folder: Path) -> nn.Module:
+def _transformers(side: Side) -> nn.Module:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    save_transformers(model, folder / "transformers")
-    if model.num_classes:
-        network = transformers.BeitForImageClassification.from_pretrained(folder / "transformers")
-        return _Logits(network, "logits")
-    return _Logits(transformers.BeitModel.from_pretrained(folder / "transformers"), "pooler_output")
+    folder = side.folder / "transformers"
+    save_transformers(side.model, folder)
+    if side.model.num_classes:
+        return _Logits(transformers.BeitForImageClassification.from_pretrained(folder), "logits")
+    return _Logits(transformers.BeitModel.from_pretrained(folder), "pooler_output")
 
 
-def _optimized(asked: Asked) -> Callable[[], Tensor]:
-    _refuse(asked, "beitzoo.optimize", ("float32", "bfloat16", "float16", "int8"))
-    network = optimize(asked.model, dtype="int8" if asked.precision == "int8" else stored_dtype(asked.precision))
-    images = asked.images
+def _optimized(side: Side) -> Callable[[], Tensor]:
+    _refuse(side, "beitzoo.optimize", ("float32", "bfloat16", "float16", "int8"))
+    network = optimize(
+        side.model, dtype="int8" if side.options.precision == "int8" else steps.stored_dtype(side.options.precision)
+    )
+    images = side.images
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -153,48 +329,48 @@ def _optimized(asked: Asked) -> Callable[[], Tensor]:
     return run
 
 
-def _onnxruntime(asked: Asked) -> Callable[[], Any]:
+def _onnxruntime(side: Side) -> Callable[[], Any]:
     import onnxruntime
 
-    _refuse(asked, "onnxruntime", ("float32", "int8"))
-    path = _onnx_file(asked)
-    if asked.precision == "int8":
+    _refuse(side, "onnxruntime", ("float32", "int8"))
+    path = _onnx_file(side)
+    if side.options.precision == "int8":
         path = _quantised(path)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = asked.threads
+    options.intra_op_num_threads = torch.get_num_threads()
     # Threads that go on spinning after a run took most of a core from whoever was timed next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    images = asked.images.numpy()
+    images = side.images.numpy()
     return lambda: session.run(None, {"images": images})[0]
 
 
-def _openvino(asked: Asked) -> Callable[[], Any]:
+def _openvino(side: Side) -> Callable[[], Any]:
     import openvino
 
-    _refuse(asked, "openvino", ("float32", "bfloat16"))
+    _refuse(side, "openvino", ("float32", "bfloat16"))
     core = openvino.Core()
-    hint = {"float32": "f32", "bfloat16": "bf16"}[asked.precision]
+    hint = {"float32": "f32", "bfloat16": "bf16"}[side.options.precision]
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": asked.threads,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": hint,
     }
-    compiled = core.compile_model(core.read_model(_onnx_file(asked)), "CPU", settings)
+    compiled = core.compile_model(core.read_model(_onnx_file(side)), "CPU", settings)
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if taken != hint:  # on a CPU without the instructions it would be a float32 row under another name
-        raise ValueError(f"openvino computes in {taken} on this CPU when asked for {hint}.")
+        raise UnsupportedError(f"openvino computes in {taken} on this CPU when asked for {hint}.")
     request = compiled.create_infer_request()
-    images = asked.images.numpy()
+    images = side.images.numpy()
     return lambda: request.infer({0: images}, share_inputs=True, share_outputs=True)[0]
 
 
 @torch.no_grad()  # with a gradient in sight the bias is cast where the exporter cannot follow
-def _onnx_file(asked: Asked) -> Path:
-    path = asked.folder / "model.onnx"
+def _onnx_file(side: Side) -> Path:
+    path = side.folder / "model.onnx"
     torch.onnx.export(
-        asked.model,
-        (asked.images,),
+        side.model,
+        (side.images,),
         path,
         input_names=["images"],
         output_names=["logits"],
@@ -225,11 +401,11 @@ def _quantised(path: Path) -> Path:
     return target
 
 
-def _refuse(asked: Asked, name: str, possible: tuple[Precision, ...]) -> None:
-    if asked.precision not in possible:
-        raise ValueError(f"{name} is not measured in {asked.precision}; there are {', '.join(possible)}.")
-    if asked.images.device.type != "cpu" and name != "beitzoo.optimize":
-        raise ValueError(f"{name} is measured on the CPU only; use --device cpu.")
+def _refuse(side: Side, name: str, possible: tuple[Precision, ...]) -> None:
+    if side.options.precision not in possible:
+        raise UnsupportedError(f"{name} is not measured in {side.options.precision}; there are {', '.join(possible)}.")
+    if side.images.device.type != "cpu" and name != "beitzoo.optimize":
+        raise UnsupportedError(f"{name} is measured on the CPU only; use --device cpu.")
 
 
 def _version(package: str) -> str | None:

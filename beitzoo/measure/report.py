@@ -1,18 +1,18 @@
-"""Tables and pictures of what is in `results/`."""
+"""Pictures of the tables in a folder of results, and the tables of published accuracies."""
 
-import csv
-import io
+import functools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beitzoo.files import write_text
-from beitzoo.measure.table import images_per_second, measured_speed
-from beitzoo.results import Row, read_rows
+from beitzoo.errors import InvalidValueError, MissingFileError
+from beitzoo.files import write_atomically, write_text
+from beitzoo.results import Row, csv_text, read_rows
 from beitzoo.zoo import costs
 from beitzoo.zoo.accuracy import DATA_SETS, Accuracy, headline, published
 from beitzoo.zoo.pretrained import PRETRAINED
-from beitzoo.zoo.registry import find, split_name
+from beitzoo.zoo.registry import find, is_model, split_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,22 +38,49 @@ _PLACES += [(x, y, end) for y in (9, -9, 17, -17, 25, -25) for x, end in ((7, "l
 _TIMM_COLUMNS = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count"]
 _TIMM_COLUMNS += ["crop_pct", "interpolation"]
 _SEGMENT_COLUMNS = ["model", "img_size", "miou", "macc", "aacc", "protocol", "param_count"]
-
-
+# What a row must have to be drawn as a speed, or as a ratio.
+_OF_BOTH = {"model", "precision", "options", "input_size", "device", "threads", "torch", "date"}
+_OF_SPEEDS = _OF_BOTH | {"infer_step_time_median", "infer_batch_size", "error"}
+_OF_RATIOS = _OF_BOTH | {
+    "ratio",
+    "ratio_low",
+    "ratio_high",
+    "peer",
+    "subject",
+    "subject_precision",
+    "bench",
+    "batch_size",
+}
 _IN_FILE_NAMES = str.maketrans("+ ", "--")
 
 
-def write_accuracies(folder: Path) -> list[Path]:
-    """Write a CSV for each set of images with published accuracies, in timm's columns and with their source.
+def write_report(results: Path, out: Path) -> list[Path]:
+    """Draw what the tables of a folder allow, and write the published accuracies; return the paths of the new files.
 
-    The small model's set is left out: `evaluate` writes that one.
+    Every CSV of the folder is read, and a row is what its columns say: the ratio to a peer, a speed, or something that
+    is not drawn.
+
+    Args:
+        results: The folder with CSV files.
+        out: Receives `plots/` and `accuracy/`.
+
+    Raises:
+        MissingFileError: The folder does not exist.
+        InvalidValueError: A file of it is no table, or there is nothing to draw.
     """
-    paths = []
+    if not results.is_dir():
+        raise MissingFileError(f"There is no folder {results}; give the one with the CSV files of `beitzoo benchmark`.")
+    rows = [row for path in sorted(results.glob("*.csv")) for row in read_rows(path)]
+    figures = _figures(rows)
+    if not figures:
+        raise InvalidValueError(
+            f"No CSV in {results} has rows to draw; measure some with beitzoo benchmark --results-file FILE."
+        )
+    paths = [path for name, figure in figures.items() for path in _save(figure, out / "plots" / name)]
     for data in DATA_SETS:
-        if data != "digits":
-            path = folder / f"{data}.csv"
-            write_text(path, accuracy_table(data))
-            paths.append(path)
+        if data != "digits":  # the small model's, which `evaluate` measures
+            paths.append(out / "accuracy" / f"{data}.csv")
+            write_text(paths[-1], accuracy_table(data))
     return paths
 
 
@@ -63,16 +90,12 @@ def accuracy_table(data: str) -> str:
     columns = _SEGMENT_COLUMNS if data == "ade20k" else _TIMM_COLUMNS
     if DATA_SETS[data] is not None:
         columns = [*columns, "top1_diff", "top5_diff", "rank_diff"]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*columns, "source"], lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(_accuracy_row(row) for row in rows)
-    return text.getvalue()
+    return csv_text([*columns, "source"], [_accuracy_row(row) for row in rows])
 
 
 def _accuracy_row(row: Accuracy) -> Row:
     fields: Row = {name: value for name, value in vars(row).items() if name != "rank_diff"}
-    fields["param_count"] = f"{costs.parameters(find(row.model).config) / 1e6:.2f}"
+    fields["param_count"] = f"{costs.columns(find(row.model).config)['param_count']:.2f}"
     for name in ("top1", "top5"):
         value = getattr(row, name)
         if value is not None:
@@ -93,37 +116,67 @@ def _differences(row: Accuracy) -> Row:
     }
 
 
-def draw_all(results: Path, out: Path) -> list[Path]:
-    """Draw what the tables in a folder allow, each picture as PNG and SVG; return their paths.
+def _figures(rows: Sequence[Row]) -> "dict[str, Figure]":
+    figures = {}
+    speeds = measured_speeds(rows)
+    classifiers = [best for name in PRETRAINED if (best := headline(name)) is not None and best.data == "imagenet"]
+    timed = [(row, speed) for row in classifiers if (speed := _speed_of(row.model, speeds)) is not None]
+    if timed:
+        figures["accuracy-speed"] = _draw_accuracy(timed)
+    for group, members in _groups(rows).items():
+        figures["-".join(("ratio", *group)).translate(_IN_FILE_NAMES)] = _draw_ratios(members, *group)
+    return figures
 
-    Raises:
-        ValueError: There is nothing to draw.
+
+def measured_speeds(rows: Iterable[Row]) -> dict[str, Row]:
+    """Return the newest row of each model: one image at a time in float32, no further options, without an error.
+
+    Only rows of one machine are looked at, that with the most of them, so that models can be compared.
     """
+    plain = [row for row in rows if _is_plain(row)]
+    machines = Counter((row["device"], row["threads"]) for row in plain)
+    machine = max(machines, key=machines.__getitem__, default=None)
+    of_machine = [row for row in plain if (row["device"], row["threads"]) == machine]
+    return {str(row["model"]): row for row in sorted(of_machine, key=lambda row: str(row["date"]))}
+
+
+def images_per_second(row: Row) -> float:
+    """Return the throughput of a row by its median step, which a busy neighbour moves less than timm's mean."""
+    return 1e3 * _number(row, "infer_batch_size") / _number(row, "infer_step_time_median")
+
+
+def _is_plain(row: Row) -> bool:
+    if not row.keys() >= _OF_SPEEDS:
+        return False
+    asked = [row[name] for name in ("precision", "infer_batch_size", "options", "error")]
+    return asked == ["float32", "1", "", ""] and bool(row["infer_step_time_median"]) and not _other_size(row)
+
+
+def _speed_of(name: str, speeds: dict[str, Row]) -> Row | None:
+    """Return the row of a checkpoint, or else that of its architecture, which is the same network but for the head."""
+    return speeds.get(name) or speeds.get(split_name(name)[0])
+
+
+def _other_size(row: Row) -> str:
+    """Return the input size of a row if it is not the model's own."""
+    name, size = str(row["model"]), str(row["input_size"])
+    return "" if is_model(name) and size == costs.input_size(find(name).config) else size
+
+
+def _save(figure: "Figure", stem: Path) -> list[Path]:
+    """Write a picture as PNG and SVG."""
     from matplotlib import rc_context
 
-    figures = {}
-    speeds = [(row, speed) for row in _classifiers() if (speed := measured_speed(row.model, results)) is not None]
-    if speeds:
-        figures["accuracy-speed"] = _draw_accuracy(speeds)
-    for group, rows in _groups(read_rows(results / "comparison.csv")).items():
-        figures["-".join(("ratio", *group)).translate(_IN_FILE_NAMES)] = _draw_ratios(rows, *group)
-    if not figures:
-        raise ValueError(f"There are no measured rows in {results}; run benchmark.py with --results-file first.")
     paths = []
-    out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
-            path = out / f"{name}{suffix}"
-            # Letters stay letters, and drawn again from the same rows, a file does not change.
-            with rc_context({"svg.fonttype": "none", "svg.hashsalt": "beitzoo"}):
-                figure.savefig(path, bbox_inches="tight", facecolor="white", **options)
-            paths.append(path)
+    for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
+        paths.append(stem.with_name(stem.name + suffix))
+        # Letters stay letters, and drawn again from the same rows, a file does not change.
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "beitzoo"}):
+            save = functools.partial(
+                figure.savefig, format=suffix[1:], bbox_inches="tight", facecolor="white", **options
+            )
+            write_atomically(paths[-1], save)
     return paths
-
-
-def _classifiers() -> list[Accuracy]:
-    best = [headline(name) for name in PRETRAINED]
-    return [row for row in best if row is not None and row.data == "imagenet"]
 
 
 def _draw_accuracy(speeds: Sequence[tuple[Accuracy, Row]]) -> "Figure":
@@ -179,30 +232,23 @@ def _draw_ratios(rows: Sequence[Row], bench: str, precision: str, subject: str) 
     what = "Training step" if bench == "train" else "Inference"
     axes.set_title(f"{what}, {precision}: {subject} against its peers", loc="left", color=_INK, fontweight="bold")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
-    _caption(axes, rows, "Medians of ratios measured by turns, with their 95 % intervals.")
+    _caption(axes, rows, "Medians of ratios in interleaved rounds, with their 95 % intervals.")
     return figure
 
 
 def _groups(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Group what was measured into pictures: by bench, precisions and subject; a later row replaces an earlier one."""
+    """Group ratios into pictures: by bench, precisions and subject; a later row replaces an earlier one."""
     groups: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
-        if row["ratio"]:
+        if row.keys() >= _OF_RATIOS and row["ratio"] and row["peer"] in _LOOKS:
             ours, theirs = str(row["subject_precision"]), str(row["precision"])
             precision = ours if ours == theirs else f"{ours} against {theirs}"
-            name = _contest(row)
+            name = (
+                f"{row['model']} {_other_size(row)}".strip() + f", batch {row['batch_size']} {row['options']}".rstrip()
+            )
             group = groups.setdefault((str(row["bench"]), precision, str(row["subject"])), {})
             group[name, str(row["peer"])] = {**row, "model": name}
     return {group: list(members.values()) for group, members in groups.items()}
-
-
-def _contest(row: Row) -> str:
-    """Name what was measured, with all in which rows of one picture may differ."""
-    config = find(str(row["model"])).config
-    own_size = "x".join(map(str, (config.in_chans, *config.img_size)))
-    size = "" if row["input_size"] == own_size else f" {row['input_size']}"
-    options = f" {row['options']}" if row["options"] else ""
-    return f"{row['model']}{size}, batch {row['batch_size']}{options}"
 
 
 def _canvas(width: float, height: float) -> "tuple[Figure, Axes]":

@@ -1,28 +1,29 @@
 """The command reads timm's flags, names mistakes before anything runs, and prints rows."""
 
 import json
-import sys
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import beitzoo
+from beitzoo.errors import UserError
 from beitzoo.measure import benchmark, sweep
-from beitzoo.measure.child import Outcome
 from beitzoo.measure.options import BenchmarkOptions
+from beitzoo.measure.sweep import Outcome
 from beitzoo.results import Row
 from beitzoo.zoo.registry import list_models
 
 TIMM_COLUMNS = ["model", "infer_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size"]
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        benchmark.main()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+FLAGS = """
+    --model -m --model-list --compare --amp --amp-dtype --results-file --results-format --retry-failed --bench
+    --batch-size -b --img-size --input-size --precision --device --checkpoint --num-classes --gp --model-kwargs
+    --channels-last --torchcompile --torchcompile-mode --grad-checkpointing --num-warm-iter --num-bench-iter --no-retry
+    --detail --seed --opt --opt-eps --opt-betas --momentum --weight-decay --lr --clip-grad --clip-mode --smoothing
+    --drop --drop-path --subject --subject-precision --images
+"""
 
 
 @pytest.fixture
@@ -34,21 +35,28 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[BenchmarkOptions]:
         collected.extend(jobs)
         return [{"model": job.model} for job in jobs]
 
-    monkeypatch.setattr(benchmark, "sweep", record)
+    monkeypatch.setattr(sweep, "sweep", record)
     return collected
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "run_in_child", lambda function, job, limit_memory: Outcome(function(job)))
+def call(line: str) -> int:
+    return benchmark.main(line.split())
 
 
-def test_timms_command_line_is_read(monkeypatch: pytest.MonkeyPatch, asked: list[BenchmarkOptions]) -> None:
+def test_the_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call("--help")
+    shown = re.findall(r"^  (-.*?)(?:   |$)", capsys.readouterr().out, flags=re.MULTILINE)
+    flags = [flag for line in shown for flag in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line)]
+    assert flags == ["-h", "--help", *FLAGS.split()]
+
+
+def test_timms_command_line_is_read(asked: list[BenchmarkOptions]) -> None:
     line = "-m test_beit --bench train -b 8 --input-size 1 32 48 --amp --amp-dtype bfloat16 --torchcompile --opt adamw"
     line += " --opt-betas 0.8 0.99 --opt-eps 1e-6 --weight-decay 0.05 --clip-grad 1 --clip-mode agc --smoothing 0.2"
     line += " --model-kwargs depth=1 num_heads=4 --channels-last --grad-checkpointing --drop-path 0.1 --no-retry"
     line += " --num-warm-iter 0 --num-bench-iter 1 --device cpu --num-classes 5 --gp token --seed 3"
-    assert call(monkeypatch, *line.split()) == 0
+    assert call(line) == 0
     (job,) = asked
     assert (job.bench, job.batch_size, job.precision, job.torchcompile) == ("train", 8, "amp_bfloat16", "inductor")
     config = job.network()
@@ -64,26 +72,41 @@ def test_timms_command_line_is_read(monkeypatch: pytest.MonkeyPatch, asked: list
     )
 
 
-def test_defaults_are_timms_but_for_the_batch_of_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, asked: list[BenchmarkOptions]
-) -> None:
-    assert call(monkeypatch, "--model", "test_beit", "--device", "cpu") == 0
+def test_defaults_are_timms_but_for_the_batch_of_a_cpu(asked: list[BenchmarkOptions]) -> None:
+    assert call("--model test_beit --device cpu") == 0
     assert asked == [BenchmarkOptions(model="test_beit", bench="both")]
     assert asked[0].others() == ""
     assert (asked[0].num_warm_iter, asked[0].num_bench_iter, asked[0].opt) == (10, 40, "sgd")
 
 
-def test_models_are_named_by_globs_and_lists(
-    monkeypatch: pytest.MonkeyPatch, asked: list[BenchmarkOptions], tmp_path: Path
-) -> None:
-    (tmp_path / "names").write_text("test_beit  # small\n\n# a comment\nbeitv2_*_224.*_in1k\ntest_beit\n")
-    assert call(monkeypatch, "--model", "beit_t*", "--model-list", str(tmp_path / "names")) == 0
-    names = [job.model for job in asked]
-    assert names == ["beit_tiny_patch16_224", "test_beit", *list_models("beitv2_*_224.*_in1k", pretrained=True)]
-    assert len(names) > 4
+def test_the_defaults_of_a_comparison_and_of_files(asked: list[BenchmarkOptions]) -> None:
+    assert call("-m test_beit --compare timm,transformers --subject beitzoo+compile --device cpu") == 0
+    assert asked == [
+        BenchmarkOptions(model="test_beit", peer=peer, subject="beitzoo+compile") for peer in ("timm", "transformers")
+    ]
     asked.clear()
-    assert call(monkeypatch, "--model", "all") == 0
+    assert call("-m test_beit --bench load") == call("--bench data --images a.jpg b.jpg") == 0
+    assert [(job.bench, job.num_bench_iter, len(job.images)) for job in asked] == [("load", 9, 0), ("data", 15, 2)]
+
+
+def test_models_are_named_several_times_by_globs_and_by_lists(asked: list[BenchmarkOptions], tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("test_beit  # small\n\n# a comment\nbeitv2_*_224.*_in1k\ntest_beit\n")
+    assert call(f"--model beit_t* -m beit_nano_patch4_32 --model-list {tmp_path}/names") == 0
+    names = [job.model for job in asked]
+    small = ["beit_tiny_patch16_224", "beit_nano_patch4_32", "test_beit"]
+    assert names == [*small, *list_models("beitv2_*_224.*_in1k", pretrained=True)]
+    assert len(names) > 5
+    asked.clear()
+    assert call("--model all") == 0
     assert [job.model for job in asked] == list_models()
+
+
+def test_a_saved_model_can_be_timed(asked: list[BenchmarkOptions], tmp_path: Path) -> None:
+    beitzoo.save_pretrained(beitzoo.create_model("test_beit", img_size=48), tmp_path)
+    assert call(f"--model local-dir:{tmp_path}") == 0
+    assert asked[0].network().img_size == (48, 48)
+    assert call(f"--model test_beit --img-size 48 --checkpoint {tmp_path}/model.safetensors") == 0
+    assert asked[1].checkpoint == tmp_path / "model.safetensors"
 
 
 def test_a_checkpoint_without_classes_is_run_as_a_backbone() -> None:
@@ -113,46 +136,45 @@ def test_a_checkpoint_without_classes_is_run_as_a_backbone() -> None:
         ("--model test_beit --results-format xml", "--results-format 'xml'; there are csv, json"),
         ("--model test_beit --clip-mode l2", "--clip-mode 'l2'; there are norm, value, agc"),
         ("--model test_beit --model-kwargs depht=3", "did you mean 'depth'"),
-        ("--model test_beit --model-kwargs depth", "it must be field=value"),
+        ("--model test_beit --model-kwargs depth", "Argument --model-kwargs: 'depth' is not field=value"),
+        ("--model test_beit --seed x", "Argument --seed: invalid int value: 'x'; `beitzoo benchmark --help`"),
+        ("--model test_beit --nmu-warm-iter 3", "There is no flag '--nmu-warm-iter'; did you mean '--num-warm-iter'"),
+        ("--model beit_bas", "There is no model 'beit_bas'; did you mean 'beit_base_"),
+        ("--model test_beit --subject-precision int4", "--subject-precision 'int4'; there are"),
+        ("--model test_beit --bench load --img-size 64", "--bench load has no use for --img-size; leave that out"),
+        ("--model test_beit --bench data --images x", "--bench data uses the transform of beit_base_patch16_224.in22k"),
+        ("--bench data", "--bench data needs --images FILE"),
+        ("--model test_beit --images x", "--bench both has no use for --images"),
         ("--model test_beit --compare tim", "There is no peer 'tim'; did you mean 'timm'"),
         ("--model test_beit --compare timm --subject timm+zoo", "There is no peer 'timm+zoo'"),
         ("--model test_beit --compare timm --bench both", "--bench both compares nothing"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(
-    line: str,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    asked: list[BenchmarkOptions],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert call(monkeypatch, *line.split()) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_named_before_anything_runs(line: str, message: str, asked: list[BenchmarkOptions]) -> None:
+    with pytest.raises(UserError) as caught:
+        call(line)
+    assert message in str(caught.value)
     assert asked == []
 
 
-def test_a_foreign_results_file_is_refused_before_the_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    asked: list[BenchmarkOptions],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_foreign_results_file_is_refused_before_the_run(asked: list[BenchmarkOptions], tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("a,b\n1,2\n")
-    assert call(monkeypatch, "--model", "test_beit", "--results-file", str(table)) == 2
-    assert "['a', 'b']" in capsys.readouterr().err
+    for path, message in ((table, "['a', 'b']"), (tmp_path, "Is a directory"), (Path("/proc/rows"), "Cannot write")):
+        with pytest.raises(UserError) as caught:
+            call(f"--model test_beit --results-file {path}")
+        assert message in str(caught.value)
     assert (table.read_text(), asked) == ("a,b\n1,2\n", [])
-    assert call(monkeypatch, "--model", "test_beit", "--results-file", str(tmp_path)) == 2
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("form", ["csv", "json"])
 def test_a_row_is_printed_as_timm_prints_it_and_appended(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(sweep, "run_in_child", lambda function, job, limit_memory: Outcome(function(job)))
     line = "--model test_beit -b 2 --img-size 48 --num-warm-iter 0 --num-bench-iter 1 --device cpu"
     line += f" --results-file {tmp_path}/rows --results-format {form}"
-    assert call(monkeypatch, *line.split()) == 0
+    assert call(line) == 0
     printed = json.loads(capsys.readouterr().out.partition("--result\n")[2])
     assert list(printed)[:5] == TIMM_COLUMNS
     others = {"train_samples_per_sec", "train_batch_size", "param_count", "infer_gmacs"}
@@ -164,7 +186,7 @@ def test_a_row_is_printed_as_timm_prints_it_and_appended(
     else:
         assert text.splitlines()[0] == ",".join(sweep.BENCHMARK_COLUMNS)
         assert len(text.splitlines()) == 2
-    assert call(monkeypatch, *line.split()) == 0  # the row is there: printed again, not measured again
+    assert call(line) == 0  # the row is there: printed again, not measured again
     again = json.loads(capsys.readouterr().out.partition("--result\n")[2])
     assert {key: str(value) for key, value in again.items()} == {key: str(value) for key, value in printed.items()}
     assert (tmp_path / "rows").read_text() == text
@@ -173,18 +195,15 @@ def test_a_row_is_printed_as_timm_prints_it_and_appended(
 def test_a_failure_is_a_row_and_exit_code_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(function: object, job: BenchmarkOptions, limit_memory: bool) -> Outcome:
-        return (
-            Outcome(error="Boom")
-            if job.model in ("test_beit", "beit_tiny_patch16_224")
-            else Outcome({"infer_samples_per_sec": 3.0})
-        )
+    def fail(function: object, job: BenchmarkOptions, limit_memory: bool) -> Outcome[Row]:
+        failing = job.model in ("test_beit", "beit_tiny_patch16_224")
+        return Outcome(error="Boom") if failing else Outcome({"infer_samples_per_sec": 3.0})
 
     monkeypatch.setattr(sweep, "run_in_child", fail)
-    assert call(monkeypatch, "--model", "test_beit", "--bench", "train") == 1
+    assert call("--model test_beit --bench train") == 1
     row = json.loads(capsys.readouterr().out.partition("--result\n")[2])
     assert (row["model"], row["error"], row["param_count"]) == ("test_beit", "Boom", 0.15)
-    assert call(monkeypatch, "--model", "beit_[nt]*", "--bench", "inference") == 1
+    assert call("--model beit_[nt]* --bench inference") == 1
     output = capsys.readouterr()
     rows = json.loads(output.out.partition("--result\n")[2])
     assert [(row["model"], row.get("error")) for row in rows] == [
@@ -196,6 +215,6 @@ def test_a_failure_is_a_row_and_exit_code_one(
 
 def test_a_profile_counts_and_runs_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sweep, "run_in_child", None)
-    assert call(monkeypatch, "--model", "beit_large_patch16_224", "--bench", "profile", "--img-size", "512") == 0
+    assert call("--model beit_large_patch16_224 --bench profile --img-size 512") == 0
     row = json.loads(capsys.readouterr().out.partition("--result\n")[2])
     assert (row["infer_gmacs"], row["infer_macts"], row["infer_batch_size"]) == (361.99, 656.39, 1)

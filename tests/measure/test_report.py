@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from beitzoo.errors import InvalidValueError, MissingFileError
 from beitzoo.evaluation.evaluate import COLUMNS as ACCURACY_COLUMNS
 from beitzoo.measure import report
-from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS
-from beitzoo.measure.table import images_per_second, measured_speed, model_table
-from beitzoo.results import ENVIRONMENT, Row, Table
+from beitzoo.measure.sweep import BENCHMARK_COLUMNS, COMPARISON_COLUMNS, DATA_COLUMNS, LOADING_COLUMNS
+from beitzoo.results import ENVIRONMENT, Row, Table, read_rows
 from beitzoo.zoo.accuracy import DATA_SETS, headline, published
 from beitzoo.zoo.pretrained import PRETRAINED
 
 RESULTS = Path("results")
+TABLES = [f"{name}.csv" for name in DATA_SETS if name != "digits"]
+STEMS = ("accuracy-speed", "ratio-inference-float32-beitzoo", "ratio-train-float32-beitzoo")
+PICTURES = [f"{stem}.{suffix}" for stem in STEMS for suffix in ("png", "svg")]
 STAMP: Row = {name: "x" for name in ENVIRONMENT}
 SPEEDS = {
     "beit_base_patch16_224": 4.6,
@@ -52,30 +55,34 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_pictures_are_drawn_of_what_there_is(results: Path) -> None:
-    paths = report.draw_all(results, results / "plots")
-    assert [path.name for path in paths] == [
-        "accuracy-speed.png",
-        "accuracy-speed.svg",
-        "ratio-inference-float32-beitzoo.png",
-        "ratio-inference-float32-beitzoo.svg",
-        "ratio-train-float32-beitzoo.png",
-        "ratio-train-float32-beitzoo.svg",
-    ]
-    for path in paths[::2]:
+def test_pictures_are_drawn_of_what_there_is(results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    paths = report.write_report(results, out)
+    assert paths == [*(out / "plots" / name for name in PICTURES), *(out / "accuracy" / name for name in TABLES)]
+    for path in paths[:6:2]:
         with Image.open(path) as image:
             assert min(image.size) > 200
             assert len(image.convert("P").getcolors() or ()) > 10
-    drawn = [path.read_text() for path in paths[1::2]]
+    drawn = [path.read_text() for path in paths[1:6:2]]
     assert all(">images per second" in text or ">time of the peer" in text for text in drawn)  # letters, not outlines
-    assert [path.read_text() for path in report.draw_all(results, results / "again")[1::2]] == drawn
-    with pytest.raises(ValueError, match=r"There are no measured rows in .*; run benchmark.py"):
-        report.draw_all(results / "plots", results / "plots")
+    for name, figure in report._figures(read_rows(results / "comparison.csv")).items():  # drawn again, the same
+        assert report._save(figure, tmp_path / name)[1].read_text() == (out / "plots" / f"{name}.svg").read_text()
+
+
+def test_a_folder_without_rows_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="There is no folder"):
+        report.write_report(tmp_path / "absent", tmp_path / "out")
+    add_ratio(tmp_path, model="test_beit", peer="openvino", error="no")
+    with pytest.raises(InvalidValueError, match=r"No CSV in .* has rows to draw; measure some"):
+        report.write_report(tmp_path, tmp_path / "out")
+    (tmp_path / "cut.csv").write_text("a,b\n1")
+    with pytest.raises(InvalidValueError, match=r"cut\.csv does not end with a line break"):
+        report.write_report(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_label_covers_another(results: Path) -> None:
-    rows = [(row, measured_speed(row.model, results)) for row in report._classifiers()]
-    figure = report._draw_accuracy([(row, speed) for row, speed in rows if speed is not None])
+    figure = report._figures(read_rows(results / "benchmark.csv"))["accuracy-speed"]
     axes = figure.axes[0]
     labels = [text for text in axes.texts if re.match(r"(base|large) \d+ ", text.get_text())]
     boxes = [label.get_window_extent() for label in labels]
@@ -87,7 +94,7 @@ def test_no_label_covers_another(results: Path) -> None:
 
 def test_later_rows_replace_earlier_ones_and_failures_are_left_out(results: Path) -> None:
     add_ratio(results, model="beit_base_patch16_224", peer="timm", batch_size=1, ratio=1.5)
-    groups = report._groups(report.read_rows(results / "comparison.csv"))
+    groups = report._groups(read_rows(results / "comparison.csv"))
     assert list(groups) == [("inference", "float32", "beitzoo"), ("train", "float32", "beitzoo")]
     rows = groups["inference", "float32", "beitzoo"]
     assert len(rows) == 14
@@ -95,26 +102,22 @@ def test_later_rows_replace_earlier_ones_and_failures_are_left_out(results: Path
 
 
 def test_speed_is_the_newest_plain_row_of_the_checkpoint_or_its_architecture(tmp_path: Path) -> None:
+    def rate(name: str) -> float:
+        row = report._speed_of(name, report.measured_speeds(read_rows(tmp_path / "benchmark.csv")))
+        return report.images_per_second(row) if row else 0.0
+
     name = "beit_base_patch16_224.in22k_ft_in22k_in1k"
-    assert measured_speed(name, tmp_path) is None
+    assert rate(name) == 0
     add_speed(tmp_path, "beit_base_patch16_224", infer_step_time_median=1000 / 1, date="2026-01-01")
     add_speed(tmp_path, "beit_base_patch16_224", infer_step_time_median=1000 / 2, date="2025-01-01")
-    for other in ({"precision": "bfloat16"}, {"infer_batch_size": 8}, {"options": "--channels-last"}, {"error": "no"}):
+    others = ({"precision": "bfloat16"}, {"infer_batch_size": 8}, {"options": "--channels-last"}, {"error": "no"})
+    for other in (*others, {"input_size": "3x384x384"}):
         add_speed(tmp_path, "beit_base_patch16_224", infer_step_time_median=1000 / 9, date="2027-01-01", **other)
-    row = measured_speed(name, tmp_path)
-    assert row is not None and images_per_second(row) == 1
+    assert rate(name) == 1
     add_speed(tmp_path, name, infer_step_time_median=1000 / 3)
-    row = measured_speed(name, tmp_path)
-    assert row is not None and images_per_second(row) == pytest.approx(3)
-
-
-def test_the_table_of_models_has_the_published_accuracy() -> None:
-    lines = dict.fromkeys(PRETRAINED, "")
-    for line in model_table().splitlines()[2:]:
-        lines[line.split("`")[1]] = line.split("|")[6].strip()
-    assert lines["beit_large_patch16_512.in22k_ft_in22k_in1k"] == "88.6"
-    assert lines["beitv2_large_patch16_512.in1k_ft_in22k_ade20k"] == "mIoU 57.5"
-    assert lines["beit_base_patch16_224.mim_in22k"] == ""
+    assert rate(name) == pytest.approx(3)
+    add_speed(tmp_path, name, infer_step_time_median=1000 / 9, device="another", date="2027-01-01")
+    assert rate(name) == pytest.approx(3)
 
 
 @pytest.mark.parametrize("data", [name for name in DATA_SETS if name != "digits"])
@@ -155,7 +158,11 @@ def test_every_column_is_explained() -> None:
 
 
 def test_the_results_of_this_repository_have_the_columns_of_this_version() -> None:
-    for name, columns in (("benchmark", BENCHMARK_COLUMNS), ("comparison", COMPARISON_COLUMNS)):
-        path = RESULTS / f"{name}.csv"
-        if path.exists():
-            assert path.read_text().splitlines()[0] == ",".join(columns)
+    tables = {
+        "benchmark": BENCHMARK_COLUMNS,
+        "comparison": COMPARISON_COLUMNS,
+        "data_path": DATA_COLUMNS,
+        "loading": LOADING_COLUMNS,
+    }
+    for name, columns in tables.items():
+        assert (RESULTS / f"{name}.csv").read_text().splitlines()[0] == ",".join(columns)
