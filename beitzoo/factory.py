@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from beitzoo.errors import InvalidOptionError
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.weights import adapt, checkpoint
@@ -95,8 +96,10 @@ def create_model(
     device = torch.get_default_device() if device is None else device
     use_ema = overrides.pop("use_ema", None)
     overrides = {name: value for name, value in overrides.items() if value or name not in _SWITCHES}
-    options = {name: overrides.pop(name) for name in _FEATURE_OPTIONS if features_only and name in overrides}
+    options: dict[str, Any] = {}
     if features_only:
+        options = {name: overrides.pop(name) for name in _FEATURE_OPTIONS if name in overrides}
+        _check_feature_class(overrides.pop("feature_cls", None))
         overrides["num_classes"] = 0
 
     entry = look_up(model_name, directory)
@@ -118,6 +121,15 @@ def create_model(
         _fit(model, plan.wanted)
     result = BeitFeatures(model, **options) if features_only else model
     return result.to(device=device, dtype=dtype)
+
+
+def _check_feature_class(feature_cls: str | None) -> None:
+    """Take timm's word for the way in which it gets maps out of a BEiT; there is no other here."""
+    if feature_cls not in (None, "getter"):
+        raise InvalidOptionError(
+            f"feature_cls={feature_cls!r}; maps of a BEiT come from forward_intermediates, which timm calls 'getter'. "
+            "Leave it out, or for the output of any module use torchvision's create_feature_extractor."
+        )
 
 
 def look_up(name: str, cache_dir: Path | None = None) -> Entry:

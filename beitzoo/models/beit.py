@@ -183,7 +183,7 @@ class Beit(nn.Module):
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = replace(config)  # its own, as others may leave notes on it
         self.pretrained = PretrainedConfig(head=Classify(num_classes=config.num_classes))
         self.checkpointed_blocks: frozenset[int] = frozenset()
         dim = config.embed_dim

@@ -1,11 +1,13 @@
 """`features_only`: maps from chosen blocks, as timm's consumers read them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from beitzoo.errors import InvalidValueError
 from beitzoo.models.beit import Beit, FeatureFormat
 from beitzoo.models.inputs import take_indices
 
@@ -45,8 +47,12 @@ class BeitFeatures(nn.Module):
             out_indices = _pyramid_blocks(depth) if pyramid else min(3, depth)
         chosen = sorted(set(take_indices(out_indices, depth)))  # the order in which blocks give their maps
         if pyramid and (len(chosen) != len(PYRAMID) or output_fmt != "NCHW"):
-            raise ValueError(f"A pyramid is {len(PYRAMID)} NCHW maps; got out_indices={out_indices}, {output_fmt}.")
+            raise InvalidValueError(
+                f"A pyramid is {len(PYRAMID)} NCHW maps; got out_indices={out_indices}, {output_fmt}."
+            )
         self.out_indices = backbone.prune_intermediate_layers(chosen, prune_norm=not norm)
+        backbone.mask_token = None  # no map depends on it, and DDP stops where a parameter gets no gradient
+        backbone.config = replace(backbone.config, use_mask_token=False)
         info: list[dict[str, Any]] = backbone.feature_info
         for index, scale in zip(chosen, PYRAMID if pyramid else (), strict=False):
             info[index]["reduction"] = int(info[index]["reduction"] / scale)

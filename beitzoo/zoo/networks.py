@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from beitzoo.errors import InvalidOptionError, check, closest
 
 Pair = tuple[int, int]
 GlobalPool = Literal["avg", "token", ""]
 ResizeRule = Literal["geometric_cubic", "geometric_linear", "bilinear"]
+Record = TypeVar("Record")
 
 _FLAGS = (
     "qkv_bias",
@@ -21,6 +22,16 @@ _FLAGS = (
 )
 
 
+def _open_to_notes(record: type[Record]) -> type[Record]:
+    """Let others set names that are no fields, on a subclass: the fields of a frozen record stay as they are.
+
+    transformers' Trainer leaves its `use_cache` on the config of every model.
+    """
+    names = ("__doc__", "__module__", "__qualname__")
+    return type(record.__name__, (record,), {name: getattr(record, name) for name in names})
+
+
+@_open_to_notes
 @dataclass(frozen=True, kw_only=True)
 class BeitConfig:
     """Everything that decides what a `Beit` computes. The defaults are those all released BEiTs share.

@@ -66,23 +66,23 @@ def find(name: str) -> Entry:
     return Entry(f"{architecture}.{tag}", override(config, num_classes=classes, **row.overrides), row)
 
 
-def list_models(filter: Patterns = "", *, pretrained: bool = False, exclude: Patterns = ()) -> list[str]:
+def list_models(filter: Patterns = "", *, pretrained: bool = False, exclude_filters: Patterns = ()) -> list[str]:
     """List architectures, or with `pretrained` all checkpoints, in natural order.
 
     Args:
         filter: Glob, or several, of which one must match. A checkpoint also matches by its architecture.
         pretrained: List `architecture.tag` for everything with weights.
-        exclude: Globs of names to leave out.
+        exclude_filters: Globs of names to leave out.
     """
     names = PRETRAINED if pretrained else ARCHITECTURES
-    wanted, unwanted = _patterns(filter), _patterns(exclude)
+    wanted, unwanted = _patterns(filter), _patterns(exclude_filters)
     kept = [n for n in names if (not wanted or _matches(n, wanted)) and not _matches(n, unwanted)]
     return sorted(kept, key=_natural)
 
 
-def list_pretrained(filter: Patterns = "", *, exclude: Patterns = ()) -> list[str]:
+def list_pretrained(filter: Patterns = "", *, exclude_filters: Patterns = ()) -> list[str]:
     """List the checkpoints, `architecture.tag`."""
-    return list_models(filter, pretrained=True, exclude=exclude)
+    return list_models(filter, pretrained=True, exclude_filters=exclude_filters)
 
 
 def is_model(name: str) -> bool:

@@ -123,7 +123,7 @@ def test_real_classifiers_give_their_published_logits(name: str, expected: list[
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", beitzoo.list_pretrained("beit*", exclude=["*digits"]))
+@pytest.mark.parametrize("name", beitzoo.list_pretrained("beit*", exclude_filters=["*digits"]))
 def test_real_rows_load(name: str) -> None:
     model = beitzoo.create_model(name, pretrained=True, num_classes=0).eval()
     with torch.inference_mode():

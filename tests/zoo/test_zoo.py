@@ -150,7 +150,7 @@ def test_cost_formula_agrees_with_torchs_counter(fields: dict[str, object]) -> N
 def test_lists_filter_exclude_and_sort_naturally() -> None:
     assert beitzoo.list_models("beitv2*_224") == ["beitv2_base_patch16_224", "beitv2_large_patch16_224"]
     assert beitzoo.list_models(["beit_*_512", "test_*"]) == ["beit_large_patch16_512", "test_beit"]
-    assert beitzoo.list_models("beit_*", exclude=["*large*", "*_640", "*nano*", "*tiny*", "*small*"]) == [
+    assert beitzoo.list_models("beit_*", exclude_filters=["*large*", "*_640", "*nano*", "*tiny*", "*small*"]) == [
         "beit_base_patch16_224",
         "beit_base_patch16_384",
     ]
