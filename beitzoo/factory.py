@@ -1,6 +1,5 @@
 """The one place where a name, a network, its weights and its head meet."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -12,15 +11,14 @@ from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.weights import adapt, checkpoint
 from beitzoo.weights.adapt import Plan, State
-from beitzoo.weights.checksums import AbsentError
-from beitzoo.zoo.checkpoints import Classify, HubFile, LocalFile, PretrainedConfig
+from beitzoo.weights.names import find_weights
+from beitzoo.weights.names import look_up as look_up
+from beitzoo.zoo.checkpoints import Classify, LocalFile, PretrainedConfig
 from beitzoo.zoo.networks import BeitConfig
-from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
+from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError
 
-# `folder` (pydantic), `hub` and `sources` (the hub's client) are imported by the functions that need them: together
-# they cost as much time as all the rest of beitzoo, and a model is often made without them.
-
-_logger = logging.getLogger(__name__)
+# `sources` (the hub's client) is imported by the function that needs it: it costs as much time as all the rest of
+# beitzoo, and a model is often made without it.
 
 _FEATURE_OPTIONS = ("out_indices", "norm", "output_fmt", "pyramid")
 # Switches of timm's `create_model` for networks of other kinds; off, they change nothing.
@@ -70,13 +68,14 @@ def create_model(
     """Create a model by name, in training mode, as timm does.
 
     Args:
-        model_name: `architecture`, `architecture.tag`, or a folder in the form of timm or transformers:
-            `local-dir:PATH` or `hf-hub:owner/name@revision`. Without a name, the small model of the package.
+        model_name: `architecture`, `architecture.tag`, the path of a folder, run or checkpoint file, or a repository
+            `hf-hub:owner/name@revision`; see `look_up`. Without a name, the small model of the package.
         pretrained: Load the weights of the tag; otherwise they are random.
         features_only: Return feature maps of chosen blocks; `out_indices`, `norm`, `output_fmt` and `pyramid` are
             then options, see `BeitFeatures`.
-        checkpoint_path: Load this file of the same network instead, in any format and layout. Labels and transform
-            stay those of the name.
+        checkpoint_path: Load this file (or folder) of the same network instead, in any format and layout. Labels
+            and transform stay those of the name. Of averaged and plain weights in one file the averaged are taken, as
+            in timm; `use_ema=False` takes the plain ones.
         cache_dir: Where downloads are kept; the hub's own cache if None.
         device: Where the parameters live; PyTorch's default device if None.
         dtype: Of the parameters; that of the weights, or float32, if None.
@@ -132,44 +131,10 @@ def _check_feature_class(feature_cls: str | None) -> None:
         )
 
 
-def look_up(name: str, cache_dir: Path | None = None) -> Entry:
-    """Say what a name stands for, wherever it points; names and errors are those of `create_model`."""
-    if name.startswith("local-dir:"):
-        from beitzoo.weights import folder
-
-        return folder.read(Path(name.removeprefix("local-dir:")).expanduser())
-    if name.startswith("hf-hub:"):
-        return _look_up_on_hub(name, cache_dir)
-    if {"/", "\\", ":"} & set(name):
-        raise UnknownModelError(
-            f"{name!r} is no model name; a folder is given as 'local-dir:{name}', a repository as 'hf-hub:{name}'."
-        )
-    return find(name)
-
-
-def _look_up_on_hub(name: str, cache_dir: Path | None) -> Entry:
-    from beitzoo.weights import folder, hub
-
-    repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
-
-    def file(filename: str) -> HubFile:
-        return HubFile(repo_id, filename, revision or None)
-
-    path = hub.fetch(file(folder.CONFIG), cache_dir)
-    revision = hub.commit_of(path) or revision  # all files of one load are of one commit
-    config, preprocessor = folder.read_json(path), None
-    if folder.needs_preprocessor(config):
-        try:
-            preprocessor = folder.read_json(hub.fetch(file(folder.PREPROCESSOR), cache_dir))
-        except AbsentError:
-            _logger.info("%s says nothing about its images; transformers' defaults are used.", name)
-    return folder.parse(name, config, preprocessor, tuple(file(weights) for weights in folder.WEIGHTS))
-
-
 def _weights(entry: Entry, checkpoint_path: str | Path | None, cache_dir: Path | None) -> tuple[Path, bool]:
     """Return the file of the weights, and whether it is of a cache, where nobody writes to it."""
     if checkpoint_path:
-        return Path(checkpoint_path).expanduser(), False
+        return find_weights(Path(checkpoint_path).expanduser()), False
     sources = entry.pretrained.sources if entry.pretrained else ()
     if not sources:
         raise UnknownModelError(f"{entry.name!r} has no pretrained weights; create it with pretrained=False.")
@@ -195,12 +160,13 @@ def _load(plan: Plan, state: State, origin: Path, options: dict[str, Any] | None
     with torch.device("meta"):
         model = Beit(plan.loaded)
     if options is None:
-        checkpoint.load(model, state, str(origin))
+        checkpoint.load(model, state, str(origin), plan.loaded)
         return model, {}
     names = model.state_dict().keys()
     chosen = BeitFeatures(model, **options).out_indices
     unused = names - model.state_dict().keys()
-    checkpoint.load(model, {name: tensor for name, tensor in state.items() if name not in unused}, str(origin))
+    used = {name: tensor for name, tensor in state.items() if name not in unused}
+    checkpoint.load(model, used, str(origin), plan.loaded)
     return model, {**options, "out_indices": chosen}
 
 

@@ -8,7 +8,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from beitzoo.errors import UserError
+from beitzoo.errors import InvalidValueError, UserError
 from beitzoo.files import write_atomically
-from beitzoo.weights.layouts import LayoutError, choose_network, to_ours
+from beitzoo.weights.identify import explain, shapes_of
+from beitzoo.weights.layouts import Layout, LayoutError, choose_network, recognise, to_ours
+from beitzoo.weights.shards import INDEX_SUFFIX, shards
+from beitzoo.zoo.networks import BeitConfig
 
 _ZIP = b"PK\x03\x04"
 _OLD_PICKLE = b"\x80\x02\x8a\x0a"  # protocol 2 and a long integer, PyTorch's magic number
 _LONGEST_PICKLE = 16 * 2**20
-_LONGEST_INDEX = 16 * 2**20
 # The dtypes of weights, by their names in safetensors.
 _DTYPES = {
     "F32": torch.float32,
@@ -35,8 +37,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _UNPICKLING = threading.Lock()
-# How transformers calls the list of the files over which it spread the tensors of a large model.
-INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class CheckpointError(UserError, ValueError):
@@ -61,30 +61,30 @@ def read(path: Path, *, map_file: bool = False, use_ema: bool | None = None) -> 
     """
     try:
         document, size = _read_document(path, map_file)
-        label, tensors = choose_network(document, use_ema, str(path))
-        _check_tensors(tensors, size)
-        return _own(to_ours(tensors, use_ema, f"{path}: {label}" if label else str(path)))
+        network = choose_network(document, use_ema, str(path))
+        _check_tensors(network.state, size)
+        return _own(to_ours(network))
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint {error.filename or path}; name a file that exists.") from error
-    except (LayoutError, OSError) as error:
+    except (LayoutError, InvalidValueError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def shards(index: Path) -> list[str]:
-    """Name the files that an index of sharded safetensors says the tensors are in; they lie beside it.
+def read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], Layout]:
+    """Read the shapes of a checkpoint's tensors, under our names, and whose names they have in the file.
 
     Raises:
-        CheckpointError: It is no such index, or names a file elsewhere.
+        CheckpointError: Names the file and why it is not a checkpoint of a BEiT.
     """
     try:
-        if index.stat().st_size > _LONGEST_INDEX:
-            raise ValueError("it is too long")
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if not names or not all(name == PurePath(name).name for name in names):
-            raise ValueError("its files are not beside it")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: it is not an index of sharded safetensors: {error}.") from error
-    return names
+        document, _ = _read_document(path, map_file=True)
+        network = choose_network(document)
+        for name, tensor in network.state.items():
+            if not isinstance(tensor, Tensor):
+                raise LayoutError(f"{name!r} is no plain tensor.")
+        return shapes_of(to_ours(network)), recognise(network.state)
+    except (LayoutError, InvalidValueError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _read_document(path: Path, map_file: bool) -> tuple[Any, int]:
@@ -93,6 +93,8 @@ def _read_document(path: Path, map_file: bool) -> tuple[Any, int]:
         parts = [path.with_name(name) for name in shards(path)]
         merged: dict[str, Tensor] = {}
         for part in parts:
+            if not part.is_file():
+                raise LayoutError(f"its file {part.name} is missing; get all of its files.")
             merged |= _read_safetensors(part, map_file)
         return merged, sum(part.stat().st_size for part in parts)
     with path.open("rb") as file:
@@ -197,7 +199,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
             raise LayoutError(f"{name!r} has numbers that are not finite.")
 
 
-def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str) -> None:
+def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str, config: BeitConfig) -> None:
     """Give every parameter of the model the tensor of its name; all or nothing.
 
     Tensors are taken over, not copied, so a model on the meta device becomes real without ever being filled
@@ -207,6 +209,7 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str) -> Non
         model: Left unchanged if anything does not fit.
         state_dict: Tensors by parameter name.
         origin: What to call the tensors in an error.
+        config: The network that the model is; an error says which one the tensors are of.
 
     Raises:
         CheckpointError: Lists missing names with a minus, unexpected ones with a plus, and other shapes.
@@ -216,7 +219,7 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str) -> Non
         raise CheckpointError(
             f"{origin} is not a checkpoint of this network (- missing, + unexpected, ~ different):\n"
             + "\n".join(lines)
-            + "\nCreate the architecture that the checkpoint was saved from."
+            + f"\n{explain(shapes_of(state_dict), config) or 'Name the model that the checkpoint was saved from.'}"
         )
     model.load_state_dict(state_dict, strict=True, assign=True)
 

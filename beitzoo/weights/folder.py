@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from beitzoo.errors import FileAccessError, MissingFileError
 from beitzoo.weights import timm_form, transformers_form
 from beitzoo.weights.checkpoint import CheckpointError
 from beitzoo.zoo.checkpoints import LocalFile, Source
@@ -11,29 +12,39 @@ from beitzoo.zoo.registry import Entry
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 # Label lists of 21,841 classes with descriptions are the longest configs in the wild, 1.7 MB.
 _LONGEST = 8 * 2**20
+
+
+def model_folder(directory: Path) -> Path:
+    """Return the folder of the model: this one or, of a run, that of its best checkpoint."""
+    best = directory / "best"
+    return best if (best / CONFIG).is_file() and not (directory / CONFIG).is_file() else directory
+
+
+def sources_in(directory: Path) -> tuple[LocalFile, ...]:
+    """Return the files of weights in a folder, in the order in which they are preferred."""
+    return tuple(LocalFile(directory / name) for name in WEIGHTS if (directory / name).is_file())
 
 
 def read(directory: Path) -> Entry:
     """Read what a folder says about its model: the network, the transform, and where its weights are.
 
     Raises:
-        FileNotFoundError: No such folder, or no config.json in it.
+        MissingFileError: No such folder, or no config.json in it.
         CheckpointError: The JSON describes no BEiT.
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}; a model folder has a {CONFIG} and a {WEIGHTS[0]}.")
+        raise MissingFileError(f"There is no {path}; a model folder has a {CONFIG} and a {WEIGHTS[0]}.")
     preprocessor = directory / PREPROCESSOR
-    sources = [LocalFile(directory / name) for name in WEIGHTS if (directory / name).is_file()]
     return parse(
         f"local-dir:{directory}",
         read_json(path),
         read_json(preprocessor) if preprocessor.is_file() else None,
-        tuple(sources) or (LocalFile(directory / WEIGHTS[0]),),
+        sources_in(directory) or (LocalFile(directory / WEIGHTS[0]),),
     )
 
 
@@ -62,10 +73,14 @@ def read_json(path: Path) -> bytes:
 
     Raises:
         CheckpointError: It is too long.
+        FileAccessError: It cannot be read.
     """
-    if path.stat().st_size > _LONGEST:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no model's is longer than {_LONGEST}.")
-    return path.read_bytes()
+    try:
+        if path.stat().st_size > _LONGEST:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no model's is longer than {_LONGEST}.")
+        return path.read_bytes()
+    except OSError as error:
+        raise FileAccessError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
 
 
 def _check_bounds(config: BeitConfig) -> None:

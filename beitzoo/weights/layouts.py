@@ -106,28 +106,39 @@ class _Anchor:
     ours: bool
 
 
-def choose_network(document: object, use_ema: bool | None, origin: str) -> tuple[str, Mapping[str, Tensor]]:
-    """Find the state dict of a BEiT in what a file holds: at the top, or up to two keys deep, whatever their names.
+@dataclass(frozen=True)
+class Network:
+    """One network among what a file holds.
+
+    Attributes:
+        label: The keys and, where several share a state dict, the prefix that lead to it, joined by dots.
+        state: The state dict it is in.
+        anchor: Where it is in there.
+    """
+
+    label: str
+    state: Mapping[str, Tensor]
+    anchor: _Anchor
+
+
+def choose_network(document: object, use_ema: bool | None = None, origin: str = "") -> Network:
+    """Find a BEiT in what a file holds: at the top, or up to two keys deep, whatever keys and prefixes are called.
 
     Args:
         document: The content of a file.
         use_ema: Take averaged weights (True), plain ones (False), or as timm does (None): averaged, if there are any.
-        origin: What to call the file in the log.
-
-    Returns:
-        The keys that lead to the state dict, joined by dots, and the state dict.
+        origin: What to call the file in the log; with '' nothing is said.
 
     Raises:
         LayoutError: There is none, or several that could be meant.
     """
-    networks = dict(_networks(document))
+    networks = {network.label: network for network in _networks(document)}
     if not networks:
         raise LayoutError(
             f"it holds no BEiT: {_outline(document)}; a BEiT has 'cls_token' (unilm, timm) or "
             "'beit.embeddings.cls_token' (transformers), under any prefix and key."
         )
-    label = _choose(list(networks), use_ema, origin)
-    return label, networks[label]
+    return networks[_choose(list(networks), use_ema, origin)]
 
 
 def recognise(keys: Iterable[str]) -> Layout:
@@ -136,28 +147,25 @@ def recognise(keys: Iterable[str]) -> Layout:
     Raises:
         LayoutError: Nobody's, or those of several networks.
     """
-    names = [_WRAPPED.sub("", key) for key in keys]
-    return _layout(names, _find_anchor(names, None, ""))
+    keys = list(keys)
+    return _layout(keys, choose_network(dict.fromkeys(keys)).anchor)
 
 
-def to_ours(state_dict: Mapping[str, Tensor], use_ema: bool | None = None, origin: str = "") -> dict[str, Tensor]:
-    """Rename the tensors of a file of any layout; derived ones are left out, queries, keys and values fused.
-
-    Args:
-        state_dict: Tensors of one network, or of a plain and an averaged one under two prefixes.
-        use_ema: Which of these, as in `choose_network`.
-        origin: What to call the file in the log.
+def to_ours(network: Network) -> dict[str, Tensor]:
+    """Rename the tensors of a network of any layout; derived ones are left out, queries, keys and values fused.
 
     Raises:
-        LayoutError: The names are no BEiT's, or two of them become the same.
+        LayoutError: Two names become the same.
     """
-    kept = [(_WRAPPED.sub("", name), tensor) for name, tensor in state_dict.items() if not _DERIVED.search(name)]
-    names = [name for name, _ in kept]
-    anchor = _find_anchor(names, use_ema, origin)
-    others = [other.prefix for other in _anchors(names) if other.prefix != anchor.prefix]
-    mine = [(name, tensor) for name, tensor in kept if not any(other and name.startswith(other) for other in others)]
-    bare = _unique((_without_prefix(name, anchor.prefix), tensor) for name, tensor in mine)
-    return bare if anchor.ours else _fuse(_rename(bare, anchor.model, _layout(names, anchor)))
+    anchor = network.anchor
+    kept = {name: tensor for name, tensor in network.state.items() if not _DERIVED.search(name)}
+    others = tuple(other.prefix for other in _anchors(kept) if other.prefix not in ("", anchor.prefix))
+    bare = _unique(
+        (_without_prefix(_WRAPPED.sub("", name), anchor.prefix), tensor)
+        for name, tensor in kept.items()
+        if not (others and _WRAPPED.sub("", name).startswith(others))
+    )
+    return bare if anchor.ours else _fuse(_rename(bare, anchor.model, _layout(kept, anchor)))
 
 
 def to_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -184,12 +192,14 @@ def to_unilm(state_dict: Mapping[str, Tensor], index: Tensor) -> dict[str, Tenso
     return {**state_dict, **indices}
 
 
-def _networks(document: object, path: str = "", depth: int = 2) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+def _networks(document: object, path: str = "", depth: int = 2) -> Iterator[Network]:
     if not isinstance(document, Mapping):
         return
-    if any(isinstance(key, str) and _anchor_at(_WRAPPED.sub("", key)) for key in document):
-        yield path, document
-    elif depth:
+    anchors = _anchors(key for key in document if isinstance(key, str))
+    for anchor in anchors:
+        prefix = anchor.prefix.rstrip(".") if len(anchors) > 1 else ""
+        yield Network(".".join(filter(None, (path, prefix))), document, anchor)
+    if not anchors and depth:
         for key, value in document.items():
             yield from _networks(value, f"{path}.{key}" if path else str(key), depth - 1)
 
@@ -208,7 +218,7 @@ def _choose(labels: Sequence[str], use_ema: bool | None, origin: str) -> str:
             f"it holds several networks ({', '.join(map(repr, candidates))}); save the one you mean to a file of its "
             "own."
         )
-    if averaged and plain and use_ema is None:
+    if averaged and plain and use_ema is None and origin:
         _logger.warning(
             "%s holds averaged weights (%s) and plain ones (%s): the averaged were taken, as in timm. use_ema=False "
             "takes the plain ones.",
@@ -242,21 +252,15 @@ def _anchor_at(name: str) -> _Anchor | None:
 
 
 def _anchors(names: Iterable[str]) -> list[_Anchor]:
-    return [anchor for anchor in map(_anchor_at, names) if anchor is not None]
-
-
-def _find_anchor(names: Sequence[str], use_ema: bool | None, origin: str) -> _Anchor:
-    anchors = {anchor.prefix: anchor for anchor in _anchors(names)}
-    if not anchors:
-        raise LayoutError(f"{_outline(dict.fromkeys(names))}; a BEiT has 'cls_token' or 'beit.embeddings.cls_token'.")
-    return anchors[_choose(list(anchors), use_ema, origin)]
+    found = (_anchor_at(_WRAPPED.sub("", name)) for name in names if name.endswith("cls_token"))
+    return [anchor for anchor in found if anchor is not None]
 
 
 def _layout(names: Iterable[str], anchor: _Anchor) -> Layout:
     if anchor.ours:
         return "unilm"
     old = f"{anchor.prefix}{anchor.model}encoder.layer."
-    return "transformers" if any(name.startswith(old) for name in names) else "transformers5"
+    return "transformers" if any(_WRAPPED.sub("", name).startswith(old) for name in names) else "transformers5"
 
 
 def _without_prefix(name: str, prefix: str) -> str:

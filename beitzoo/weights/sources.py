@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from beitzoo.weights import checksums, hub, releases
 from beitzoo.weights.checksums import AbsentError, DownloadError
+from beitzoo.weights.shards import INDEX_SUFFIX, shards
 from beitzoo.zoo.checkpoints import HubFile, LocalFile, PackageFile, ReleaseFile, Source
 
 _logger = logging.getLogger(__name__)
@@ -119,6 +120,10 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
                 raise DownloadError(f"The package's weights are not in order: {error} Reinstall beitzoo.") from error
             return path
         case HubFile():
-            return hub.fetch(source, cache_dir)
+            path = hub.fetch(source, cache_dir)
+            if source.filename.endswith(INDEX_SUFFIX):
+                for name in shards(path):
+                    hub.fetch(replace(source, filename=name, revision=hub.commit_of(path)), cache_dir)
+            return path
         case ReleaseFile():
             return releases.fetch(source, hub.own_folder(cache_dir))

@@ -4,15 +4,25 @@ import json
 import logging
 import math
 from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from beitzoo.errors import closest, describe_invalid
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.checkpoints import Classify, CropMode, DataConfig, Interpolation, PretrainedConfig
+from beitzoo.zoo.checkpoints import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Activation,
+    Classify,
+    CropMode,
+    DataConfig,
+    Interpolation,
+    PretrainedConfig,
+)
 from beitzoo.zoo.labels import label_names
 from beitzoo.zoo.networks import BeitConfig, override
+from beitzoo.zoo.registry import architecture_of
 
 # timm builds any of our networks from this one, given all fields that differ from it.
 _BASE = "beit_base_patch16_224"
@@ -21,6 +31,7 @@ _NOT_FOR_TIMM = "beit_with_what_timm_lacks"
 # Fields that timm's class does not have; they go under this key, which timm passes over.
 _OWN_KEY = "beitzoo"
 _REDUCES = "reduce_zero_label"
+_ACTIVATION = "activation"
 _OWN_FIELDS = ("use_mask_token", "dynamic_img_size", "dynamic_img_pad", "resize_rule", "norm_eps")
 
 _logger = logging.getLogger(__name__)
@@ -30,18 +41,51 @@ _Arguments = dict[str, int | float | bool | str | list[int] | None]
 
 
 class _Data(BaseModel):
+    """The fields of timm's `PretrainedCfg` that change what a model computes, with that class's defaults.
+
+    All others are passed over on purpose; `IGNORED` says why, and a test holds both to timm's own list.
+    """
+
     model_config = ConfigDict(extra="ignore")
 
     input_size: tuple[int, int, int] = (3, 224, 224)
+    fixed_input_size: bool = False
     mean: _Statistics | None = None
     std: _Statistics | None = None
     interpolation: Interpolation = "bicubic"
     crop_pct: float = 0.875
     crop_mode: CropMode = "center"
+    num_classes: int | None = None
+    label_names: list[str] | dict[str, str] | None = None
     license: str | None = None
+    # Weights in a form of their own, under other names, or for classes counted from elsewhere.
+    custom_load: Literal[False] = False
+    label_offset: Literal[0] | None = None
+    first_conv: Literal["patch_embed.proj"] | None = None
+    classifier: Literal["head"] | None = None
+
+
+IGNORED = {
+    "weights are looked for beside the file alone": (
+        "url",
+        "file",
+        "state_dict",
+        "hf_hub_id",
+        "hf_hub_filename",
+        "source",
+    ),
+    "said by the config around it": ("architecture", "tag"),
+    "timm uses them only where it is told to": ("test_input_size", "test_crop_pct", "test_pool_size"),
+    "a vision transformer has no last maps to pool": ("pool_size",),
+    "a bound for other kinds of network": ("min_input_size",),
+    "words about the model": ("label_descriptions", "description", "origin_url", "paper_name", "paper_ids", "notes"),
+}
+IGNORED_AROUND = {"follow from the network, for the reader": ("num_features", "global_pool", "label_descriptions")}
 
 
 class _Form(BaseModel):
+    """The fields of config.json around timm's `PretrainedCfg`."""
+
     model_config = ConfigDict(extra="ignore")
 
     architecture: str
@@ -50,6 +94,15 @@ class _Form(BaseModel):
     beitzoo: _Arguments = {}
     pretrained_cfg: _Data
     label_names: list[str] | dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, document: Any) -> Any:
+        """Read the old form too, which has all fields in one dict."""
+        if not isinstance(document, dict) or "architecture" not in document or "pretrained_cfg" in document:
+            return document
+        names = document.get("label_names", document.get("labels"))
+        return {"architecture": document["architecture"], "label_names": names, "pretrained_cfg": document}
 
 
 def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, PretrainedConfig]:
@@ -66,14 +119,26 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     name = _BASE if form.architecture == _NOT_FOR_TIMM else form.architecture
     if name not in ARCHITECTURES:
         raise ValueError(f"{name!r} is no BEiT; {closest(name, ARCHITECTURES)}")
+    data = form.pretrained_cfg
     own: dict[str, Any] = dict(form.beitzoo)
-    reduces = own.pop(_REDUCES, False)
-    arguments: dict[str, Any] = {"num_classes": form.num_classes, **form.model_args, **own}
+    reduces, activation = own.pop(_REDUCES, False), own.pop(_ACTIVATION, "softmax")
+    if activation not in get_args(Activation):
+        raise ValueError(f"its activation is {activation!r}; there are {', '.join(get_args(Activation))}.")
+    # What timm builds where the arguments do not say it.
+    arguments: dict[str, Any] = {
+        "num_classes": data.num_classes if form.num_classes is None else form.num_classes,
+        **({"in_chans": data.input_size[0]} if "input_size" in data.model_fields_set else {}),
+        **({"img_size": data.input_size[1:]} if data.fixed_input_size else {}),
+        **form.model_args,
+        **own,
+    }
     config = override(ARCHITECTURES[name], **arguments)
+    labels = _labels(form.label_names or data.label_names, config.num_classes)
     return config, PretrainedConfig(
-        head=Classify(num_classes=config.num_classes, labels=_labels(form.label_names, config.num_classes)),
-        data=replace(_data(form.pretrained_cfg), reduce_zero_label=reduces),
-        license=form.pretrained_cfg.license,
+        head=Classify(num_classes=config.num_classes, labels=labels, activation=activation),
+        data=replace(_data(data), reduce_zero_label=reduces),
+        license=data.license,
+        architecture=architecture_of(config) or name,
     )
 
 
@@ -94,9 +159,12 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
         _OWN_KEY: {name: value for name, value in changed.items() if name in _OWN_FIELDS},
         "pretrained_cfg": {**pretrained.to_timm(config), "num_classes": config.num_classes},
     }
-    document["pretrained_cfg"].pop("hf_hub_id", None)
+    for name in ("hf_hub_id", "architecture"):  # whence it came is not where it is; the name is said above
+        document["pretrained_cfg"].pop(name, None)
     if pretrained.data.reduce_zero_label:
         document[_OWN_KEY][_REDUCES] = True
+    if isinstance(pretrained.head, Classify) and pretrained.head.activation != "softmax":
+        document[_OWN_KEY][_ACTIVATION] = pretrained.head.activation
     names = label_names(pretrained.head)
     if names and len(names) == config.num_classes:
         document["label_names"] = names
@@ -123,12 +191,17 @@ def _data(form: _Data) -> DataConfig:
     channels = form.input_size[0]
     return DataConfig(
         input_size=form.input_size,
-        mean=tuple(form.mean or [0.5] * channels),
-        std=tuple(form.std or [0.5] * channels),
+        mean=tuple(form.mean or _default(IMAGENET_MEAN, channels)),
+        std=tuple(form.std or _default(IMAGENET_STD, channels)),
         interpolation=form.interpolation,
         crop_pct=form.crop_pct,
         crop_mode=form.crop_mode,
     )
+
+
+def _default(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return timm's statistics where none are stated; of other channels than three, their average."""
+    return values if channels == len(values) else (sum(values) / len(values),) * channels
 
 
 def _labels(names: list[str] | dict[str, str] | None, classes: int) -> tuple[str, ...] | None:

@@ -8,9 +8,20 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from beitzoo.errors import describe_invalid
-from beitzoo.zoo.checkpoints import Classify, CropMode, DataConfig, Head, Interpolation, Mim, PretrainedConfig, Segment
+from beitzoo.zoo.checkpoints import (
+    Activation,
+    Classify,
+    CropMode,
+    DataConfig,
+    Head,
+    Interpolation,
+    Mim,
+    PretrainedConfig,
+    Segment,
+)
 from beitzoo.zoo.labels import is_misnumbered_22k, label_names
 from beitzoo.zoo.networks import BeitConfig, GlobalPool, Pair
+from beitzoo.zoo.registry import architecture_of
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +40,10 @@ _Size = _Side | tuple[_Side, _Side]
 
 
 class _Form(BaseModel):
-    """The fields of `BeitConfig` in transformers that a backbone depends on, with that class's defaults."""
+    """The fields of `BeitConfig` in transformers that change what a model computes, with that class's defaults.
+
+    All others are passed over on purpose; `IGNORED` says why, and a test holds both to transformers' own list.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -56,6 +70,36 @@ class _Form(BaseModel):
     use_mean_pooling: bool = True
     id2label: dict[str, str] | None = None
     num_labels: int | None = None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+    quantization_config: dict[str, Any] | None = None
+    pruned_heads: dict[str, Any] | None = None
+
+
+IGNORED = {
+    "the class of the model, not its numbers": ("transformers_version", "_name_or_path", "auto_map"),
+    "the precision is that of the tensors": ("dtype", "torch_dtype"),
+    "the inverse of id2label": ("label2id",),
+    "only what a call returns beside the logits": ("output_attentions", "output_hidden_states", "return_dict"),
+    "only how much is computed at once": ("chunk_size_feed_forward",),
+    "no meaning for an image encoder": ("is_encoder_decoder",),
+    "only how training starts; unilm's way is used": ("initializer_range",),
+    "which maps, and their shape, is said by features_only": (
+        "out_features",
+        "out_indices",
+        "stage_names",
+        "reshape_hidden_states",
+    ),
+    "the decode heads of segmentation, which are not built": (
+        "add_fpn",
+        "pool_scales",
+        "use_auxiliary_head",
+        "auxiliary_loss_weight",
+        "auxiliary_channels",
+        "auxiliary_num_convs",
+        "auxiliary_concat_input",
+        "semantic_loss_ignore_index",
+    ),
+}
 
 
 _ProcessorSize = _Side | tuple[_Side, _Side] | dict[str, _Side | None]
@@ -63,9 +107,10 @@ _Statistics = float | Annotated[list[float], Field(min_length=1, max_length=1024
 
 
 class _Preprocessor(BaseModel):
-    """The settings of `BeitImageProcessor`, with that class's defaults.
+    """The settings of `BeitImageProcessor` that change pixels, with that class's defaults.
 
-    Old files have sizes of one number and `reduce_labels`, which transformers 5.23 passes over without a word.
+    Old files have sizes of one number and `reduce_labels`, which transformers 5.23 passes over without a word. All
+    other settings are passed over on purpose, see `IGNORED_SETTINGS`.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -81,6 +126,19 @@ class _Preprocessor(BaseModel):
     image_mean: _Statistics = 0.5
     image_std: _Statistics = 0.5
     do_reduce_labels: bool = Field(False, validation_alias=AliasChoices("do_reduce_labels", "reduce_labels"))
+    default_to_square: bool = True
+    data_format: Literal["channels_first"] | None = None
+    image_processor_type: str | None = Field(
+        None, validation_alias=AliasChoices("image_processor_type", "feature_extractor_type")
+    )
+
+
+IGNORED_SETTINGS = {
+    "BeitImageProcessor takes them and does nothing with them": ("do_pad", "pad_size"),
+    "images are always opened with the channels of the network": ("do_convert_rgb",),
+    "arguments of a call, not of an image": ("device", "disable_grouping", "input_data_format", "return_tensors"),
+    "the length of a sequence of another kind of model": ("image_seq_length",),
+}
 
 
 def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, PretrainedConfig]:
@@ -96,6 +154,8 @@ def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, Pret
         raise ValueError(f"it is not the config of a transformers BEiT: {describe_invalid(error)}") from error
     head = _head(form)
     _check_readable(form, head)
+    if settings is not None:
+        _check_processor(settings)
     config = BeitConfig(
         img_size=_pair(form.image_size),
         patch_size=_pair(form.patch_size),
@@ -119,7 +179,7 @@ def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, Pret
         drop_path_rate=form.drop_path_rate,
     )
     data = _data(config) if settings is None else _stated_data(config, settings)
-    return config, PretrainedConfig(head=_record(form, head), data=data)
+    return config, PretrainedConfig(head=_record(form, head), data=data, architecture=architecture_of(config))
 
 
 def dump(config: BeitConfig, pretrained: PretrainedConfig, dtype: str = "float32") -> tuple[str, str]:
@@ -157,6 +217,8 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig, dtype: str = "float32
         "use_mean_pooling": config.norm_after_pooling,
         "dtype": dtype,
     }
+    if config.num_classes > 1 and isinstance(pretrained.head, Classify) and pretrained.head.activation == "sigmoid":
+        document["problem_type"] = "multi_label_classification"
     if config.num_classes:
         document["id2label"] = {str(index): name for index, name in enumerate(names)}
         document["label2id"] = {name: index for index, name in enumerate(names)}
@@ -196,8 +258,24 @@ def _check_readable(form: _Form, head: _HeadName) -> None:
     biased = form.use_relative_position_bias or form.use_shared_relative_position_bias
     if biased and height // ph != width // pw:
         raise ValueError("its input is not square, and transformers reads the bias tables of oblong grids transposed.")
+    if form.problem_type == "regression":
+        raise ValueError("it was trained for regression (problem_type), and has no classes to tell apart.")
+    if form.quantization_config:
+        raise ValueError("its weights are quantised (quantization_config); load it in transformers and dequantise it.")
+    if form.pruned_heads:
+        raise ValueError("attention heads were taken out of it (pruned_heads), which is not built here.")
     if head == "mim" and not form.use_mean_pooling:
         raise ValueError("a masked image model with use_mean_pooling=False is normed twice, which is not built here.")
+
+
+def _check_processor(settings: _Preprocessor) -> None:
+    """Refuse the settings of another processor, whose defaults are others."""
+    kind = settings.image_processor_type
+    if kind is not None and not kind.startswith("Beit"):
+        raise ValueError(
+            f"its preprocessor is a {kind}, and only BeitImageProcessor is read; save the same settings as a "
+            "BeitImageProcessor, or remove the file for that class's defaults."
+        )
 
 
 def _check_expressible(config: BeitConfig) -> None:
@@ -233,7 +311,13 @@ def _record(form: _Form, head: _HeadName) -> Head:
             return Mim(vocab_size=form.vocab_size)
         case "segment":
             return Segment(num_classes=_num_classes(form), labels=_labels(form))
-    return Classify(num_classes=_num_classes(form), labels=_labels(form))
+    return Classify(num_classes=_num_classes(form), labels=_labels(form), activation=_activation(form))
+
+
+def _activation(form: _Form) -> Activation:
+    """Decide as transformers' image-classification pipeline does."""
+    several = form.problem_type == "multi_label_classification" or _num_classes(form) == 1
+    return "sigmoid" if several else "softmax"
 
 
 def _num_classes(form: _Form) -> int:
@@ -283,7 +367,7 @@ def _stated_data(config: BeitConfig, settings: _Preprocessor) -> DataConfig:
     """
     if not settings.do_resize:
         raise ValueError("its preprocessor does not resize (do_resize), so that inputs have any size; set it to true.")
-    resized, crop_mode = _resized(settings.size)
+    resized, crop_mode = _resized(settings.size, settings.default_to_square)
     cropped = _cropped(settings, resized, crop_mode)
     resample = 2 if settings.resample is None else settings.resample
     if resample not in _FILTERS:
@@ -302,8 +386,10 @@ def _stated_data(config: BeitConfig, settings: _Preprocessor) -> DataConfig:
     )
 
 
-def _resized(size: _ProcessorSize) -> tuple[Pair, CropMode]:
+def _resized(size: _ProcessorSize, is_square: bool = True) -> tuple[Pair, CropMode]:
     """Return height and width after the resize, with `center_floor` of the shorter side, and how it is cropped."""
+    if isinstance(size, int) and not is_square:
+        size = {"shortest_edge": size}
     if not isinstance(size, dict):
         return _pair(size), "squash"
     match {name: side for name, side in size.items() if side is not None}:

@@ -9,6 +9,7 @@ from beitzoo.errors import check
 from beitzoo.zoo.networks import BeitConfig, is_number
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+Activation = Literal["softmax", "sigmoid"]
 CropMode = Literal["center", "center_floor", "squash", "border"]
 # The name of a set of class names (see `zoo.labels`), or the names themselves, in the order of the outputs.
 Labels = str | tuple[str, ...]
@@ -123,7 +124,7 @@ class Classify:
 
     num_classes: int = 1000
     labels: Labels | None = None
-    activation: Literal["softmax", "sigmoid"] = "softmax"
+    activation: Activation = "softmax"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,11 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 
 from beitzoo.errors import UserError, closest
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
+from beitzoo.zoo.checkpoints import Classify, HubFile, PretrainedConfig
 from beitzoo.zoo.networks import BeitConfig, override
 from beitzoo.zoo.pretrained import PRETRAINED
 
@@ -42,12 +43,14 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def find(name: str) -> Entry:
-    """Look up a model; an architecture alone stands for its default checkpoint.
+    """Look up a model by its name, or by a repository on the hub that holds its weights.
+
+    An architecture alone stands for its default checkpoint.
 
     Raises:
         UnknownModelError: No such architecture or no such tag; the closest names or all its tags are named.
     """
-    architecture, tag = split_name(name)
+    architecture, tag = split_name(_repositories().get(name, name))
     if architecture not in ARCHITECTURES:
         raise UnknownModelError(
             f"There is no model {name!r}; {closest(architecture, ARCHITECTURES)} "
@@ -64,6 +67,19 @@ def find(name: str) -> Entry:
     row = replace(PRETRAINED[f"{architecture}.{tag}"], architecture=architecture, tag=tag)
     classes = row.head.num_classes if isinstance(row.head, Classify) else 0
     return Entry(f"{architecture}.{tag}", override(config, num_classes=classes, **row.overrides), row)
+
+
+def architecture_of(config: BeitConfig) -> str | None:
+    """Name the architecture that has the same shapes as this network, apart from its head, channels and pretraining."""
+    same = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "hidden_dim")
+    return next(
+        (
+            name
+            for name, known in ARCHITECTURES.items()
+            if all(getattr(config, field) == getattr(known, field) for field in same)
+        ),
+        None,
+    )
 
 
 def list_models(filter: Patterns = "", *, pretrained: bool = False, exclude_filters: Patterns = ()) -> list[str]:
@@ -101,6 +117,13 @@ def get_pretrained_cfg(name: str) -> PretrainedConfig | None:
         UnknownModelError: The name is in neither table.
     """
     return find(name).pretrained
+
+
+@cache
+def _repositories() -> dict[str, str]:
+    """Map each repository on the hub to the checkpoint that it holds."""
+    sources = ((source, name) for name, row in PRETRAINED.items() for source in row.sources)
+    return {source.repo_id: name for source, name in sources if isinstance(source, HubFile)}
 
 
 def _tags(architecture: str) -> list[str]:

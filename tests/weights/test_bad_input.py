@@ -175,7 +175,7 @@ def test_a_bad_checkpoint_is_one_typed_error(kind: Callable[[Path], Iterator[Wri
         write(path)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            checkpoint.load(model, checkpoint.read(path), str(path))
+            checkpoint.load(model, checkpoint.read(path), str(path), model.config)
         except CheckpointError as error:
             assert str(path) in str(error), (number, str(error))
         else:

@@ -31,7 +31,7 @@ def test_a_model_on_meta_takes_tensors_over(model: Beit) -> None:
     with torch.device("meta"):
         empty = Beit(model.config)
     state = model.state_dict()
-    checkpoint.load(empty, state, "the file")
+    checkpoint.load(empty, state, "the file", model.config)
     assert empty.head.weight.data_ptr() == state["head.weight"].data_ptr()
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(empty.eval()(x), model.eval()(x))
@@ -46,7 +46,7 @@ def test_mismatch_lists_what_differs_and_changes_nothing(model: Beit) -> None:
     state["head.weight"] = torch.zeros(7, 64)
     state["cls_token"] = torch.zeros(1, 1, 64, dtype=torch.int64)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(model, state, "some.safetensors")
+        checkpoint.load(model, state, "some.safetensors", model.config)
     message = str(caught.value)
     assert message.startswith("some.safetensors is not a checkpoint of this network")
     for line in (
@@ -61,7 +61,7 @@ def test_mismatch_lists_what_differs_and_changes_nothing(model: Beit) -> None:
 
 def test_a_long_list_is_cut_and_counted(model: Beit) -> None:
     with pytest.raises(CheckpointError, match=r"\.\.\. and 19 more"):
-        checkpoint.load(model, {}, "empty")
+        checkpoint.load(model, {}, "empty", model.config)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, b"PK\x03\x04 a zip"])
