@@ -1,6 +1,8 @@
 """From a name to a model, with weights and without, and out again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from PIL import Image
 
 import beitzoo
 from beitzoo import Beit, CheckpointError
+from beitzoo.weights import adapt
+from beitzoo.zoo.checkpoints import Classify, Mim, Segment
 
 
 @pytest.fixture
@@ -204,3 +208,74 @@ def test_timms_model_card_runs_with_one_word_changed() -> None:
         features = model.forward_features(transforms(img).unsqueeze(0))
         assert features.shape == (1, 197, 768)
         assert torch.equal(model.forward_head(features, pre_logits=True), output)
+
+
+def test_a_random_model_claims_nothing_of_a_checkpoint_it_does_not_have() -> None:
+    name = "beitv2_base_patch16_224.in1k_ft_in22k_in1k"
+    model, row = beitzoo.create_model(name, device="meta"), beitzoo.get_pretrained_cfg(name)
+    assert row is not None
+    own = model.pretrained
+    assert (own.license, own.paper, own.sources, own.tag, model.class_names) == (None, None, (), None, None)
+    assert own.data == row.data
+    assert own.head == Classify(num_classes=1000)
+    assert own.architecture == "beitv2_base_patch16_224"
+
+
+@pytest.fixture
+def pretraining(tmp_path: Path) -> Path:
+    """A small file in the form of a pretraining checkpoint."""
+    small = {"embed_dim": 48, "num_heads": 3, "depth": 2}
+    model = randomise(beitzoo.create_model("beit_base_patch16_224.mim_in22k", num_classes=0, **small))
+    extra = {"lm_head.weight": torch.randn(8192, 48), "lm_head.bias": torch.randn(8192)}
+    torch.save({"model": model.state_dict() | extra}, tmp_path / "mim.pth")
+    return tmp_path / "mim.pth"
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_what_a_pretraining_row_becomes_says_what_it_is(classes: int, pretraining: Path, tmp_path: Path) -> None:
+    small = {"embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": classes}
+    model = beitzoo.create_model("beit_base_patch16_224.mim_in22k", checkpoint_path=pretraining, **small)
+    assert model.pretrained.head == Classify(num_classes=classes)
+    assert model.pretrained_cfg["num_classes"] == classes
+    assert model.pretrained.license == "MIT"  # of the weights it starts from
+    assert model.pretrained.paper == "https://arxiv.org/abs/2106.08254"
+    beitzoo.save_pretrained(model, tmp_path / "saved")
+    again = beitzoo.create_model(str(tmp_path / "saved"), pretrained=True)
+    assert again.pretrained.license == "MIT"
+    assert again.pretrained.head == Classify(num_classes=classes)
+
+
+def test_a_head_of_another_size_has_no_labels(tmp_path: Path) -> None:
+    beitzoo.save_pretrained(beitzoo.create_model("beit_nano_patch4_32", num_classes=4), tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert beitzoo.create_model("beit_nano_patch4_32.digits", checkpoint_path=path).class_names is None
+    same = beitzoo.create_model("beit_nano_patch4_32.digits", pretrained=True)
+    assert same.class_names == tuple("0123456789")
+
+
+def test_every_pair_of_heads_is_a_row_of_one_table() -> None:
+    assert set(adapt.ADAPTATIONS) == {
+        *((stored, wanted) for stored in (Classify, Mim, Segment) for wanted in (None, Classify))
+    }
+
+
+def test_few_files_are_opened_from_name_to_logits() -> None:
+    """Those whose functions run; the two tables of names are read at import."""
+    code = """
+import sys, torch, beitzoo
+from pathlib import Path
+import beitzoo.factory
+opened = set()
+def note(frame, event, argument):
+    path = Path(frame.f_code.co_filename)
+    if "beitzoo" in path.parts and frame.f_code.co_name != "<module>" and not frame.f_code.co_filename.startswith("<"):
+        opened.add("/".join(path.parts[-2:]))
+sys.setprofile(note)
+model = beitzoo.create_model(pretrained=True).eval()
+with torch.no_grad():
+    model(torch.zeros(1, 1, 32, 32))
+sys.setprofile(None)
+print(*sorted(opened - {"beitzoo/__init__.py"}))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(result.stdout.split()) <= 99

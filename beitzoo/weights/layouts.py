@@ -165,7 +165,7 @@ def to_ours(network: Network) -> dict[str, Tensor]:
         for name, tensor in kept.items()
         if not (others and _WRAPPED.sub("", name).startswith(others))
     )
-    return bare if anchor.ours else _fuse(_rename(bare, anchor.model, _layout(kept, anchor)))
+    return bare if anchor.ours else _fuse(_rename(bare, _layout(kept, anchor)))
 
 
 def to_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -272,13 +272,15 @@ def _without_prefix(name: str, prefix: str) -> str:
     return name
 
 
-def _rename(state_dict: Mapping[str, Tensor], prefix: str, layout: Layout) -> dict[str, Tensor]:
+def _rename(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     table = {(disk if layout == "transformers" else memory): ours for ours, disk, memory in _NAMES}
 
     def ours(name: str) -> str:
-        template, number = _template(name.removeprefix(prefix))
+        for model in _MODELS:  # a file of a BeitBackbone has it before some names only
+            name = name.removeprefix(model)
+        template, number = _template(name)
         # A name that is not in the table stays, and is then unexpected or of another head.
-        return table[template].format(number) if template in table else name.removeprefix(prefix)
+        return table[template].format(number) if template in table else name
 
     return _unique((ours(name), tensor) for name, tensor in state_dict.items())
 

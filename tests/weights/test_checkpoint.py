@@ -1,5 +1,6 @@
 """Tensors go in strictly and come out whole."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from oracles import randomise
 from safetensors.torch import save_file
 
+import beitzoo
 from beitzoo import Beit, CheckpointError, files
 from beitzoo.weights import checkpoint
 from beitzoo.zoo.architectures import ARCHITECTURES
@@ -108,3 +110,58 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         files.write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle", "folder"])
+def test_what_is_done_to_a_users_file_is_not_done_to_the_model(kind: str, model: Beit, tmp_path: Path) -> None:
+    """Written in place (cp, scp, rsync --inplace), cut short, or saved over by the run that started from it."""
+    beitzoo.save_pretrained(model, tmp_path / "folder")
+    path = tmp_path / "folder" / "model.safetensors"
+    if kind == "pickle":
+        path = tmp_path / "a.pth"
+        torch.save({"model": model.state_dict()}, path)
+    if kind == "folder":
+        loaded = beitzoo.create_model(str(tmp_path / "folder"), pretrained=True).eval()
+    else:
+        loaded = beitzoo.create_model("test_beit", checkpoint_path=path).eval()
+    x = torch.randn(1, 3, 64, 64)
+    before = loaded(x)
+    with path.open("r+b") as file:  # the same inode
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(loaded(x), before)
+    os.truncate(path, 0)
+    assert torch.equal(loaded(x), before)
+    assert torch.equal(before, model.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_both_ways_of_reading_give_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {
+        "cls_token": torch.randn(1, 1, 7, dtype=dtype),
+        "scalar": torch.tensor(3.0, dtype=dtype),
+        "none": torch.empty(0, 4, dtype=dtype),
+        "flag": torch.tensor([True, False]),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    torch.save(tensors, tmp_path / "a.pth")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
+        for map_file in (True, False):
+            state = checkpoint.read(path, map_file=map_file)
+            assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+            assert state["cls_token"].dtype == dtype
+
+
+def test_only_files_of_a_cache_are_mapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[bool] = []
+    read = checkpoint.read
+
+    def spy(path: Path, *, map_file: bool = False, use_ema: bool | None = None) -> dict[str, torch.Tensor]:
+        seen.append(map_file)
+        return read(path, map_file=map_file, use_ema=use_ema)
+
+    monkeypatch.setattr(checkpoint, "read", spy)
+    model = beitzoo.create_model(pretrained=True)
+    beitzoo.save_pretrained(model, tmp_path)
+    beitzoo.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    beitzoo.create_model(checkpoint_path=tmp_path / "model.safetensors")
+    assert seen == [True, False, False]
