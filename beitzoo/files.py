@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except UserError:
         raise
     except OSError as error:
-        raise FileAccessError(
-            f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and free space, or choose "
-            "another."
-        ) from error
+        raise _cannot_write(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,6 +58,43 @@ def read_text(path: Path) -> str:
         raise MissingFileError(f"There is no file {path}; check the name.") from error
     except OSError as error:
         raise FileAccessError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `path` with atomically written files, then rename it to `path`.
+
+    Raises:
+        FileAccessError: The folder cannot be written, or exists: names it and the reason.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        try:
+            write(temporary)
+            temporary.rename(path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what killed processes left half written below a folder; none may be writing there."""
+    for partial in list(directory.rglob(".*.partial")):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> FileAccessError:
+    return FileAccessError(
+        f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and free space, or choose "
+        "another."
+    )
 
 
 def _followed(path: Path) -> Path:

@@ -1,112 +1,239 @@
-"""One loop: updates, a validation after each epoch, a log, and the best and the last checkpoint."""
+"""The one training loop: updates, their log, a validation after each epoch, and the state that is saved."""
 
-import json
-import os
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from beitzoo.evaluation.metrics import Accuracy, measure_accuracy
-from beitzoo.training.optim import make_optimizer, make_schedule
-from beitzoo.training.recipe import TrainSection
+from beitzoo.errors import UserError
+from beitzoo.training.log import Display, Log, Value
+from beitzoo.training.processes import Processes
+from beitzoo.training.recipe import RunSection, TrainSection
+from beitzoo.training.signals import Interrupted, StopSignals
+from beitzoo.training.state import Means, TrainState, save_state
+from beitzoo.training.task import Task
 
-Loaders = tuple[DataLoader[Any], DataLoader[Any]]
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """A loss, a metric or a weight that is no number any more."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes.
+    """Where and how a task is trained.
 
     Attributes:
-        directory: Receives `log.jsonl`, `best/` and `last/`.
-        save: Writes the model to a folder.
+        directory: Receives `log.csv`, `best/`, `last/` and the saved state.
+        train: What decides the result.
+        settings: What does not.
+        processes: Those that train together.
     """
 
     directory: Path
-    save: Callable[[Any, Path], None]
+    train: TrainSection
+    settings: RunSection
+    processes: Processes
 
 
-def fit(model: nn.Module, loaders: Loaders, recipe: TrainSection, run: Run) -> Accuracy:
-    """Train on the first loader, choose the best epoch by the second; return its validation accuracy.
+def fit(task: Task, state: TrainState, run: Run) -> None:
+    """Train from a state to the end of the recipe; the state is then the last one.
 
-    Of equally accurate epochs the one with the lower loss is better. Order and augmentation are drawn from
-    `recipe.seed`; on several processes (`accelerate launch`) each trains on its share of every epoch.
+    A run that is killed and started again from its last saved state ends bit-equal to one that was not, with the same
+    number of processes and threads, on the same machine and versions. (From three processes on, PyTorch may add up
+    gradients in another order after a restart.) An update is `batch_size` images whatever the number of processes.
+
+    Raises:
+        Interrupted: A signal asked the run to stop; its state was saved.
+        NonFiniteError: A loss is not finite. Neither this model nor its state was saved.
     """
-    process_state()
-    accelerator = Accelerator(mixed_precision="no")  # whatever its launcher says, the recipe decides
-    set_seed(recipe.seed, device_specific=True)
-    training, validation = accelerator.prepare(loaders[0]), loaders[1]
-    optimizer = make_optimizer(model, recipe)
-    schedule = make_schedule(optimizer, recipe, steps_per_epoch=len(training))
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-
-    best: Accuracy | None = None
-    update, started = 0, time.perf_counter()
-    with (
-        (run.directory / "log.jsonl" if accelerator.is_main_process else Path(os.devnull)).open("w") as log,
-        tqdm(total=recipe.epochs, unit="epoch", disable=None if accelerator.is_main_process else True) as bar,
-    ):
-        for epoch in range(1, recipe.epochs + 1):
-            total, images = 0.0, 0
-            prepared.train()
-            for batch in training:
-                schedule.step_update(update)
-                update += 1
-                total += len(batch[1]) * _update(accelerator, prepared, optimizer, batch, recipe)
-                images += len(batch[1])
-            accuracy = measure_accuracy(prepared, validation, accelerator.device)
-            better = best is None or (accuracy.top1, -accuracy.loss) > (best.top1, -best.loss)
-            best = accuracy if better else best
-            if accelerator.is_main_process:
-                row = {"epoch": epoch, "update": update, "train_loss": total / max(images, 1)}
-                row |= {f"val_{name}": value for name, value in asdict(accuracy).items()}
-                row["seconds"] = time.perf_counter() - started
-                print(json.dumps(row), file=log, flush=True)
-                for name in ("best", "last") if better else ("last",):
-                    run.save(accelerator.unwrap_model(prepared), run.directory / name)
-            bar.set_postfix(train_loss=f"{total / max(images, 1):.3f}", val_top1=f"{accuracy.top1:.2f}")
-            bar.update()
-    accelerator.wait_for_everyone()
-    assert best is not None
-    return best
+    names = (*task.log_names, *task.metric_names)
+    shown = run.processes.is_main
+    log = Log(run.directory / "log.csv", names, state.update) if shown else None
+    updates = run.train.epochs * task.updates_per_epoch
+    try:
+        with Display(updates, state.update, shown) as display, StopSignals() as stop:
+            _Fit(task, state, run, log, display, stop).to(updates)
+    finally:
+        if log is not None:
+            log.close()
 
 
-def process_state() -> PartialState:
-    """Join the processes of a launcher. On a machine without a GPU Accelerate must be told that CPUs are meant."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+@dataclass
+class _Fit:
+    """The work of `fit`.
 
-
-def _update(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[Tensor, Tensor],
-    recipe: TrainSection,
-) -> float:
-    """Take one step down the gradient of a batch; return its loss.
-
-    A batch without a readable image takes part with a loss of 0: other processes wait for its gradients.
+    Attributes:
+        pending: Of the updates since the last line: items, sum of the losses, and sums of what the task logs. They
+            are read together, since each read would wait for the device.
     """
-    # Not Accelerate's autocast, which is one setting for the life of the process and holds in validation too.
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        logits = model(batch[0])
-    if len(batch[1]):
-        loss = F.cross_entropy(logits.float(), batch[1], label_smoothing=recipe.label_smoothing)
-    else:
-        loss = logits.sum()
-    accelerator.backward(loss)
-    if recipe.clip_grad:
-        accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
+
+    task: Task
+    state: TrainState
+    run: Run
+    log: Log | None
+    display: Display
+    stop: StopSignals
+    pending: list[Tensor] = field(default_factory=list)
+    clock: float = field(default_factory=time.perf_counter)
+
+    def to(self, updates: int) -> None:
+        """Do the updates that are left."""
+        state, settings = self.state, self.run.settings
+        model = self.run.processes.wrap(state.model).train()
+        batches = self.task.batches(state.update)
+        while state.update < updates:
+            self._update(model, batches)
+            ends_epoch = state.update % self.task.updates_per_epoch == 0
+            ends_line = state.update % settings.log_updates == 0
+            if ends_epoch or ends_line:
+                self._end_line()
+            if ends_epoch:
+                self._end_epoch()
+            number = self._stop_number(agreed=ends_epoch or ends_line)
+            if number or state.update == updates or self._save_is_due(ends_epoch):
+                self._save()
+            if number and state.update < updates:
+                raise Interrupted(f"Stopped after {state.update} of {updates} updates; the state is saved.", number)
+
+    def _update(self, model: nn.Module, batches: Iterator[Any]) -> None:
+        """Take one step down the gradient of the mean loss over all items of all processes."""
+        state, train, processes = self.state, self.run.train, self.run.processes
+        state.schedule.step_update(state.update)
+        # The mean over all items is known only when all parts are done; until then each part counts for this many.
+        share = train.batch_size / (processes.count * train.accumulation)
+        sums = [self._add_gradients(model, next(batches), share, left) for left in reversed(range(train.accumulation))]
+        total = processes.sum(torch.stack(sums).sum(0))
+        state.scaler.unscale_(state.optimizer)
+        correction = share * processes.count / total[0].clamp(min=1)
+        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(correction)
+        if train.clip_grad:
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.clip_grad)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+        if state.ema is not None:
+            state.ema.update(state.model)
+        state.update += 1
+        self.pending.append(total)
+        self.display.advance()
+
+    def _add_gradients(self, model: nn.Module, batch: Any, share: float, left: int) -> Tensor:
+        """Add the gradients of one batch, of which `left` more will come; return its items and sums over them."""
+        processes, precision = self.run.processes, self.run.train.precision
+        with processes.without_average(model) if left else nullcontext():
+            with torch.autocast(processes.device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
+                loss, count, logs = self.task.loss(model, batch)
+            self.state.scaler.scale(loss * (count / share)).backward()
+        means = [loss.detach().float(), *(logs[name].detach().float() for name in self.task.log_names)]
+        return torch.stack([torch.ones_like(means[0]), *means]) * count
+
+    def _end_line(self) -> None:
+        """Write the means since the last line."""
+        updates = len(self.pending)
+        self._read_pending()
+        elapsed = time.perf_counter() - self.clock
+        self._restart_clock()
+        values = self._line("updates", self.state.line)
+        values["images_per_sec"] = round(updates * self.run.train.batch_size / max(elapsed, 1e-9), 2)
+        self.state.line = Means()
+        if self.log is not None:
+            self.log.write(values)
+        self.display.show(values)
+
+    def _end_epoch(self) -> None:
+        """Validate, write the line of the epoch, and write the model as the last and perhaps the best."""
+        state, task = self.state, self.task
+        state.model.eval()
+        metrics = task.validate(state.evaluated)
+        state.model.train()
+        self._restart_clock()
+        values = {**self._line("epoch", state.epoch), **metrics}
+        state.epoch = Means()
+        if not all(map(math.isfinite, metrics.values())) or not _is_finite(state.evaluated):
+            raise self._non_finite("A validation metric or a weight", state.update)
+        better = state.best is None or task.better(metrics, state.best)
+        state.best = metrics if better else state.best
+        if self.log is None:
+            return
+        self.log.write(values)
+        self.display.show_epoch(values, metrics)
+        for name in ("best", "last") if better else ("last",):
+            task.save(state.evaluated, self.run.directory / name)
+
+    def _line(self, kind: str, means: Means) -> dict[str, Value]:
+        state = self.state
+        epoch = -(-state.update // self.task.updates_per_epoch)
+        values = dict(zip(("loss", *self.task.log_names), means.values(), strict=True))
+        return {
+            "line": kind,
+            "epoch": epoch,
+            "update": state.update,
+            "lr": self._rate(),
+            "seconds": round(state.seconds, 3),
+            **values,
+        }
+
+    def _read_pending(self) -> None:
+        """Add up what the updates since the last line gave; stop at the first whose loss is not finite."""
+        if not self.pending:
+            return
+        first = self.state.update - len(self.pending) + 1
+        for update, (items, *totals) in enumerate(torch.stack(self.pending).tolist(), first):
+            if not math.isfinite(totals[0]):
+                raise self._non_finite(f"The loss is {totals[0] / max(items, 1)}: it", update)
+            self.state.line.add(items, totals)
+            self.state.epoch.add(items, totals)
+        self.pending.clear()
+
+    def _save(self) -> None:
+        self._read_pending()
+        if not _is_finite(self.state.model):
+            raise self._non_finite("A weight", self.state.update)
+        self._restart_clock()
+        if self.log is not None:
+            self.log.sync()
+        save_state(self.state, self.run.directory, self.run.processes)
+
+    def _save_is_due(self, ends_epoch: bool) -> bool:
+        settings, update = self.run.settings, self.state.update
+        if settings.save_updates and update % settings.save_updates == 0:
+            return True
+        return ends_epoch and (update // self.task.updates_per_epoch) % settings.save_epochs == 0
+
+    def _stop_number(self, agreed: bool) -> int:
+        """Return the signal that asks to stop, if any; several processes agree on it only now and then."""
+        if self.run.processes.count == 1:
+            return self.stop.number
+        return self.run.processes.largest(self.stop.number) if agreed else 0
+
+    def _rate(self) -> float:
+        """Return the learning rate before the factors of layers and kinds of parameters."""
+        group = self.state.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
+
+    def _restart_clock(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def _non_finite(self, what: str, update: int) -> NonFiniteError:
+        self.state.schedule.step_update(update - 1)
+        return NonFiniteError(
+            f"{what} is not finite any more at update {update} (epoch {-(-update // self.task.updates_per_epoch)}), "
+            f"with a learning rate of {self._rate():.3g}. Nothing of this was saved. In another folder, try a lower "
+            "train.lr, more train.warmup_epochs, train.clip_grad=1, or train.precision=fp32."
+        )
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return bool(torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()]).all())

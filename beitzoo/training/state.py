@@ -1,0 +1,176 @@
+"""All that a run needs to go on after it was killed, and its folder on disk."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from beitzoo.errors import UserError
+from beitzoo.files import read_text, write_folder, write_text
+from beitzoo.training.generators import derive_seed, generator_states, restore_generators, seed_generators
+from beitzoo.training.optim import make_optimizer, make_schedule
+from beitzoo.training.processes import Processes
+from beitzoo.training.recipe import TrainSection
+from beitzoo.training.task import Metrics, Task
+from beitzoo.weights.checkpoint import save_pickle
+
+_TENSORS, _GENERATORS, _PROGRESS = "tensors.pt", "generators.pt", "progress.json"
+
+
+class StateError(UserError, ValueError):
+    """A saved state that cannot be gone on from."""
+
+
+@dataclass
+class Means:
+    """Running means over the items of some updates: the loss first, then what the task logs."""
+
+    items: float = 0.0
+    totals: list[float] = field(default_factory=list)
+
+    def add(self, items: float, totals: list[float]) -> None:
+        """Take in one update: how many items it had, and the sums over them."""
+        self.items += items
+        self.totals = [a + b for a, b in zip(self.totals or [0.0] * len(totals), totals, strict=True)]
+
+    def values(self) -> list[float]:
+        """Return the means; of no items they are 0."""
+        return [total / max(self.items, 1.0) for total in self.totals]
+
+
+@dataclass
+class TrainState:
+    """A run between two updates.
+
+    The learning rate, the order of the images and their augmentation are pure functions of `update`, so it is all that
+    is needed of them. Stochastic depth draws from the global generators, whose states are saved.
+
+    Attributes:
+        model: The network, not wrapped for several processes.
+        optimizer: Over the parameters of the model.
+        schedule: Sets its learning rates from the number of the update.
+        scaler: Of the loss, for fp16; otherwise it does nothing.
+        ema: Moving average of the weights, if the recipe wants one.
+        update: Updates done.
+        best: Metrics of the best model so far.
+        line: Means since the last line of the log.
+        epoch: Means since the start of the epoch.
+        seconds: Time spent on the updates done.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    update: int = 0
+    best: Metrics | None = None
+    line: Means = field(default_factory=Means)
+    epoch: Means = field(default_factory=Means)
+    seconds: float = 0.0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to validate and save."""
+        return self.model if self.ema is None else self.ema.module
+
+
+def start_state(task: Task, model: nn.Module, train: TrainSection, processes: Processes) -> TrainState:
+    """Make the state before the first update, and seed the global generators, differently in each process."""
+    model.to(processes.device)
+    optimizer = make_optimizer(task.parameter_groups(model), train)
+    seed_generators(derive_seed(train.seed, "process", processes.rank))
+    if processes.device.type != "cpu":
+        torch.get_device_module(processes.device).manual_seed(derive_seed(train.seed, "device", processes.rank))
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=make_schedule(optimizer, train, task.updates_per_epoch),
+        scaler=torch.amp.GradScaler(processes.device.type, enabled=train.precision == "fp16"),
+        ema=ModelEmaV3(model, decay=train.ema_decay) if train.ema_decay else None,
+    )
+
+
+def saved_states(directory: Path) -> list[Path]:
+    """Return the complete states in the folder of a run, oldest first."""
+    found = [(int(match[1]), path) for path in directory.glob("state-*") if (match := re.search(r"-(\d+)$", path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_state(state: TrainState, directory: Path, processes: Processes) -> None:
+    """Save a state as a new folder; older ones stay until it is on disk. All processes call this."""
+    generators = processes.gather(generator_states(processes.device))
+    if not processes.is_main:
+        return
+
+    def write(folder: Path) -> None:
+        save_pickle(_tensors(state), folder / _TENSORS)
+        save_pickle({"by_rank": generators}, folder / _GENERATORS)
+        write_text(folder / _PROGRESS, json.dumps(_progress(state), indent=2) + "\n")
+
+    *older, last = [*saved_states(directory), directory / f"state-{state.update}"]
+    if last not in older:
+        write_folder(last, write)
+    for folder in older:
+        if folder != last:
+            shutil.rmtree(folder)
+
+
+def restore_state(state: TrainState, directory: Path, processes: Processes) -> bool:
+    """Set a state to the last one that was saved; False if there is none.
+
+    The generators are those of each process, unless there are more or fewer processes than before: then they are
+    seeded anew, and only stochastic depth is drawn otherwise than it would have been.
+
+    Raises:
+        StateError: It is damaged, or some of the processes do not see it.
+    """
+    found = saved_states(directory)
+    names = processes.gather(found[-1].name if found else None)
+    if len(set(names)) > 1:
+        raise StateError(f"Not all processes see the same {directory}; give --out a folder that all machines share.")
+    if not found:
+        return False
+    try:
+        progress = json.loads(read_text(found[-1] / _PROGRESS))
+        tensors = torch.load(found[-1] / _TENSORS, map_location="cpu", weights_only=True)
+        generators = torch.load(found[-1] / _GENERATORS, weights_only=True)["by_rank"]
+    except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
+        raise StateError(f"{found[-1]} is damaged ({error}); remove it and start again.") from error
+    _restore_tensors(state, tensors)
+    state.update, state.best, state.seconds = progress["update"], progress["best"], progress["seconds"]
+    state.line, state.epoch = Means(**progress["line"]), Means(**progress["epoch"])
+    if len(generators) == processes.count:
+        restore_generators(generators[processes.rank], processes.device)
+    else:
+        seed_generators(derive_seed("process", processes.rank, state.update))
+    return True
+
+
+def _tensors(state: TrainState) -> dict[str, Any]:
+    return {
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "ema": None if state.ema is None else state.ema.module.state_dict(),
+    }
+
+
+def _restore_tensors(state: TrainState, tensors: dict[str, Any]) -> None:
+    state.model.load_state_dict(tensors["model"])
+    state.optimizer.load_state_dict(tensors["optimizer"])
+    state.scaler.load_state_dict(tensors["scaler"])
+    if state.ema is not None:
+        state.ema.module.load_state_dict(tensors["ema"])
+
+
+def _progress(state: TrainState) -> dict[str, Any]:
+    values = {"update": state.update, "best": state.best, "seconds": state.seconds}
+    return {**values, "line": asdict(state.line), "epoch": asdict(state.epoch)}

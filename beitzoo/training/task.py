@@ -1,0 +1,50 @@
+"""What the loop asks of a task: fine-tuning now; whatever else is trained answers the same questions."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Metrics = dict[str, float]
+
+
+class Task(Protocol):
+    """A model, its data and its loss.
+
+    All that changes from update to update belongs to the model (buffers too), since only that is saved for resuming.
+    On several processes each has a task of its own.
+
+    Attributes:
+        updates_per_epoch: Updates in one pass over the training data.
+        log_names: What `loss` returns besides the loss.
+        metric_names: What `validate` returns.
+    """
+
+    updates_per_epoch: int
+    log_names: tuple[str, ...]
+    metric_names: tuple[str, ...]
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return the groups of the optimizer; `lr_scale` of a group is a factor on the learning rate."""
+
+    def batches(self, update: int) -> Iterator[Any]:
+        """Yield this process's batches from an update on (the first is 0), `accumulation` for each, to the run's end.
+
+        What is in them is a pure function of the recipe and the update: it depends on nothing drawn before.
+        """
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
+        """Return the mean loss of a batch, over how many items it is the mean, and other means over the same items.
+
+        A batch without items has a loss of 0 that depends on all parameters: other processes wait for its gradients.
+        """
+
+    def validate(self, model: nn.Module) -> Metrics:
+        """Measure the model. All processes call this and get the same values; none is counted twice."""
+
+    def better(self, metrics: Metrics, best: Metrics) -> bool:
+        """Tell whether a model of these metrics is better than the best so far."""
+
+    def save(self, model: nn.Module, directory: Path) -> None:
+        """Write the model as people use it; what is in the folder already is replaced file by file."""

@@ -1,0 +1,34 @@
+"""A data set of three colours, small enough to be trained on in a second."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from beitzoo.training.recipe import Recipe
+
+COLOURS = ("blue", "green", "red")
+
+
+def write_colours(root: Path, per_class: int = 12) -> Path:
+    """Write images of three colours in several shades, a folder for each; the first red one is broken."""
+    for index, colour in enumerate(COLOURS):
+        (root / colour).mkdir(parents=True)
+        for number in range(per_class):
+            shade = [40 + 5 * number] * 3
+            shade[2 - index] = 255
+            Image.new("RGB", (40, 40), tuple(shade)).save(root / colour / f"{number}.png")
+    (root / "red" / "0.png").write_bytes(b"broken")
+    return root
+
+
+def colour_recipe(data: Path, run: dict[str, int] | None = None, **train: object) -> Recipe:
+    """A run on such a folder; keywords change its `train` section."""
+    return Recipe.model_validate(
+        {
+            "model": {"name": "test_beit", "overrides": {"drop_path_rate": 0.2}},
+            "data": {"source": "folder", "path": data, "val_fraction": 0.25},
+            "train": {"epochs": 5, "batch_size": 6, "lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0, **train},
+            "run": {"log_updates": 2, **(run or {})},
+            "task": {"augment": {"kind": "crop", "scale": [0.5, 1.0], "color_jitter": 0.2}},
+        }
+    )

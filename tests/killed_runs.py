@@ -1,0 +1,103 @@
+"""A program that trains by a recipe twice: in one go, and in processes that are killed until one comes to the end.
+
+It imports once and forks each attempt, so that an attempt costs no more than its updates:
+`python killed_runs.py RECIPE.json OUT SEED PROCESSES events|seconds LONGEST` fills `OUT/whole` and `OUT/killed`, where
+attempts are killed after at most so many events or seconds, and prints how often they were.
+"""
+
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sklearn.model_selection  # noqa: F401  (here and not in each attempt)
+import timm.data  # noqa: F401
+import torch
+
+from beitzoo.training.folder import METRICS
+from beitzoo.training.recipe import read_resolved
+from beitzoo.training.tasks.finetune import finetune
+
+
+def main(recipe: str, out: str, seed: str, processes: str, kind: str, longest: str) -> None:
+    draw = random.Random(int(seed))
+    assert not _attempt(recipe, f"{out}/whole", int(processes), "", 0)
+    kills = 0
+    while not Path(out, "killed", METRICS).exists():  # the last thing that a run writes
+        kills += _attempt(recipe, f"{out}/killed", int(processes), kind, draw.uniform(0, float(longest)))
+    print("killed", kills)
+
+
+def _attempt(recipe: str, out: str, processes: int, kind: str, moment: float) -> bool:
+    """Train until the end or a moment; tell whether that moment came first."""
+    port = _free_port()
+    at_event = max(round(moment), 1) if kind == "events" else 0
+    running = {_fork(recipe, out, rank, processes, port, at_event) for rank in range(processes)}
+    deadline = time.monotonic() + moment if kind == "seconds" else float("inf")
+    statuses: list[int] = []
+    while running:
+        ended = [child for child in running if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)]
+        if any(statuses) or time.monotonic() > deadline:
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+            ended = list(running)
+        statuses += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ended]
+        running -= set(ended)
+        time.sleep(0.002)
+    if any(statuses) and -signal.SIGKILL not in statuses:
+        sys.exit(f"An attempt failed: {statuses}")
+    return -signal.SIGKILL in statuses
+
+
+def _fork(recipe: str, out: str, rank: int, count: int, port: int, at_event: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        if count > 1:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ.update({name: str(value) for name, value in names.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        if at_event and rank == 0:
+            _die_at(at_event)
+        finetune(read_resolved(Path(recipe)), Path(out))
+        if count > 1:
+            torch.distributed.destroy_process_group()
+        status = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _die_at(moment: int) -> None:
+    """Let this process be killed at one of the moments that matter: before an update, a write to disk, a rename."""
+    left = [moment]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return count
+
+    for name in ("fsync", "rename", "replace", "rmdir", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    torch.optim.AdamW.step = counted(torch.optim.AdamW.step)  # type: ignore[method-assign]
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,66 @@
+"""A run that is killed and started again ends bit-equal to one that was not."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from colours import colour_recipe, write_colours
+
+from beitzoo.training.recipe import Recipe, dump_recipe
+
+_PROGRAM = Path(__file__).parents[1] / "killed_runs.py"
+_OF_TIME = ("seconds", "images_per_sec")
+
+
+def train_twice(recipe: Recipe, out: Path, seed: int, processes: int, kind: str, longest: float) -> int:
+    """Train in one go and with kills, see `killed_runs`; return how many there were."""
+    (out / "recipe.json").write_text(dump_recipe(recipe))
+    options = map(str, (out / "recipe.json", out, seed, processes, kind, longest))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(_PROGRAM), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split()[-1])
+
+
+def outcome(out: Path) -> dict[str, object]:
+    """All that a run left, but for what it took in time."""
+    with (out / "log.csv").open() as file:
+        log = [{name: cell for name, cell in row.items() if name not in _OF_TIME} for row in csv.DictReader(file)]
+    metrics = json.loads((out / "metrics.json").read_text())
+    del metrics["train_seconds"]
+    files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    names = [name for name in files if name.startswith(("best", "last", "recipe", "split"))]
+    assert len(names) == 6
+    return {**{name: files[name].read_bytes() for name in names}, "log": log, "metrics": metrics}
+
+
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    """At drawn events: before updates, while the state or a model is written, while an old state is removed."""
+    data = write_colours(tmp_path / "data")
+    recipe = colour_recipe(data, {"save_updates": 2}, epochs=4, ema_decay=0.9, accumulation=2)
+    assert train_twice(recipe, tmp_path, seed=1, processes=1, kind="events", longest=80) >= 10
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_two_processes_go_on_together(tmp_path: Path) -> None:
+    """One of them meets a batch of a broken image only; one prints and writes."""
+    recipe = colour_recipe(write_colours(tmp_path / "data"), epochs=2, batch_size=2)
+    assert train_twice(recipe, tmp_path, seed=1, processes=2, kind="events", longest=100) >= 2
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    metrics = json.loads((tmp_path / "killed" / "metrics.json").read_text())
+    assert metrics["test_count"] + metrics["test_failures"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_at_any_time_change_nothing(tmp_path: Path, processes: int, workers: int) -> None:
+    data = write_colours(tmp_path / "data", per_class=24)
+    recipe = colour_recipe(data, {"save_updates": 3, "workers": workers}, epochs=8, batch_size=8)
+    assert train_twice(recipe, tmp_path, seed=2, processes=processes, kind="seconds", longest=2 + workers) >= 10
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
