@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beitzoo.errors import UserError as UserError
     from beitzoo.factory import create_model as create_model
+    from beitzoo.images.files import open_image as open_image
     from beitzoo.images.transforms import create_transform as create_transform
     from beitzoo.images.transforms import resolve_data_config as resolve_data_config
+    from beitzoo.inference.classify import predict as predict
     from beitzoo.models.beit import Beit as Beit
     from beitzoo.models.optimize import optimize as optimize
     from beitzoo.saving import save_pretrained as save_pretrained
@@ -43,7 +45,9 @@ _HOMES = {
     "is_model": "beitzoo.zoo.registry",
     "list_models": "beitzoo.zoo.registry",
     "list_pretrained": "beitzoo.zoo.registry",
+    "open_image": "beitzoo.images.files",
     "optimize": "beitzoo.models.optimize",
+    "predict": "beitzoo.inference.classify",
     "resolve_data_config": "beitzoo.images.transforms",
     "save_pretrained": "beitzoo.saving",
     "save_transformers": "beitzoo.saving",

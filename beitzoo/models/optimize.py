@@ -13,7 +13,7 @@ from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from beitzoo.errors import InvalidValueError
+from beitzoo.errors import InvalidValueError, UnsupportedError
 from beitzoo.models import inputs, kernels
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp
 from beitzoo.models.kernels import PositionBias
@@ -282,7 +282,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise RuntimeError(
+    raise UnsupportedError(
         f"A model made by optimize() cannot {what}: it is an inference snapshot. Use the model it was made from "
         "(optimize(model) without inplace=True leaves it as it was), and make a new snapshot."
     )

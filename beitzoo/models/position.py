@@ -24,8 +24,8 @@ def table_rows(grid: Pair) -> int:
 def relative_position_index(grid: Pair, device: torch.device) -> Tensor:
     """Return the table row of every pair of tokens, (N, N) with N = 1 + h w; queries are rows."""
     h, w = grid
-    y = torch.arange(h, device=device).repeat_interleave(w)
-    x = torch.arange(w, device=device).repeat(h)
+    y = torch.arange(h, device=device)[:, None].expand(h, w).flatten()
+    x = torch.arange(w, device=device).expand(h, w).flatten()
     dy = y[:, None] - y[None, :] + h - 1
     dx = x[:, None] - x[None, :] + w - 1
     index = F.pad(dy * (2 * w - 1) + dx, (1, 0, 1, 0))  # (N, N)

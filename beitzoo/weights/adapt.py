@@ -98,7 +98,7 @@ def make_plan(name: str, config: BeitConfig, trained: Head, overrides: Mapping[s
 
 
 def fit_to_file(plan: Plan, state: State) -> Plan:
-    """Correct a plan by the classes, channels and size of a user's own file, which need not be those of the row."""
+    """Correct a plan by the classes, channels, size and norm of a user's own file, which need not be the row's."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     stored = plan.stored
     if len(shapes.get("head.weight", ())) == 2 and stored.num_classes:
@@ -112,6 +112,12 @@ def fit_to_file(plan: Plan, state: State) -> Plan:
     tables = {shape[0] for name, shape in shapes.items() if name.endswith(_TABLE)}
     if tables == {wanted.bias_rows} or shapes.get("pos_embed", ())[1:2] == (wanted.num_tokens,):
         stored = replace(stored, img_size=wanted.img_size, patch_size=wanted.patch_size)
+    pooled = wanted.norm_after_pooling
+    if pooled != stored.norm_after_pooling and ("fc_norm.weight" in shapes, "norm.weight" in shapes) == (
+        pooled,
+        not pooled,
+    ):
+        stored = replace(stored, global_pool=wanted.global_pool, use_fc_norm=pooled)
     return replace(plan, stored=stored)
 
 

@@ -361,8 +361,9 @@ def _stated_data(config: BeitConfig, settings: _Preprocessor) -> DataConfig:
     """Express the processor in timm's words.
 
     A resize to both sides is `squash`, one to the shorter side is `center_floor`; whatever it scales by is folded into
-    mean and deviation. The numbers are those of transformers' PIL back end to rounding; its torchvision back end
-    differs by one of 255 levels at most.
+    mean and deviation. The numbers are those of transformers' PIL backend to rounding. Its torchvision backend resizes
+    tensors: of photographs it differs by at most two of 255 levels with bilinear, bicubic and Lanczos; with nearest it
+    takes other pixels, and box and Hamming it has not.
     """
     if not settings.do_resize:
         raise ValueError("its preprocessor does not resize (do_resize), so that inputs have any size; set it to true.")

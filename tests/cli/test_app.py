@@ -16,7 +16,7 @@ from beitzoo import cli
 from beitzoo.cli import app, main
 from beitzoo.errors import InvalidValueError
 
-COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "finetune", "report"]
+COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "finetune", "benchmark", "report"]
 
 
 def beitzoo_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -40,6 +40,25 @@ for arguments in {arguments}:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     told = [line for line in result.stdout.splitlines() if line.startswith("IMPORTED")]
     assert told == [f"IMPORTED {' '.join(one)} set()" for one in arguments]
+
+
+def test_core_commands_need_no_extra() -> None:
+    extras = ["accelerate", "sklearn", "scipy", "matplotlib", "pyarrow", "onnx", "onnxruntime", "openvino"]
+    extras += ["transformers", "simplejpeg"]
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys({extras})  # importing any of them fails
+from beitzoo.cli import main
+for arguments in (["predict", "{SAMPLES}/digit_3.png"], ["info", "test_beit"], ["list", "--markdown"],
+                  ["benchmark", "--model", "test_beit", "--bench", "profile"]):
+    sys.argv = ["beitzoo", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print("ENDED", end.code)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert [line for line in result.stdout.splitlines() if line.startswith("ENDED")] == ["ENDED 0"] * 4, result.stderr
 
 
 def test_version() -> None:

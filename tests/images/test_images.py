@@ -11,9 +11,10 @@ import torch
 from PIL import Image, ImageOps
 
 import beitzoo
+from beitzoo.errors import InvalidOptionError
 from beitzoo.images import files
 from beitzoo.images.datasets import ImageSet, LabelledImages, collate, labelled_folder
-from beitzoo.images.files import ImageError, open_image
+from beitzoo.images.files import ImageError, as_image, open_image
 from beitzoo.images.folders import find_images, images_at
 from beitzoo.zoo.pretrained import PRETRAINED
 
@@ -68,6 +69,63 @@ def test_every_mode_opens_as_grey_or_rgb(mode: str, tmp_path: Path) -> None:
     assert grey.getpixel((0, 0)) == pytest.approx(255 if mode == "1" else 128, abs=2)
 
 
+def test_a_path_is_a_path_or_a_str_from_home_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (3, 2)).save("a.png")
+    for path in ("a.png", Path("a.png"), "~/a.png", Path("~/a.png")):
+        assert beitzoo.open_image(path).size == (3, 2)
+    Image.new("RGB", (5, 4)).save("~root.png")
+    assert beitzoo.open_image("~root.png").size == (5, 4)
+    with pytest.raises(InvalidOptionError, match=r"takes a path, and this is a ndarray of shape \(2, 2\) and uint8"):
+        beitzoo.open_image(np.zeros((2, 2), np.uint8))  # type: ignore[arg-type]
+
+
+def test_decoded_images_become_what_open_image_makes_of_their_files(tmp_path: Path) -> None:
+    for name, mode in (("a.tiff", "CMYK"), ("a.jpg", "RGB"), ("a.png", "LA")):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.effect_noise((6, 4), 60).convert(mode).save(tmp_path / name, exif=exif)
+        for channels in (1, 3):
+            opened = open_image(tmp_path / name, channels)
+            with Image.open(tmp_path / name) as given:
+                assert np.array_equal(np.asarray(as_image(given, channels)), np.asarray(opened))
+                # The image of the caller is left as it was; Pillow itself turns a TIFF on loading it.
+                assert given.mode == mode
+                assert name == "a.tiff" or given.getexif()[0x0112] == 6
+            assert opened.size == (4, 6)
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for source in (pixels, torch.tensor(pixels).permute(2, 0, 1)):
+        assert np.array_equal(np.asarray(as_image(source)), pixels)
+    for grey in (pixels[:, :, 0], pixels[:, :, :1], torch.tensor(pixels[:, :, 0])[None]):
+        assert np.array_equal(np.asarray(as_image(grey, 1)), pixels[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [3, None, b"x", np.zeros((2, 2, 3)), torch.zeros(3, 2, 2), np.zeros((2, 2, 2), np.uint8), np.zeros(3, np.uint8)],
+    ids=repr,
+)
+def test_what_is_no_image_is_told_what_would_be_one(wrong: object) -> None:
+    with pytest.raises(InvalidOptionError, match=r"cannot be made of a .* Give a path, a PIL image, an array"):
+        as_image(wrong)
+
+
+def test_the_pixels_of_a_broken_file_are_an_image_error(tmp_path: Path) -> None:
+    (tmp_path / "cut.jpg").write_bytes(PHOTO.read_bytes()[:3000])
+    with Image.open(tmp_path / "cut.jpg") as image, pytest.raises(ImageError, match="truncated"):
+        as_image(image)
+
+
+@pytest.mark.skipif(not files.READS_AVIF, reason="Pillow was built without a decoder for AVIF")
+def test_avif_is_read(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.avif")
+    assert open_image(tmp_path / "a.avif").size == (8, 6)
+    (tmp_path / "cut.avif").write_bytes((tmp_path / "a.avif").read_bytes()[:-20])
+    with pytest.raises(ImageError, match="damaged"):
+        open_image(tmp_path / "cut.avif")
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_pixels_of_unknown_range_are_refused(kind: type, tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 6), 1, kind)).save(tmp_path / "a.tiff")
@@ -96,6 +154,7 @@ def test_unreadable_files_are_named_errors(tmp_path: Path, monkeypatch: pytest.M
     cases = {
         "empty.jpg": (b"", "the file is empty"),
         "text.png": (b"hello", "not an image"),
+        "phone.jpg": (b"\0\0\0\x18ftypheic" + bytes(50), "a HEIC image, which is not decoded; convert it to JPEG"),
         "cut.jpg": (whole[:2000], "damaged or unreadable"),
         "disguised.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
     }

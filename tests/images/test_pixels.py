@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import beitzoo
+from beitzoo.errors import InvalidOptionError
 from beitzoo.images import steps
 from beitzoo.images.files import open_image
 
@@ -241,6 +242,14 @@ def test_an_image_as_long_as_a_street() -> None:
     assert (seen[1, :, 0].mean(), seen[1, :, -1].mean()) == (pytest.approx(1, abs=0.1), pytest.approx(-1, abs=0.1))
     short = image.crop((29_000, 0, 31_000, 1)).convert("RGB")
     assert torch.equal(seen, beitzoo.create_transform(**options)(short))
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_what_is_no_image_is_told_what_to_do(is_training: bool) -> None:
+    transform: Any = beitzoo.create_transform(is_training, **EVAL)
+    for wrong in (PHOTO, str(PHOTO), np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(InvalidOptionError, match=r"takes a PIL image, and this is a .*beitzoo.open_image\(path\)"):
+            transform(wrong)
 
 
 def test_tensors_go_through_as_in_timm() -> None:

@@ -4,18 +4,22 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import beitzoo
 from beitzoo import Beit
+from beitzoo.errors import InvalidOptionError
 from beitzoo.images import files
 from beitzoo.images.files import ImageError, open_image
 from beitzoo.inference import pipeline
 from beitzoo.inference.classify import Tally, predict, predict_each
 from beitzoo.inference.pipeline import Loading
+from beitzoo.zoo.checkpoints import Classify
 
 SAMPLES = Path("beitzoo/assets/samples")
 DIGITS = sorted(SAMPLES.glob("*.png"))
@@ -45,7 +49,7 @@ def test_broken_images_shift_nothing(batch_size: int, tmp_path: Path) -> None:
             assert prediction.answers == ()
 
 
-def test_a_file_that_fails_once_does_not_shift_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_fails_once_does_not_shift_its_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def open_once(path: Path, in_chans: int) -> Image.Image:
@@ -86,6 +90,52 @@ def test_a_model_without_a_head_is_refused() -> None:
             predict(beitzoo.create_model("test_beit", **options), DIGITS)
     with pytest.raises(ValueError, match="b has no head"):
         predict({"b": beitzoo.create_model("test_beit", num_classes=0)}, DIGITS)
+
+
+def test_probabilities_are_those_the_head_was_trained_for() -> None:
+    """Sigmoid for several labels at once, or for a single output: transformers' own rule, and its numbers."""
+    logits = torch.tensor([[2.0, -1.0, 0.0]])
+    for classes in (3, 1):
+        model = beitzoo.create_model("test_beit", num_classes=classes)
+        head = Classify(num_classes=classes, labels=tuple("abc"[:classes]), activation="sigmoid")
+        model.pretrained = replace(model.pretrained, head=head)
+        model.register_forward_hook(lambda _, __, out: logits[:, : out.shape[1]])
+        (prediction,) = predict(model, Image.new("RGB", (8, 8)))
+        expected = logits[0, :classes].sigmoid().sort(descending=True)
+        assert [answer.probability for answer in prediction.answers] == pytest.approx(expected.values.tolist())
+        assert [answer.index for answer in prediction.answers] == expected.indices.tolist()
+        (softmax,) = predict(replace_head(model, "softmax"), Image.new("RGB", (8, 8)))
+        assert sum(answer.probability for answer in softmax.answers) == pytest.approx(1)
+
+
+def replace_head(model: Beit, activation: Any) -> Beit:
+    head = replace(model.pretrained.head, activation=activation)  # type: ignore[type-var]
+    model.pretrained = replace(model.pretrained, head=head)
+    return model
+
+
+def test_images_come_as_people_have_them() -> None:
+    model = beitzoo.create_model(pretrained=True)
+    assert model.training
+    pixels = np.asarray(Image.open(DIGITS[3]))
+    images = [DIGITS[3], str(DIGITS[3]), Image.open(DIGITS[3]), pixels, torch.tensor(pixels)[None]]
+    rows = beitzoo.predict(model, images)
+    assert [row.answers[0].label for row in rows] == ["3"] * 5
+    assert [row.path for row in rows] == [DIGITS[3], DIGITS[3], None, None, None]
+    assert len({row.answers[0].probability for row in rows}) == 1
+    for image in images:
+        assert beitzoo.predict(model, image)[0].answers[0].label == "3"
+    assert model.training
+    with pytest.raises(InvalidOptionError, match="cannot be made of a int"):
+        beitzoo.predict(model, [3])
+
+
+def test_the_weights_decide_the_precision() -> None:
+    model = beitzoo.create_model(pretrained=True, dtype=torch.bfloat16)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    assert [row.answers[0].label for row in predict(model, DIGITS)] == list("0123456789")
+    assert seen == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("number", [0, -1])

@@ -238,9 +238,8 @@ def test_selective_checkpointing_recomputes_only_those_blocks() -> None:
     assert not model.grad_checkpointing
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_shared_rel_pos_bias": True, "use_abs_pos_emb": True}], ids=str)
-def test_compiles_without_a_break_and_trains(fields: dict[str, object]) -> None:
-    model = build(depth=2, **fields)
+def test_compiles_without_a_break_and_trains() -> None:
+    model = build(depth=1, use_shared_rel_pos_bias=True, use_abs_pos_emb=True)
     x = images()
     expected = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -6,6 +6,7 @@ Of timm's tests that reach BEiT, two do not apply: `test_model_forward_torchscri
 the package. `test_model_forward_fx` and `test_model_backward_fx` are in `test_tools.py`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,11 +28,10 @@ NAMES = [
 NARROW: dict[str, Any] = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-def build(name: str, **options: Any) -> Any:
+def build(name: str, fresh: bool = True, **options: Any) -> Any:
     options = {**NARROW, **({"num_classes": 0} if "mim" in name else {}), **options}
     model = beitzoo.create_model(name, **options)
-    randomise(model)
-    return model
+    return randomise(model) if fresh else model
 
 
 def images(batch: int = 2) -> Tensor:
@@ -104,6 +104,25 @@ def test_feature_maps(name: str) -> None:
     model.train().set_grad_checkpointing()
     for found, expected in zip(model.forward_intermediates(x, (0, 1), intermediates_only=True), maps, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("test_beit", {"features_only": True, "out_indices": (0,)}),
+        ("test_beit", {"features_only": True, "global_pool": "token", "norm": True}),
+        ("beit_base_patch16_224.mim_in22k", {"features_only": True, "norm": True, "num_classes": None}),
+        ("beit_base_patch16_224", {"features_only": True, "pyramid": True, "depth": 4}),
+        ("test_beit", {"global_pool": "token"}),
+    ],
+    ids=str,
+)
+def test_what_a_model_saves_loads_by_the_call_that_made_it(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model, x = build(name, **options).eval(), images()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    again = build(name, **options, checkpoint_path=tmp_path / "weights.pth", fresh=False).eval()
+    for found, expected in zip(again(x), model(x), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_unknown_kinds_of_feature_extractors_are_named() -> None:
