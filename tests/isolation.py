@@ -1,6 +1,7 @@
 """An environment of the tests' own; imported before everything that reads the one they are started in."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -32,3 +33,5 @@ for name in list(os.environ):
 os.environ.update(_SET)
 os.umask(0o022)
 os.chdir(ROOT)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells set it for what they start in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
