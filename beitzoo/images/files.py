@@ -113,7 +113,9 @@ def opened(path: Path) -> Iterator[Image.Image]:
             raise ImageError("a folder, not an image" if path.is_dir() else "not a regular file")
         if not status.st_size:
             raise ImageError("the file is empty")
-        with Image.open(path, formats=FORMATS) as image:
+        # By the file and not by its name: Pillow maps some named files into memory, which ends the process where they
+        # are cut short meanwhile, and scrambles the pixels of a turned TIFF (13.0).
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             _check_cost(image, path)
             yield image
     except ImageError:

@@ -82,7 +82,7 @@ def test_a_path_is_a_path_or_a_str_from_home_too(tmp_path: Path, monkeypatch: py
 
 
 def test_decoded_images_become_what_open_image_makes_of_their_files(tmp_path: Path) -> None:
-    for name, mode in (("a.tiff", "CMYK"), ("a.jpg", "RGB"), ("a.png", "LA")):
+    for name, mode in (("a.tiff", "RGB"), ("a.jpg", "RGB"), ("a.png", "LA")):
         exif = Image.Exif()
         exif[0x0112] = 6
         Image.effect_noise((6, 4), 60).convert(mode).save(tmp_path / name, exif=exif)
@@ -147,6 +147,19 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (4, 6)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "I;16"])
+def test_a_turned_tiff_keeps_its_pixels(mode: str, tmp_path: Path) -> None:
+    """Pillow maps uncompressed files by their name, and then takes the sides for each other."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = Image.effect_noise((60, 40), 60)
+    image = Image.fromarray(np.asarray(noise).astype("<u2") * 256) if mode == "I;16" else noise.convert(mode)
+    image.save(tmp_path / "plain.tiff")
+    image.save(tmp_path / "turned.tiff", exif=exif)
+    upright = open_image(tmp_path / "plain.tiff").transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.tiff")), np.asarray(upright))
 
 
 def test_unreadable_files_are_named_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
