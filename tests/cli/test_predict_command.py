@@ -88,6 +88,48 @@ def test_predict_says_when_there_is_nothing(form: str, expected: str, tmp_path: 
         assert row["error"] in ("a folder, not an image", "there is no such file")
 
 
+def test_predict_says_who_answers_when_nobody_was_named() -> None:
+    told = "No --model was named, so beit_nano_patch4_32.digits answers, which reads handwritten digits"
+    digit = str(SAMPLES / "digit_1.png")
+    assert told in run("predict", digit).stderr
+    assert run("predict", digit, "-m", "beit_nano_patch4_32").stderr == ""
+
+
+def test_predict_writes_what_the_file_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "digit.png").write_bytes((SAMPLES / "digit_1.png").read_bytes())
+    for name in ("rows.json", "rows.csv"):
+        assert run("predict", "~/digit.png", "--output", f"~/{name}").exit_code == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["path"], row["answers"][0]["label"]) == (str(tmp_path / "digit.png"), "1")
+    (line,) = csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())
+    assert line["label_1"] == "1"
+    refused = run("predict", "~/digit.png", "--output", str(tmp_path / "rows.jsonl"))
+    assert (refused.exit_code, "what a .jsonl file holds is not known" in refused.stderr) == (2, True)
+
+
+def test_predict_counts_what_it_passes_over(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png", "IMG_1.HEIC", "notes.txt", "list.csv"):
+        (tmp_path / name).write_bytes((SAMPLES / "digit_1.png").read_bytes())
+    result = run("predict", str(tmp_path), "-m", "beit_nano_patch4_32")
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 2)
+    assert result.stderr.splitlines() == [
+        "Left out 1, hidden, or left by a tool: ._a.png",
+        "Left out 1, HEIC, which is not decoded here (convert them to JPEG or PNG): IMG_1.HEIC",
+        "Left out 2, not called like images: list.csv, notes.txt",
+    ]
+
+
+def test_predict_takes_weights_of_ones_own(tmp_path: Path) -> None:
+    beitzoo.save_pretrained(beitzoo.create_model(pretrained=True), tmp_path)
+    weights = ["--checkpoint", str(tmp_path / "model.safetensors")]
+    digit = str(SAMPLES / "digit_7.png")
+    rows = json.loads(run("predict", digit, "-m", "beit_nano_patch4_32", *weights, "--format", "json").stdout)
+    assert rows[0]["answers"][0]["label"] == "7"
+    refused = run("predict", digit, "-m", "test_beit", "-m", "beit_nano_patch4_32", *weights)
+    assert (refused.exit_code, "--checkpoint is one file, and 2 models are named" in refused.stderr) == (2, True)
+
+
 def test_predict_turns_photos_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
