@@ -24,15 +24,15 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_evaluate_prints_and_appends_rows(tmp_path: Path) -> None:
+def test_evaluate_prints_and_appends_rows(data: Path, tmp_path: Path) -> None:
     table = tmp_path / "r.csv"
-    result = run("evaluate", MODEL, MODEL, "--data", "digits", "--results-file", str(table), "-b", "128")
+    (data / "3" / "broken.png").unlink()
+    result = run("evaluate", MODEL, MODEL, "--data", str(data), "--results-file", str(table))
     assert result.exit_code == 0
-    assert "± 0.00 (mean ± sd of 2)" in result.stdout
-    assert "1,797 images of 10 classes" in result.stderr
-    assert result.stderr.count("Left out 1,198 of 1,797 images") == 1
+    assert "top1 100.00 ± 0.00 (mean ± sd of 2)" in result.stdout
+    assert result.stderr.count("the data has 3 of them") == 1
     rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert [(row["count"], row["failures"], row["top1"]) for row in rows] == [("599", "0", rows[0]["top1"])] * 2
+    assert [(row["count"], row["failures"], row["top1"]) for row in rows] == [("3", "0", "100.0")] * 2
 
 
 def test_evaluate_lists_what_cannot_be_read_and_exits_with_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
