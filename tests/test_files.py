@@ -143,6 +143,7 @@ def test_what_cannot_be_a_file_says_so(tmp_path: Path) -> None:
         read_text(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_killed_while_it_writes_the_old_file_stays(tmp_path: Path) -> None:
     path, begun = tmp_path / "file", tmp_path / "begun"
     path.write_text("old")

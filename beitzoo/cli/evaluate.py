@@ -41,9 +41,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure top-1 and top-5 accuracy; of several models also mean and standard deviation.
+    """Measure top-1 and top-5 accuracy.
 
-    An unreadable image is listed and not counted, and exit code 1 at the end.
+    Of several models also mean and standard deviation. An unreadable image is listed and not counted, and exit code 1 at the end.
     """
     from beitzoo import results
     from beitzoo.evaluation.evaluate import COLUMNS, Subject, load_data

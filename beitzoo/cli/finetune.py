@@ -20,9 +20,9 @@ def finetune(
         Path | None, typer.Option(help="Start from this file instead of the weights of the recipe's model.")
     ] = None,
 ) -> None:
-    """Train a classifier by a recipe and measure it once on held-out images.
+    """Train a classifier by a recipe.
 
-    The same command goes on with a run that was interrupted.
+    It is measured once on held-out images. The same command goes on with a run that was interrupted.
     """
     extras.require("train", "accelerate", "sklearn")
     from beitzoo.training.recipe import load_recipe

@@ -14,7 +14,10 @@ def report(
     out: Annotated[Path, typer.Option(help="Receives plots/ and accuracy/.")],
     results: Annotated[Path, typer.Option(help="Folder whose CSV files are read.")] = Path("results"),
 ) -> None:
-    """Draw accuracy against speed and the ratio to each peer, and write the tables of published accuracy."""
+    """Draw what was measured.
+
+    Accuracy against speed, and the ratio to each peer; the published accuracies are written as tables.
+    """
     extras.require("plots", "matplotlib")
     from beitzoo.measure.report import write_report
 
@@ -27,7 +30,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 
 def benchmark(context: typer.Context) -> None:
-    """Time models, by the flags of timm's benchmark.py; `beitzoo benchmark --help` lists them."""
+    """Time models, by the flags of timm's benchmark.py."""
     from beitzoo.measure.benchmark import main
 
     raise typer.Exit(main(context.args))

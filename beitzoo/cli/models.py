@@ -80,7 +80,10 @@ def _headline(name: str) -> str:
 
 
 def info(name: str, as_json: AsJson = False) -> None:
-    """Say what a model is: size, cost, where its weights are, how images are prepared, licence."""
+    """Describe a model.
+
+    Size, cost, where its weights are, how images are prepared, published accuracy, licence and paper.
+    """
     facts = _facts(name)
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -95,7 +98,7 @@ def download(
     models: Annotated[list[str], typer.Argument(help="Model names, globs of them, or hf-hub:OWNER/NAME@REVISION.")],
     cache_dir: CacheDir = None,
 ) -> None:
-    """Fetch weights into the cache and prove them, for use without network later."""
+    """Download weights and verify their checksums, for use without network later."""
     from beitzoo.factory import look_up
     from beitzoo.weights import sources
 
@@ -118,7 +121,10 @@ def verify(
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hash downloaded weights again; exit code 1 if a file is damaged or a named model absent."""
+    """Verify the checksums of downloaded weights.
+
+    The exit code is 1 if a file is damaged or a named model is absent.
+    """
     cache_dir = cache_dir and cache_dir.expanduser()
     rows: list[dict[str, str]] = []
     for name in _expand(models or ["*"]):

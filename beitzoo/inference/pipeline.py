@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from beitzoo.errors import OutOfMemoryError, check
+from beitzoo.errors import OutOfMemoryError, check, is_out_of_memory
 from beitzoo.images.files import ImageError, as_image
 from beitzoo.images.transforms import Transform, create_transform, prepare
 
@@ -130,8 +130,8 @@ class _Runner(Generic[Outcome]):
             batch = torch.stack(images[start : start + self.most])
             try:
                 outcomes = self._run(batch)
-            except RuntimeError as error:
-                if not _out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
                     raise OutOfMemoryError(
@@ -147,11 +147,6 @@ class _Runner(Generic[Outcome]):
     @torch.inference_mode()
     def _run(self, batch: Tensor) -> Sequence[Outcome | Failure]:
         return self.job.run(batch.to(device=self.job.device, dtype=self.job.dtype))
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # On the CPU there is no class for it.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _batches(

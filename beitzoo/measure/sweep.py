@@ -18,11 +18,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from beitzoo.errors import InvalidValueError, UserError
+from beitzoo.errors import InvalidValueError, UserError, is_out_of_memory
 from beitzoo.factory import create_model
 from beitzoo.measure import steps
 from beitzoo.measure.options import BenchmarkOptions, Phase
@@ -62,8 +61,6 @@ DATA_COLUMNS = ("route", *_RATIO, *_PIXELS, "rounds", *ENVIRONMENT)
 _PLACE = tuple(name for name in ENVIRONMENT if name != "date")
 _PHASES = {"inference": steps.measure_inference, "train": steps.measure_training}
 _LONGEST_MESSAGE = 400
-# What PyTorch's allocators say; the classes of exceptions differ between versions and devices.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 _logger = logging.getLogger(__name__)
 
@@ -308,7 +305,7 @@ def _serve(sender: Connection, function: Callable[[Argument], Result], argument:
     except UserError as error:
         outcome = Outcome(None, str(error))
     except Exception as error:
-        if not (out_of_memory := _is_out_of_memory(error)):
+        if not (out_of_memory := is_out_of_memory(error)):
             traceback.print_exc()
         message = " ".join(f"{type(error).__name__}: {error}".split())
         outcome = Outcome(None, message[:_LONGEST_MESSAGE], out_of_memory)
@@ -338,12 +335,6 @@ def _limit_memory() -> None:
 def _kibibytes(path: Path, name: str) -> int:
     lines = path.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def _cause_of_death(code: int | None) -> str:

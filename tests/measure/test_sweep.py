@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from beitzoo.errors import InvalidValueError
 from beitzoo.measure import steps
@@ -134,6 +136,7 @@ def test_what_failed_is_not_kept_where_there_is_no_column_for_it(
     ]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     """As a process that is killed outright, at many moments; then what is left is measured to its end."""
     wanted, clock = 6, random.Random(0)
@@ -151,6 +154,7 @@ def _kill(work: Callable[[], object], after: float) -> None:
     """Do something in a copy of this process and kill that, if it is not finished by then."""
     process = os.fork()
     if process == 0:
+        tqdm.set_lock(threading.RLock())  # its own is shared with this process, which would wait for it for ever
         work()
         os._exit(0)
     time.sleep(after)
