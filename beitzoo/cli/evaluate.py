@@ -43,7 +43,8 @@ def evaluate(
 ) -> None:
     """Measure top-1 and top-5 accuracy.
 
-    Of several models also mean and standard deviation. An unreadable image is listed and not counted, and exit code 1 at the end.
+    Of several models also mean and standard deviation. An unreadable image is listed and not counted, and the
+    exit code is then 1.
     """
     from beitzoo import results
     from beitzoo.evaluation.evaluate import COLUMNS, Subject, load_data

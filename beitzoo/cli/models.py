@@ -98,7 +98,7 @@ def download(
     models: Annotated[list[str], typer.Argument(help="Model names, globs of them, or hf-hub:OWNER/NAME@REVISION.")],
     cache_dir: CacheDir = None,
 ) -> None:
-    """Download weights and verify their checksums, for use without network later."""
+    """Download weights and verify their checksums."""
     from beitzoo.factory import look_up
     from beitzoo.weights import sources
 
