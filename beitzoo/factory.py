@@ -11,11 +11,10 @@ from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.weights import adapt, checkpoint
 from beitzoo.weights.adapt import Plan, State
-from beitzoo.weights.names import find_weights
-from beitzoo.weights.names import look_up as look_up
+from beitzoo.weights.names import find_weights, look_elsewhere
 from beitzoo.zoo.checkpoints import Classify, LocalFile, PretrainedConfig
 from beitzoo.zoo.networks import BeitConfig
-from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError
+from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
 
 # `sources` (the hub's client) is imported by the function that needs it: it costs as much time as all the rest of
 # beitzoo, and a model is often made without it.
@@ -120,6 +119,27 @@ def create_model(
         _fit(model, plan.wanted)
     result = BeitFeatures(model, **options) if features_only else model
     return result.to(device=device, dtype=dtype)
+
+
+def look_up(name: str, cache_dir: Path | None = None) -> Entry:
+    """Say what a name stands for, wherever it points: the one way from a name to an entry.
+
+    Args:
+        name: `architecture`, `architecture.tag`, or a repository that a row of the table has as a source
+            (`microsoft/beit-base-patch16-224`); else a path or `hf-hub:owner/name@revision`, see `look_elsewhere`.
+        cache_dir: Where downloads are kept; the hub's own cache if None.
+
+    Raises:
+        UnknownModelError: The name is unknown; the closest are named.
+        UserError: What it points to holds no BEiT, or cannot be had.
+    """
+    try:
+        return find(name)
+    except UnknownModelError:
+        entry = look_elsewhere(name, cache_dir)
+        if entry is None:
+            raise
+        return entry
 
 
 def _check_feature_class(feature_cls: str | None) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beitzoo.errors import InvalidValueError
+from beitzoo.errors import InvalidValueError, UserError
 from beitzoo.zoo import accuracy, costs
 from beitzoo.zoo.checkpoints import (
     Classify,
@@ -109,7 +109,7 @@ def download(
             pretrained = look_up(name, cache_dir).pretrained
             path = sources.fetch(pretrained.sources if pretrained else (), cache_dir)
             print(f"{name}  {path}")
-        except (ValueError, OSError) as error:
+        except UserError as error:
             failed = True
             print(f"Error: {name}: {error}", file=sys.stderr)
     if failed:
@@ -130,7 +130,7 @@ def verify(
     for name in _expand(models or ["*"]):
         try:
             rows += _verdicts(name, cache_dir, named=bool(models))
-        except (ValueError, OSError) as error:
+        except UserError as error:
             rows.append({"model": name, "state": "not found", "file": "", "detail": str(error)})
     if as_json:
         print(json.dumps(rows, indent=2))

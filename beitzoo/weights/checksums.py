@@ -1,4 +1,4 @@
-"""Whether a file is what it should be, and a memory of it, so that a file is hashed once and not at every load."""
+"""Checksums of files, and records of them, so that a file is hashed once and not at every load."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ class DamagedError(UserError, OSError):
     """A file's content is not what was stated."""
 
 
-def notes_in(folder: Path) -> Path:
-    """Return where, in our own folder of a cache, notes on proven files are kept."""
+def records_in(folder: Path) -> Path:
+    """Return where, in our own folder of a cache, the checksum records of verified files are kept."""
     return folder / "checksums"
 
 
@@ -43,34 +43,34 @@ def is_hash(name: str) -> bool:
     return _HASH.fullmatch(name) is not None
 
 
-def prove(path: Path, expected: str, notes: Path) -> None:
+def verify_checksum(path: Path, expected: str, records: Path) -> None:
     """Compare a file with its sha256, or with its git blob hash where the hub keeps it in git.
 
-    A file that was proven before and has the size and time it had then is not read again.
+    A file that was verified before and has the size and time it had then is not read again.
 
     Args:
         path: The file; links are followed.
         expected: 64 hexadecimal digits of sha256, or 40 of git.
-        notes: Folder of notes on what was proven. Where it cannot be written, files are hashed at every load.
+        records: Folder of checksum records. Where it cannot be written, files are hashed at every load.
 
     Raises:
         DamagedError: The content has another hash.
         OSError: The file cannot be read.
     """
     file = path.resolve(strict=True)
-    if _is_remembered(file, expected, notes):
+    if _is_verified(file, expected, records):
         return
-    stamp = _stamp(file)  # before it is read: what changes meanwhile is not proven
+    stamp = _stamp(file)  # before it is read: what changes meanwhile is not verified
     found = content_hash(file, expected)
     if found != expected:
         raise DamagedError(f"{path} is damaged: its hash is {found}, expected {expected}.")
-    _write_note(file, {"hash": expected, "proven": stamp}, notes)
+    _write_record(file, {"hash": expected, "verified": stamp}, records)
 
 
-def prove_again(path: Path, expected: str, notes: Path) -> None:
-    """Hash a file whatever is remembered of it; if it is damaged, `prove` will not trust it either from now on."""
-    _write_note(path.resolve(strict=True), {"hash": expected, "proven": None}, notes)
-    prove(path, expected, notes)
+def verify_again(path: Path, expected: str, records: Path) -> None:
+    """Hash a file whatever its record says; a damaged one is not trusted by `verify_checksum` from now on."""
+    _write_record(path.resolve(strict=True), {"hash": expected, "verified": None}, records)
+    verify_checksum(path, expected, records)
 
 
 def content_hash(path: Path, like: str) -> str:
@@ -85,23 +85,23 @@ def content_hash(path: Path, like: str) -> str:
         return digest.hexdigest()
 
 
-def remember(path: Path, notes: Path) -> str:
-    """Note and return the sha256 that a file has now, for which nobody states one."""
+def record_checksum(path: Path, records: Path) -> str:
+    """Record and return the sha256 that a file has now, for which nobody states one."""
     file = path.resolve(strict=True)
     stamp = _stamp(file)
     content = content_hash(file, like="0" * 64)
-    _write_note(file, {"hash": content, "proven": stamp}, notes)
+    _write_record(file, {"hash": content, "verified": stamp}, records)
     return content
 
 
-def recorded(path: Path, notes: Path) -> str | None:
-    """Return the hash that was noted for a file, whether or not it changed since."""
-    return _read_note(path.resolve(), notes).get("hash")
+def recorded_checksum(path: Path, records: Path) -> str | None:
+    """Return the hash that was recorded for a file, whether or not it changed since."""
+    return _read_record(path.resolve(), records).get("hash")
 
 
-def _is_remembered(file: Path, expected: str, notes: Path) -> bool:
-    note = _read_note(file, notes)
-    return note.get("hash") == expected and note.get("proven") == _stamp(file)
+def _is_verified(file: Path, expected: str, records: Path) -> bool:
+    record = _read_record(file, records)
+    return record.get("hash") == expected and record.get("verified") == _stamp(file)
 
 
 def _stamp(file: Path) -> dict[str, int]:
@@ -110,20 +110,20 @@ def _stamp(file: Path) -> dict[str, int]:
     return {name: getattr(state, f"st_{name}") for name in ("size", "mtime_ns", "ctime_ns", "ino")}
 
 
-def _read_note(file: Path, notes: Path) -> dict[str, Any]:
+def _read_record(file: Path, records: Path) -> dict[str, Any]:
     try:
-        note = json.loads(_note_of(file, notes).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no note, or one that was damaged: the file must speak for itself
+        record = json.loads(_record_of(file, records).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no record, or a damaged one: the file is hashed
         return {}
-    return note if isinstance(note, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
-def _write_note(file: Path, note: dict[str, Any], notes: Path) -> None:
+def _write_record(file: Path, record: dict[str, Any], records: Path) -> None:
     try:
-        write_text(_note_of(file, notes), json.dumps({"path": str(file), **note}, indent=2) + "\n")
+        write_text(_record_of(file, records), json.dumps({"path": str(file), **record}, indent=2) + "\n")
     except OSError as error:
-        _logger.info("Cannot note in %s what is known of %s (%s); it will be hashed again.", notes, file, error)
+        _logger.info("Cannot write a checksum record of %s in %s (%s); it will be hashed again.", file, records, error)
 
 
-def _note_of(file: Path, notes: Path) -> Path:
-    return notes / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"
+def _record_of(file: Path, records: Path) -> Path:
+    return records / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, through its client, and proven.
+"""Files of the Hugging Face hub, through its client, with verified checksums.
 
 The client checks sizes, never content, trusts its cache for ever, and can wait for minutes. Here content is compared
 with the hash that the table or else the hub states, a damaged copy is fetched again, and waits are bounded.
@@ -47,9 +47,9 @@ def own_folder(cache_dir: Path | None) -> Path:
     return (cache_dir or Path(constants.HF_HOME)) / "beitzoo"
 
 
-def notes(cache_dir: Path | None) -> Path:
-    """Return where notes on proven files are kept."""
-    return checksums.notes_in(own_folder(cache_dir))
+def checksum_records(cache_dir: Path | None) -> Path:
+    """Return where the checksum records of verified files are kept."""
+    return checksums.records_in(own_folder(cache_dir))
 
 
 def fetch(source: HubFile, cache_dir: Path | None = None) -> Path:
@@ -79,7 +79,7 @@ def fetch(source: HubFile, cache_dir: Path | None = None) -> Path:
 
 
 def find_local(source: HubFile, cache_dir: Path | None = None) -> Path | None:
-    """Return the cached file, if there is one; asks nobody and proves nothing."""
+    """Return the cached file, if there is one; asks nobody and verifies nothing."""
     try:
         found = try_to_load_from_cache(source.repo_id, source.filename, cache_dir, source.revision)
     except HFValidationError:
@@ -116,27 +116,27 @@ def _fetch_online(source: HubFile, cache_dir: Path | None) -> Path:
     if cached is None or not _is_commit(commit):
         etag, commit = _look(source)
     if cached is None or commit_of(cached) != commit:
-        with _turn(source, cache_dir):
+        with _locked(source, cache_dir):
             cached = find_local(source, cache_dir)  # another process may have been quicker
             if cached is None or commit_of(cached) != commit:
                 cached = _download(source, cache_dir)
     try:
-        _prove(source, cached, cache_dir, etag)
+        _verify(source, cached, cache_dir, etag)
     except DamagedError as error:
         _logger.warning("%s It is fetched again.", error)
-        with _turn(source, cache_dir):
+        with _locked(source, cache_dir):
             return _heal(source, cache_dir)
     return cached
 
 
 @contextmanager
-def _turn(source: HubFile, cache_dir: Path | None) -> Iterator[None]:
+def _locked(source: HubFile, cache_dir: Path | None) -> Iterator[None]:
     """Keep other processes from changing a file of the cache meanwhile; the client takes links away to renew them."""
     locks = own_folder(cache_dir) / "locks"
     try:
         locks.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _logger.info("Cannot make %s (%s); going on without taking turns with other processes.", locks, error)
+        _logger.info("Cannot make %s (%s); going on without a lock against other processes.", locks, error)
         yield
         return
     name = f"{source.repo_id}--{source.filename}.lock".replace("/", "--")
@@ -148,7 +148,7 @@ def _look(source: HubFile) -> tuple[str | None, str | None]:
     """Return the hash and the commit that the hub gives for a file now; None and None if it has no such file.
 
     The client would wait for minutes on a silent hub, and takes whatever the hub calls the content as the name of a
-    file on this disk; both are found out here, before it is let loose.
+    file on this disk; both are found out here, before it is called.
     """
     try:
         url = hf_hub_url(source.repo_id, source.filename, revision=source.revision)
@@ -181,12 +181,12 @@ def _heal(source: HubFile, cache_dir: Path | None) -> Path:
     etag, _ = _look(source)
     if damaged is not None:
         with contextlib.suppress(DamagedError):
-            _prove(source, damaged, cache_dir, etag)
+            _verify(source, damaged, cache_dir, etag)
             return damaged
         damaged.unlink()  # the client replaces content, but leaves a link to content of another name as it is
     path = _download(source, cache_dir, force=True)
     try:
-        _prove(source, path, cache_dir, etag)
+        _verify(source, path, cache_dir, etag)
     except DamagedError:
         _drop(path)
         raise
@@ -200,24 +200,26 @@ def _drop(damaged: Path) -> None:
     damaged.unlink(missing_ok=True)
 
 
-def _prove(source: HubFile, path: Path, cache_dir: Path | None, etag: str | None = None) -> None:
+def _verify(source: HubFile, path: Path, cache_dir: Path | None, etag: str | None = None) -> None:
     """Compare a file with the hash in the table, or else with what the hub says now or said when the file came."""
     said = etag if etag and checksums.is_hash(etag) else None
-    expected = source.sha256 or filed_hash(path) or said or checksums.recorded(path, notes(cache_dir))
+    expected = (
+        source.sha256 or filed_hash(path) or said or checksums.recorded_checksum(path, checksum_records(cache_dir))
+    )
     if expected is None:
         _logger.warning("%s is unverified: nobody states its hash.", path)
     else:
-        checksums.prove(path, expected, notes(cache_dir))
+        checksums.verify_checksum(path, expected, checksum_records(cache_dir))
 
 
 def _from_cache(source: HubFile, cache_dir: Path | None, failed: Exception | None) -> Path:
-    """Return the proven cached file although the hub could not be asked, or say why there is none."""
+    """Return the verified cached file although the hub could not be asked, or say why there is none."""
     cache = cache_dir or constants.HF_HUB_CACHE
     why = "the hub client is offline (HF_HUB_OFFLINE)" if failed is None else _explain(failed, source)
     cached = find_local(source, cache_dir)
     if cached is not None:
         try:
-            _prove(source, cached, cache_dir)
+            _verify(source, cached, cache_dir)
         except OSError as error:
             raise DownloadError(f"{error} It could not be fetched again: {why}") from failed
         if failed is not None:

@@ -1,4 +1,4 @@
-"""What a name stands for: a row of the tables, a folder or file on this machine, or a repository on the hub."""
+"""What a name stands for that is in no table: a folder or file on this machine, or a repository on the hub."""
 
 import logging
 from dataclasses import replace
@@ -20,18 +20,16 @@ _FOLDER = "local-dir:"
 _HUB = ("hf-hub:", "hf_hub:")
 
 
-def look_up(name: str, cache_dir: Path | None = None) -> Entry:
-    """Say what a name stands for, wherever it points.
+def look_elsewhere(name: str, cache_dir: Path | None = None) -> Entry | None:
+    """Say what a name that is in no table stands for; None if it looks like one of the table, misspelt.
 
     Args:
-        name: `architecture`, `architecture.tag`, or a repository that a row of the table has as a source
-            (`microsoft/beit-base-patch16-224`). Then a path: a folder in the form of timm or transformers, the folder
-            of a run, whose best checkpoint is meant, or a checkpoint file. `local-dir:PATH` is a path in any case,
-            `hf-hub:owner/name@revision` a repository.
+        name: A path: a folder in the form of timm or transformers, the folder of a run, whose best checkpoint is meant,
+            or a checkpoint file. `local-dir:PATH` is a path in any case, `hf-hub:owner/name@revision` a repository.
         cache_dir: Where downloads are kept; the hub's own cache if None.
 
     Raises:
-        UnknownModelError: The name is unknown; the closest are named.
+        UnknownModelError: The path does not exist.
         MissingFileError: No such folder, or no model in it.
         CheckpointError: The folder or file holds no BEiT.
         DownloadError: The repository cannot be had.
@@ -40,18 +38,15 @@ def look_up(name: str, cache_dir: Path | None = None) -> Entry:
         return _look_up_on_hub(name, cache_dir)
     if name.startswith(_FOLDER):
         return _look_up_path(Path(name.removeprefix(_FOLDER)).expanduser())
-    try:
-        return find(name)
-    except UnknownModelError:
-        path = Path(name).expanduser()
-        if path.exists():
-            return _look_up_path(path)
-        if {"/", "\\", ":", "~"} & set(name):
-            raise UnknownModelError(
-                f"There is no file or folder {name!r}, and no model of that name. A repository on the hub is given as "
-                f"'hf-hub:{name}'; `beitzoo.list_models()` or `beitzoo list` shows all models."
-            ) from None
-        raise
+    path = Path(name).expanduser()
+    if path.exists():
+        return _look_up_path(path)
+    if {"/", "\\", ":", "~"} & set(name):
+        raise UnknownModelError(
+            f"There is no file or folder {name!r}, and no model of that name. A repository on the hub is given as "
+            f"'hf-hub:{name}'; `beitzoo.list_models()` or `beitzoo list` shows all models."
+        )
+    return None
 
 
 def find_weights(path: Path) -> Path:

@@ -35,12 +35,14 @@ def fetch(source: ReleaseFile, folder: Path) -> Path:
         AbsentError: The release has no such file.
         DownloadError: It cannot be had, or the copy changed since it came.
     """
-    path, notes = path_of(source, folder), checksums.notes_in(folder)
+    path, records = path_of(source, folder), checksums.records_in(folder)
     try:
         if not path.exists():
             _download_once(source, path)
-        expected = source.sha256 or checksums.recorded(path, notes) or checksums.remember(path, notes)
-        checksums.prove(path, expected, notes)
+        expected = (
+            source.sha256 or checksums.recorded_checksum(path, records) or checksums.record_checksum(path, records)
+        )
+        checksums.verify_checksum(path, expected, records)
     except DownloadError:
         raise
     except checksums.DamagedError as error:

@@ -1,4 +1,4 @@
-"""From a row's sources to a proven file on this machine. Bytes only: no tensors, no names of parameters."""
+"""From a row's sources to a verified file on this machine. Bytes only: no tensors, no names of parameters."""
 
 import logging
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Verdict:
         source: Where the copy is from.
         path: The copy; None if there is none.
         state: `verified` is the content that the table or the hub states. `unverified` means that nobody states
-            a hash: the copy is as it was downloaded, if that was noted. `damaged` is neither.
+            a hash: the copy is as it was downloaded, if that was recorded. `damaged` is neither.
         detail: The hash it was compared with, or what is wrong.
     """
 
@@ -37,7 +37,7 @@ class Verdict:
 
 
 def fetch(sources: Sequence[Source], cache_dir: Path | None = None) -> Path:
-    """Return the path of a proven copy, from the first source that has one.
+    """Return the path of a verified copy, from the first source that has one.
 
     A repository that could not be asked is not asked for its next file either: that file is the pickle beside the
     safetensors, and an outage or a refusal is no reason to load it.
@@ -76,16 +76,16 @@ def verify(source: Source, cache_dir: Path | None = None) -> Verdict:
     path = find_local(source, cache_dir)
     if path is None:
         return Verdict(source, None, "not downloaded")
-    notes = hub.notes(cache_dir)
+    records = hub.checksum_records(cache_dir)
     stated = None if isinstance(source, LocalFile) else source.sha256
-    recorded = checksums.recorded(path, notes)
+    recorded = checksums.recorded_checksum(path, records)
     if stated is None and isinstance(source, HubFile):
         stated = hub.filed_hash(path) or recorded
     expected = stated or recorded
     if expected is None:
         return Verdict(source, path, "unverified", "nobody states its hash")
     try:
-        checksums.prove_again(path, expected, notes)
+        checksums.verify_again(path, expected, records)
     except OSError as error:
         remedy = "The next load fetches it again." if isinstance(source, HubFile) else "Delete it."
         return Verdict(source, path, "damaged", f"{error} {remedy}")
@@ -93,7 +93,7 @@ def verify(source: Source, cache_dir: Path | None = None) -> Verdict:
 
 
 def find_local(source: Source, cache_dir: Path | None = None) -> Path | None:
-    """Return where a source's copy is on this machine, if it is; asks nobody and proves nothing."""
+    """Return where a source's copy is on this machine, if it is; asks nobody and verifies nothing."""
     match source:
         case HubFile():
             return hub.find_local(source, cache_dir)
@@ -115,9 +115,9 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
         case PackageFile(name, sha256):
             path = PACKAGE / name
             try:
-                checksums.prove(path, sha256, hub.notes(cache_dir))
+                checksums.verify_checksum(path, sha256, hub.checksum_records(cache_dir))
             except OSError as error:
-                raise DownloadError(f"The package's weights are not in order: {error} Reinstall beitzoo.") from error
+                raise DownloadError(f"The package's weights are damaged: {error} Reinstall beitzoo.") from error
             return path
         case HubFile():
             path = hub.fetch(source, cache_dir)

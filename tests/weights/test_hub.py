@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -97,10 +99,18 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("cache", "by"), [("cold", "branch"), ("cold", "commit"), ("warm", "branch"), ("stale", "branch")]
-)
-@pytest.mark.parametrize(("kind", "method", "times", "argument", "heals"), FAULTS)
+STATES = [("cold", "branch"), ("cold", "commit"), ("warm", "branch"), ("stale", "branch")]
+
+
+def _matrix() -> Iterator[Any]:
+    """Pair every fault with every state of the cache; by default each fault meets one state, in turn."""
+    for number, fault in enumerate(FAULTS):
+        for place, state in enumerate(STATES):
+            marks = () if place == number % len(STATES) else pytest.mark.slow
+            yield pytest.param(*fault, *state, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "method", "times", "argument", "heals", "cache", "by"), list(_matrix()))
 def test_a_fault_gives_the_right_file_or_a_clear_error(
     kind: str,
     method: str,
@@ -154,7 +164,7 @@ def test_requests_of_a_first_and_of_later_loads(served: FakeHub) -> None:
     assert served.requests == []
 
 
-def test_a_proven_file_is_not_hashed_again(served: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verified_file_is_not_hashed_again(served: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
     hash_content = checksums.content_hash
     monkeypatch.setattr(
@@ -168,8 +178,8 @@ def test_a_proven_file_is_not_hashed_again(served: FakeHub, monkeypatch: pytest.
     os.utime(blob, ns=(1, 1))
     sources.fetch([SOURCE])
     assert len(hashed) == 2
-    for note in (Path(constants.HF_HOME) / "beitzoo" / "checksums").iterdir():
-        note.write_text('{"half')
+    for record in (Path(constants.HF_HOME) / "beitzoo" / "checksums").iterdir():
+        record.write_text('{"half')
     sources.fetch([SOURCE])
     assert len(hashed) == 3
 
@@ -298,7 +308,9 @@ def test_an_error_of_the_xet_transfer_is_ours(served: FakeHub, monkeypatch: pyte
         sources.fetch([SOURCE])
 
 
-def test_a_file_that_changes_while_it_is_hashed_is_not_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_hashed_is_not_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "w"
     path.write_bytes(WEIGHTS)
     hash_content = checksums.content_hash
@@ -310,14 +322,14 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_proven(tmp_path: Path, mo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checksums, "content_hash", hash_then_change)
-        checksums.prove(path, SHA256, tmp_path / "notes")
+        checksums.verify_checksum(path, SHA256, tmp_path / "records")
     with pytest.raises(checksums.DamagedError):
-        checksums.prove(path, SHA256, tmp_path / "notes")
+        checksums.verify_checksum(path, SHA256, tmp_path / "records")
 
 
-def test_nothing_is_not_proven(tmp_path: Path) -> None:
+def test_nothing_is_not_verified(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        hub._prove(SOURCE, tmp_path / "nothing", tmp_path)
+        hub._verify(SOURCE, tmp_path / "nothing", tmp_path)
 
 
 def test_a_home_that_cannot_be_written_is_only_slower(served: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +339,7 @@ def test_a_home_that_cannot_be_written_is_only_slower(served: FakeHub, monkeypat
     assert sources.fetch([SOURCE]).read_bytes() == WEIGHTS
 
 
-def test_a_copy_from_another_library_is_proven_by_what_the_hub_says_now(
+def test_a_copy_from_another_library_is_verified_by_what_the_hub_says_now(
     served: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda cache_dir=None: False)
@@ -336,7 +348,9 @@ def test_a_copy_from_another_library_is_proven_by_what_the_hub_says_now(
     assert sources.fetch([SOURCE]).read_bytes() == WEIGHTS
 
 
-def test_a_cache_without_links_is_proven_by_what_the_hub_said(served: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_without_links_is_verified_by_what_the_hub_said(
+    served: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda cache_dir=None: False)
     path = sources.fetch([SOURCE])
     assert not path.is_symlink()
@@ -402,6 +416,7 @@ def test_a_transformers_repository_need_not_say_how_images_are_prepared(fake_hub
         beitzoo.create_model("hf-hub:owner/name", pretrained=True, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_a_base_model_of_true_size(fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = randomise(timm.create_model("beit_base_patch16_224")).eval()
     timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
@@ -493,7 +508,7 @@ def test_a_download_that_was_killed_is_gone_on_with(release: FakeHub, tmp_path: 
     assert [headers.get("range") for _, _, headers in release.requests] == ["bytes=1000-"]
 
 
-def test_a_release_without_a_note_is_noted_when_it_is_used(release: FakeHub, tmp_path: Path) -> None:
+def test_a_release_without_a_record_gets_one_when_it_is_used(release: FakeHub, tmp_path: Path) -> None:
     path = tmp_path / "beitzoo" / "v1.0" / "w.pth"
     path.parent.mkdir(parents=True)
     path.write_bytes(WEIGHTS)

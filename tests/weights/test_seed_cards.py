@@ -46,7 +46,7 @@ def write_card(folder: Path, size: int, **fields: object) -> BeitForImageClassif
     ("size", "fields"),
     [
         pytest.param(224, {}, id="base-patch16-224"),
-        pytest.param(384, {**LARGE, "num_hidden_layers": 4}, id="large-patch16-384-shallow"),
+        pytest.param(384, {**LARGE, "num_hidden_layers": 4}, id="large-patch16-384-shallow", marks=pytest.mark.slow),
         pytest.param(384, {**LARGE, "num_hidden_layers": 24}, id="large-patch16-384", marks=pytest.mark.slow),
     ],
 )
