@@ -41,7 +41,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def in_trace(ask: Callable[[Tensor], Tensor]) -> None:
-    with pytest.warns(FutureWarning, match="deprecated"):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
         torch.jit.trace(ask, torch.ones(2), check_trace=False)
 
 

@@ -333,7 +333,7 @@ def test_linears_of_onednn_stay_outside_the_graph(kind: type, monkeypatch: pytes
     with pytest.raises(RuntimeError, match=r"cannot be exported or traced: its linears are oneDNN's own"):
         torch.export.export(fast, (x,))
     with (
-        pytest.warns(FutureWarning, match="deprecated"),
+        pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"),
         pytest.raises(RuntimeError, match="cannot be exported or traced"),
     ):
         torch.jit.trace(fast, x)
