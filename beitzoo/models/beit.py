@@ -449,7 +449,7 @@ class Beit(nn.Module):
             block.mlp.fc2.weight.div_(math.sqrt(2 * layer))
         for token in (self.cls_token, self.mask_token, self.pos_embed):
             if token is not None:
-                _init_normal(token)
+                nn.init.trunc_normal_(token, std=0.02)
         self._init_head()
 
     @torch.no_grad()
@@ -533,12 +533,7 @@ def _like(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new, requires_grad=old.requires_grad)
 
 
-def _init_normal(parameter: Tensor) -> None:
-    # Drawn in float32: in bfloat16, PyTorch 2.11 draws a 2 now and then.
-    parameter.copy_(nn.init.trunc_normal_(torch.empty_like(parameter, dtype=torch.float32), std=0.02))
-
-
 def _init_linear(linear: nn.Linear) -> None:
-    _init_normal(linear.weight)
+    nn.init.trunc_normal_(linear.weight, std=0.02)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
