@@ -58,7 +58,7 @@ def costs(paths: list[Path]) -> list[tuple[float, int]]:
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning:PIL")
 
 measured_by_linux = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is counted anew through /proc only"
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is reset through /proc only"
 )
 
 

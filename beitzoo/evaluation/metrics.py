@@ -1,10 +1,9 @@
 """Accuracy of a classifier, from logits and labels."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from beitzoo.errors import check
@@ -68,24 +67,3 @@ class AccuracySum:
         check(count > 0, f"There is no readable image to measure accuracy on ({failures:.0f} could not be read).")
         top5 = 100 * among_five / count if self.num_classes > _TOP else None
         return Accuracy(100 * right / count, top5, loss / count, int(count), int(failures))
-
-
-@torch.inference_mode()
-def measure_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Accuracy:
-    """Classify batches of images (B, C, H, W) with labels (B,); the model's mode is kept.
-
-    Raises:
-        InvalidValueError: There was no image.
-    """
-    was_training = model.training
-    model.eval()
-    sums: AccuracySum | None = None
-    for batch in batches:
-        images, labels = (t.to(device) for t in batch)
-        if not len(labels):
-            continue
-        logits = model(images)
-        sums = sums or AccuracySum(logits.shape[1])
-        sums.add(logits, labels)
-    model.train(was_training)
-    return (sums or AccuracySum(0)).accuracy()

@@ -1,24 +1,16 @@
 """Data sets of labelled images: the digits, and folders with a subfolder per class."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, UnsupportedError
-from beitzoo.images.files import ImageError, as_image
 from beitzoo.images.folders import EMPTY_CLASSES, OUTSIDE, LeftOut, images_below, why_not
-from beitzoo.images.transforms import Transform, prepare
 
-_logger = logging.getLogger(__name__)
-
-# What the parts of a data set are called, and no class of "train" and "val" ever was meant to be.
+# Names of folders that are parts of a data set.
 _TRAIN, _HELD_OUT = {"train", "training"}, {"val", "valid", "validation", "dev", "test", "testing"}
 
 
@@ -129,32 +121,3 @@ def _refuse_parts(root: Path, names: Sequence[str]) -> None:
             f"{root} has {', '.join(parts)}, which are parts of a data set and not classes. Give one of them, such as "
             f"{root / parts[0]}, or rename them if they are classes."
         )
-
-
-class LabelledImages(Dataset[tuple[Tensor, int] | None]):
-    """Some images of a set, transformed when asked for; one that cannot be read or prepared is None and a warning."""
-
-    def __init__(self, images: ImageSet, indices: Sequence[int], transform: Transform, in_chans: int) -> None:
-        self.images = images
-        self.indices = indices
-        self.transform = transform
-        self.in_chans = in_chans
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
-        index = self.indices[position]
-        image = self.images.images[index]
-        try:
-            return prepare(as_image(image, self.in_chans), self.transform), self.images.labels[index]
-        except ImageError as error:
-            _logger.warning("Left out %s: %s.", self.images.identity(index)[0], error)
-            return None
-
-
-def collate(samples: Sequence[tuple[Tensor, int] | None], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Stack the readable samples of one shape (C, H, W) to images (B, C, H, W) and labels (B,); B may be 0."""
-    readable = [sample for sample in samples if sample is not None]
-    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0, *shape)
-    return images, torch.tensor([label for _, label in readable], dtype=torch.int64)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from beitzoo.errors import InvalidValueError, UserError
+from beitzoo.errors import InvalidOptionError, InvalidValueError, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +50,11 @@ def create_transform(is_training: bool = False, *, fast: bool = False, **options
             (channels, height, width), as well as PIL images.
         **options: What `resolve_data_config` returns, and any option of `timm.data.create_transform`.
     """
+    if not isinstance(is_training, bool):
+        raise InvalidOptionError(
+            f"The first argument of create_transform is is_training, and this is a {type(is_training).__name__}; for a "
+            "model write create_transform(**resolve_data_config(model))."
+        )
     if fast:
         from beitzoo.images.fast import FastTransform  # late, as it imports Pillow
 

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from beitzoo.errors import InvalidOptionError, InvalidValueError, UnsupportedError
 from beitzoo.zoo.networks import BeitConfig, Pair, check_divisible
 
-_HOW = "beitzoo.create_transform(model)(beitzoo.open_image(path))[None] makes a batch of one image file"
+_HOW = (
+    "beitzoo.create_transform(**beitzoo.resolve_data_config(model))(beitzoo.open_image(path))[None] makes a batch of "
+    "one image file"
+)
 
 
 def fit(images: Tensor, config: BeitConfig) -> Tensor:

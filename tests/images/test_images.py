@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 import beitzoo
 from beitzoo.errors import InvalidOptionError
 from beitzoo.images import files
-from beitzoo.images.datasets import ImageSet, LabelledImages, collate, labelled_folder
 from beitzoo.images.files import ImageError, as_image, open_image
 from beitzoo.images.folders import find_images, images_at
 from beitzoo.zoo.pretrained import PRETRAINED
@@ -282,38 +281,3 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert list(find_images([str(tmp_path)])) == [tmp_path / "locked"]
-
-
-def test_class_folders(tmp_path: Path) -> None:
-    for name in ("dog/1.png", "cat/2.png", "cat/3.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    images = labelled_folder(tmp_path)
-    assert images.names == ("cat", "dog")
-    assert images.labels == [0, 0, 1]
-    with pytest.raises(FileNotFoundError, match="CLASS/IMAGE"):
-        labelled_folder(tmp_path / "cat")
-
-
-def test_images_of_class_folders_are_turned_upright(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    two = Image.new("L", (2, 1), 9)
-    two.putpixel((1, 0), 200)
-    two.save(tmp_path / "a" / "x.png", exif=exif)
-    dataset = LabelledImages(labelled_folder(tmp_path), [0], lambda image: torch.tensor(image.getpixel((0, 0))), 1)
-    assert dataset[0] == (200, 0)
-
-
-def test_a_broken_image_leaves_the_batch_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no")
-    images = ImageSet([Image.new("RGB", (2, 2), "red"), broken, Image.new("RGB", (2, 2), "blue")], [7, 8, 9], ())
-    dataset = LabelledImages(images, [2, 1, 0], lambda image: torch.tensor(image.getpixel((0, 0))), 3)
-    batch = collate([dataset[i] for i in range(3)], (3,))
-    assert batch[0].tolist() == [[0, 0, 255], [255, 0, 0]]
-    assert batch[1].tolist() == [9, 7]
-    assert "broken.png: not an image" in caplog.text
-    nothing, labels = collate([dataset[1]], (3, 2, 2))
-    assert (nothing.shape, labels.tolist()) == ((0, 3, 2, 2), [])

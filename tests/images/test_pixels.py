@@ -257,6 +257,12 @@ def test_tensors_go_through_as_in_timm() -> None:
     assert torch.equal(beitzoo.create_transform(**EVAL)(image), timm.data.create_transform(**EVAL)(image))  # type: ignore[arg-type]
 
 
+def test_a_model_is_no_option() -> None:
+    model: Any = beitzoo.create_model("test_beit", device="meta")
+    with pytest.raises(InvalidOptionError, match=r"this is a Beit; .*create_transform\(\*\*resolve_data_config\(model"):
+        beitzoo.create_transform(model)
+
+
 def test_jpeg_is_decoded_at_full_size(tmp_path: Path) -> None:
     """Decoding at a fraction, which Pillow offers, would be faster and give other pixels."""
     file = io.BytesIO()

@@ -246,7 +246,5 @@ def test_hooks_see_tokens_and_gradients_as_class_activation_maps_need_them() -> 
     ids=["bytes", "array", "path"],
 )
 def test_what_is_no_batch_of_images_is_told_how_it_becomes_one(images: Any, message: str) -> None:
-    with pytest.raises(
-        TypeError, match=message + r".*beitzoo\.create_transform\(model\)\(beitzoo\.open_image\(path\)\)"
-    ):
+    with pytest.raises(TypeError, match=message + r".*resolve_data_config\(model\)\)\(beitzoo\.open_image\(path\)\)"):
         build("test_beit")(images)
