@@ -273,17 +273,17 @@ def _write_strip(scores: Tensor, columns: Tensor, grid: Pair, rows: Tensor) -> N
 # ---- linears ------------------------------------------------------------------------------------------------
 
 
-def linear_with_bias(linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+def linear_with_bias(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """Call a linear without a bias and add this one: inside the product, where that is free, if nobody would miss it.
 
     What stands in for the linear (an adapter, a quantised one), and what is hooked to it, is called as a module.
     """
     if bias is None:
-        return linear(x)
-    watched = is_hooked(linear) or _all_modules_are_hooked() or not is_eager()
-    if type(linear) is nn.Linear and isinstance(x, Tensor) and not watched:
-        return F.linear(x, linear.weight, bias)
-    y = linear(x)
+        return module(x)
+    watched = is_hooked(module) or _all_modules_are_hooked() or not is_eager()
+    if type(module) is nn.Linear and isinstance(x, Tensor) and not watched:
+        return linear(x, module.weight, bias)
+    y = module(x)
     return y + bias.to(y.dtype)
 
 
