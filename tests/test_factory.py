@@ -260,7 +260,7 @@ def test_every_pair_of_heads_is_a_row_of_one_table() -> None:
 
 
 def test_few_files_are_opened_from_name_to_logits() -> None:
-    """Those whose functions run; the two tables of names are read at import."""
+    """Those whose functions run, but for the ground floor's; the two tables of names are only read."""
     code = """
 import sys, torch, beitzoo
 from pathlib import Path
@@ -275,7 +275,7 @@ model = beitzoo.create_model(pretrained=True).eval()
 with torch.no_grad():
     model(torch.zeros(1, 1, 32, 32))
 sys.setprofile(None)
-print(*sorted(opened - {"beitzoo/__init__.py"}))
+print(*sorted(opened - {"beitzoo/__init__.py", "beitzoo/errors.py", "beitzoo/files.py"}))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert len(result.stdout.split()) <= 99
+    assert len(result.stdout.split()) <= 13, result.stdout

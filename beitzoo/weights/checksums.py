@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from beitzoo.errors import UserError
 from beitzoo.files import write_text
 
@@ -27,8 +29,18 @@ class DamagedError(UserError, OSError):
     """A file's content is not what was stated."""
 
 
+def own_folder(cache_dir: Path | None) -> Path:
+    """Return our folder beside the hub's files; nothing of ours is written among them."""
+    return (cache_dir or Path(constants.HF_HOME)) / "beitzoo"
+
+
+def records_of(cache_dir: Path | None) -> Path:
+    """Return where the checksum records of a cache's verified files are kept."""
+    return records_in(own_folder(cache_dir))
+
+
 def records_in(folder: Path) -> Path:
-    """Return where, in our own folder of a cache, the checksum records of verified files are kept."""
+    """Return where they are in our own folder of a cache."""
     return folder / "checksums"
 
 

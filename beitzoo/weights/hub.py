@@ -42,16 +42,6 @@ _FILE_NAME = re.compile(r"\w[\w.-]*")
 _ELSE = "or give checkpoint_path= a file that you have."
 
 
-def own_folder(cache_dir: Path | None) -> Path:
-    """Return our folder beside the hub's files; nothing of ours is written among them."""
-    return (cache_dir or Path(constants.HF_HOME)) / "beitzoo"
-
-
-def checksum_records(cache_dir: Path | None) -> Path:
-    """Return where the checksum records of verified files are kept."""
-    return checksums.records_in(own_folder(cache_dir))
-
-
 def fetch(source: HubFile, cache_dir: Path | None = None) -> Path:
     """Return a file as it is on the hub now, or the cached one if its commit is fixed or the hub cannot be asked.
 
@@ -132,7 +122,7 @@ def _fetch_online(source: HubFile, cache_dir: Path | None) -> Path:
 @contextmanager
 def _locked(source: HubFile, cache_dir: Path | None) -> Iterator[None]:
     """Keep other processes from changing a file of the cache meanwhile; the client takes links away to renew them."""
-    locks = own_folder(cache_dir) / "locks"
+    locks = checksums.own_folder(cache_dir) / "locks"
     try:
         locks.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,12 +194,12 @@ def _verify(source: HubFile, path: Path, cache_dir: Path | None, etag: str | Non
     """Compare a file with the hash in the table, or else with what the hub says now or said when the file came."""
     said = etag if etag and checksums.is_hash(etag) else None
     expected = (
-        source.sha256 or filed_hash(path) or said or checksums.recorded_checksum(path, checksum_records(cache_dir))
+        source.sha256 or filed_hash(path) or said or checksums.recorded_checksum(path, checksums.records_of(cache_dir))
     )
     if expected is None:
         _logger.warning("%s is unverified: nobody states its hash.", path)
     else:
-        checksums.verify_checksum(path, expected, checksum_records(cache_dir))
+        checksums.verify_checksum(path, expected, checksums.records_of(cache_dir))
 
 
 def _from_cache(source: HubFile, cache_dir: Path | None, failed: Exception | None) -> Path:

@@ -76,7 +76,7 @@ def verify(source: Source, cache_dir: Path | None = None) -> Verdict:
     path = find_local(source, cache_dir)
     if path is None:
         return Verdict(source, None, "not downloaded")
-    records = hub.checksum_records(cache_dir)
+    records = checksums.records_of(cache_dir)
     stated = None if isinstance(source, LocalFile) else source.sha256
     recorded = checksums.recorded_checksum(path, records)
     if stated is None and isinstance(source, HubFile):
@@ -98,7 +98,7 @@ def find_local(source: Source, cache_dir: Path | None = None) -> Path | None:
         case HubFile():
             return hub.find_local(source, cache_dir)
         case ReleaseFile():
-            path = releases.path_of(source, hub.own_folder(cache_dir))
+            path = releases.path_of(source, checksums.own_folder(cache_dir))
         case PackageFile(name):
             path = PACKAGE / name
         case LocalFile():
@@ -115,7 +115,7 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
         case PackageFile(name, sha256):
             path = PACKAGE / name
             try:
-                checksums.verify_checksum(path, sha256, hub.checksum_records(cache_dir))
+                checksums.verify_checksum(path, sha256, checksums.records_of(cache_dir))
             except OSError as error:
                 raise DownloadError(f"The package's weights are damaged: {error} Reinstall beitzoo.") from error
             return path
@@ -126,4 +126,4 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
                     hub.fetch(replace(source, filename=name, revision=hub.commit_of(path)), cache_dir)
             return path
         case ReleaseFile():
-            return releases.fetch(source, hub.own_folder(cache_dir))
+            return releases.fetch(source, checksums.own_folder(cache_dir))
