@@ -103,6 +103,8 @@ def _followed(path: Path) -> Path:
         target = path.expanduser().resolve()
     except RuntimeError as error:  # links in a circle, or a ~ without a home
         raise FileAccessError(f"Cannot write {path}: {error}. Choose another file.") from error
+    if target.is_symlink():  # what Python 3.13 leaves of links in a circle
+        raise FileAccessError(f"Cannot write {path}: its links lead in a circle. Choose another file.")
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "a device or a pipe"
         raise FileAccessError(f"Cannot write {path}: it is {kind}. Choose another file.")

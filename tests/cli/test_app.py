@@ -165,7 +165,7 @@ cli.main()
 def test_shells_complete_commands() -> None:
     asked = {"_BEITZOO_COMPLETE": "complete_bash", "COMP_WORDS": "beitzoo ver", "COMP_CWORD": "1"}
     assert beitzoo_process(**asked).stdout.decode().split() == ["verify"]
-    script = beitzoo_process("--show-completion", "bash").stdout.decode()
+    script = beitzoo_process(_BEITZOO_COMPLETE="source_bash").stdout.decode()
     assert "_BEITZOO_COMPLETE=complete_bash" in script
 
 
