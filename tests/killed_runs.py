@@ -1,8 +1,9 @@
-"""A program that trains by a recipe twice: in one go, and in processes that are killed until one comes to the end.
+"""A program that trains by a recipe in one go, and then in processes that are killed until one comes to the end.
 
 It imports once and forks each attempt, so that an attempt costs no more than its updates:
-`python killed_runs.py RECIPE.json OUT SEED PROCESSES events|seconds LONGEST` fills `OUT/whole` and `OUT/killed`, where
-attempts are killed after at most so many events or seconds, and prints how often they were.
+`python killed_runs.py RECIPE.json OUT SEED PROCESSES events|time LONGEST LEAST` fills `OUT/whole`, and `OUT/killed-1`
+and so on until there were at least so many kills. An attempt is killed after at most so many events, or at most this
+share of the time that the whole run took.
 """
 
 import os
@@ -24,13 +25,16 @@ from beitzoo.training.recipe import read_resolved
 from beitzoo.training.tasks.finetune import finetune
 
 
-def main(recipe: str, out: str, seed: str, processes: str, kind: str, longest: str) -> None:
+def main(recipe: str, out: str, seed: str, processes: str, kind: str, longest: str, least: str) -> None:
     draw = random.Random(int(seed))
+    started = time.monotonic()
     assert not _attempt(recipe, f"{out}/whole", int(processes), "", 0)
-    kills = 0
-    while not Path(out, "killed", METRICS).exists():  # the last thing that a run writes
-        kills += _attempt(recipe, f"{out}/killed", int(processes), kind, draw.uniform(0, float(longest)))
-    print("killed", kills)
+    most = float(longest) * (time.monotonic() - started if kind == "time" else 1)
+    kills = runs = 0
+    while kills < int(least):
+        runs += 1
+        while not Path(out, f"killed-{runs}", METRICS).exists():  # the last thing that a run writes
+            kills += _attempt(recipe, f"{out}/killed-{runs}", int(processes), kind, draw.uniform(0, most))
 
 
 def _attempt(recipe: str, out: str, processes: int, kind: str, moment: float) -> bool:
@@ -38,7 +42,7 @@ def _attempt(recipe: str, out: str, processes: int, kind: str, moment: float) ->
     port = _free_port()
     at_event = max(round(moment), 1) if kind == "events" else 0
     running = {_fork(recipe, out, rank, processes, port, at_event) for rank in range(processes)}
-    deadline = time.monotonic() + moment if kind == "seconds" else float("inf")
+    deadline = time.monotonic() + moment if kind == "time" else float("inf")
     statuses: list[int] = []
     while running:
         ended = [child for child in running if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)]

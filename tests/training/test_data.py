@@ -104,6 +104,18 @@ def test_unreadable_images_are_named_and_their_neighbours_stay(tmp_path: Path) -
     assert (tuple(empty.images.shape), len(empty.labels)) == ((0, *dataset.shape), 0)
 
 
+def test_images_of_class_folders_are_turned_upright(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    two = Image.new("L", (2, 1), 9)
+    two.putpixel((1, 0), 200)
+    two.save(tmp_path / "a" / "x.png", exif=exif)
+    pixel = LoadedImages(labelled_folder(tmp_path), lambda image: torch.tensor(image.getpixel((0, 0))), (1, 1, 1), 0)
+    (batch,) = load_batches(pixel, [[Sample(None, 0)]], workers=0)
+    assert (batch.images.tolist(), batch.labels.tolist()) == ([200], [0])
+
+
 def test_digits_are_sixteen_levels_of_ink() -> None:
     image = load_images(DataSection(source="digits")).images[0]
     assert isinstance(image, Image.Image)
