@@ -55,7 +55,7 @@ class Peer:
         packages: Distributions it needs; the first is the one whose version counts.
         module: Makes a module that maps images to our model's output, float32.
         compiled: Run the module through torch.compile.
-        runtime: Makes a call that gives the output for the images.
+        runtime: Makes a call that returns the output for the images.
     """
 
     packages: tuple[str, ...]
@@ -145,8 +145,7 @@ def _prepare(side: Side) -> _Ready:
             output = training.outputs()
         return _Ready(training, output, steps.time_call(training, device))
     network = steps.prepared(network.eval(), options)
-    images = side.images.to(steps.stored_dtype(options.precision))
-    return _run_once(steps.inference_step(network, images, options.precision), device)
+    return _run_once(steps.inference_step(network, side.images, options.precision), device)
 
 
 def _run_once(step: Callable[[], Any], device: torch.device) -> _Ready:

@@ -1,14 +1,13 @@
 """Pictures of the tables in a folder of results, and the tables of published accuracies."""
 
 import functools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beitzoo.errors import InvalidValueError, MissingFileError
 from beitzoo.files import write_atomically, write_text
-from beitzoo.results import Row, csv_text, read_rows
+from beitzoo.results import Row, Value, csv_text, read_rows
 from beitzoo.zoo import costs
 from beitzoo.zoo.accuracy import DATA_SETS, Accuracy, headline, published
 from beitzoo.zoo.pretrained import PRETRAINED
@@ -29,7 +28,8 @@ _LOOKS = {
     "beitzoo+compile": ("#8C8C8C", "X"),
     "beitzoo+optimize": ("#E69F00", "*"),
 }
-_FAMILIES = {"beit_": ("BEiT", "#0072B2", "o"), "beitv2_": ("BEiT v2", "#D55E00", "s")}
+# By the first part of a name.
+_FAMILIES = {"beit": ("BEiT", "#0072B2", "o"), "beitv2": ("BEiT v2", "#D55E00", "s")}
 _INK, _FAINT = "#222222", "#D9D9D9"
 # Places around a point where its label may stand, nearest first: points right and up, and which end it hangs by.
 _PLACES = [(7, 0, "left"), (-7, 0, "right")]
@@ -129,15 +129,17 @@ def _figures(rows: Sequence[Row]) -> "dict[str, Figure]":
 
 
 def measured_speeds(rows: Iterable[Row]) -> dict[str, Row]:
-    """Return the newest row of each model: one image at a time in float32, no further options, without an error.
+    """Return the newest row of each model: one image at a time in float32, no further options, without an error."""
+    plain = sorted(_of_one_machine(filter(_is_plain, rows)), key=lambda row: str(row["date"]))
+    return {str(row["model"]): row for row in plain}
 
-    Only rows of one machine are looked at, that with the most of them, so that models can be compared.
-    """
-    plain = [row for row in rows if _is_plain(row)]
-    machines = Counter((row["device"], row["threads"]) for row in plain)
-    machine = max(machines, key=machines.__getitem__, default=None)
-    of_machine = [row for row in plain if (row["device"], row["threads"]) == machine]
-    return {str(row["model"]): row for row in sorted(of_machine, key=lambda row: str(row["date"]))}
+
+def _of_one_machine(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of the machine with the most of them: those of several cannot be compared."""
+    groups: dict[tuple[Value, Value], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["device"], row["threads"]), []).append(row)
+    return max(groups.values(), key=len, default=[])
 
 
 def images_per_second(row: Row) -> float:
@@ -183,8 +185,7 @@ def _draw_accuracy(speeds: Sequence[tuple[Accuracy, Row]]) -> "Figure":
     figure, axes = _canvas(8.6, 5.4)
     labels = []
     for row, speed in speeds:
-        family = next(prefix for prefix in sorted(_FAMILIES, key=len, reverse=True) if row.model.startswith(prefix))
-        _, colour, marker = _FAMILIES[family]
+        _, colour, marker = _FAMILIES[row.model.partition("_")[0]]
         x, y = images_per_second(speed), row.top1 or 0.0
         axes.plot(x, y, marker, color=colour, markersize=7, markeredgecolor="white", zorder=3)
         labels.append((x, y, _short(row.model), colour))
@@ -237,17 +238,16 @@ def _draw_ratios(rows: Sequence[Row], bench: str, precision: str, subject: str) 
 
 
 def _groups(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Group ratios into pictures: by bench, precisions and subject; a later row replaces an earlier one."""
+    """Group the ratios of one machine by bench, precisions and subject; a later row replaces an earlier one."""
     groups: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
-    for row in rows:
-        if row.keys() >= _OF_RATIOS and row["ratio"] and row["peer"] in _LOOKS:
-            ours, theirs = str(row["subject_precision"]), str(row["precision"])
-            precision = ours if ours == theirs else f"{ours} against {theirs}"
-            name = (
-                f"{row['model']} {_other_size(row)}".strip() + f", batch {row['batch_size']} {row['options']}".rstrip()
-            )
-            group = groups.setdefault((str(row["bench"]), precision, str(row["subject"])), {})
-            group[name, str(row["peer"])] = {**row, "model": name}
+    drawn = [row for row in rows if row.keys() >= _OF_RATIOS and row["ratio"] and row["peer"] in _LOOKS]
+    for row in _of_one_machine(drawn):
+        ours, theirs = str(row["subject_precision"]), str(row["precision"])
+        precision = ours if ours == theirs else f"{ours} against {theirs}"
+        size = f" {other}" if (other := _other_size(row)) else ""
+        name = f"{row['model']}{size}, batch {row['batch_size']} {row['options']}".rstrip()
+        group = groups.setdefault((str(row["bench"]), precision, str(row["subject"])), {})
+        group[name, str(row["peer"])] = {**row, "model": name}
     return {group: list(members.values()) for group, members in groups.items()}
 
 

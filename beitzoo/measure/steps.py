@@ -21,7 +21,6 @@ from beitzoo.images.fast import FastTransform, open_tensor
 from beitzoo.images.files import open_image
 from beitzoo.images.transforms import create_transform
 from beitzoo.measure.options import DATA_MODEL, BenchmarkOptions, Precision
-from beitzoo.models.beit import Beit
 from beitzoo.results import Row
 from beitzoo.zoo.networks import BeitConfig
 from beitzoo.zoo.pretrained import PRETRAINED
@@ -38,46 +37,30 @@ _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _AUTOCAST = {"amp": torch.float16, "amp_bfloat16": torch.bfloat16}
 
 
-def measure_inference(options: BenchmarkOptions) -> Row:
-    """Time forward passes of one fixed random batch."""
-    model, images, load_time = _set_up(options)
-    device = images.device
-    network = prepared(model.eval(), options)
-    step = inference_step(network, images.to(stored_dtype(options.precision)), options.precision)
-    compile_time = time_call(step, device) if options.torchcompile else None
-    times = time_steps(step, options.num_warm_iter, options.num_bench_iter, device)
-    return {
-        "infer_img_size": model.config.img_size[1],
-        **timed_columns("infer", times, options.batch_size),
-        "load_time": round(load_time, 3),
-        "infer_compile_time": compile_time and round(compile_time, 3),
-        "infer_peak_memory": round(peak_memory(device), 1),
-    }
-
-
-def measure_training(options: BenchmarkOptions) -> Row:
-    """Time steps of training on one fixed random batch: forward, backward, update."""
-    model, images, load_time = _set_up(options)
-    device = images.device
-    training = TrainingStep(model, images, options)
-    compile_time = time_call(training, device) if options.torchcompile else None
-    times = time_steps(training, options.num_warm_iter, options.num_bench_iter, device)
-    return {
-        "train_img_size": model.config.img_size[1],
-        **timed_columns("train", times, options.batch_size),
-        **(training.parts(options.num_bench_iter) if options.detail else {}),
-        "load_time": round(load_time, 3),
-        "train_compile_time": compile_time and round(compile_time, 3),
-        "train_peak_memory": round(peak_memory(device), 1),
-    }
-
-
-def _set_up(options: BenchmarkOptions) -> tuple[Beit, Tensor, float]:
-    """Create the network and its batch of images; return them and the seconds that the network took."""
+def measure_steps(options: BenchmarkOptions) -> Row:
+    """Time forward passes or training steps, as `bench` says, of one fixed random batch."""
     set_switches(options)
     torch.manual_seed(options.seed)
-    model, load_time = load(options)
-    return model, random_images(model.config, options, model.cls_token.device), load_time
+    started = time.perf_counter()
+    dtype = stored_dtype(options.precision)
+    model = create_model(
+        options.model, checkpoint_path=options.checkpoint, device=options.device, dtype=dtype, **options.overrides
+    )
+    load_time = time.perf_counter() - started
+    images = random_images(model.config, options, model.cls_token.device)
+    training = TrainingStep(model, images, options) if options.bench == "train" else None
+    step = training or inference_step(prepared(model.eval(), options), images, options.precision)
+    compile_time = round(time_call(step, images.device), 3) if options.torchcompile else None
+    times = time_steps(step, options.num_warm_iter, options.num_bench_iter, images.device)
+    prefix = "train" if training else "infer"
+    return {
+        f"{prefix}_img_size": model.config.img_size[1],
+        **timed_columns(prefix, times, options.batch_size),
+        **(training.parts(options.num_bench_iter) if training and options.detail else {}),
+        "load_time": round(load_time, 3),
+        f"{prefix}_compile_time": compile_time,
+        f"{prefix}_peak_memory": round(peak_memory(images.device), 1),
+    }
 
 
 def timed_columns(prefix: str, times: list[float], batch_size: int) -> Row:
@@ -101,16 +84,6 @@ def set_switches(options: BenchmarkOptions) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def load(options: BenchmarkOptions) -> tuple[Beit, float]:
-    """Create the network on its device, in its precision; return it and the seconds that took."""
-    started = time.perf_counter()
-    dtype = stored_dtype(options.precision)
-    model = create_model(
-        options.model, checkpoint_path=options.checkpoint, device=options.device, dtype=dtype, **options.overrides
-    )
-    return model, time.perf_counter() - started
-
-
 def random_images(config: BeitConfig, options: BenchmarkOptions, device: torch.device) -> Tensor:
     """Draw a batch of images (B, in_chans, *img_size), float32."""
     images = torch.randn(options.batch_size, config.in_chans, *config.img_size).to(device)
@@ -130,7 +103,8 @@ def prepared(network: nn.Module, options: BenchmarkOptions) -> nn.Module:
 
 
 def inference_step(network: Callable[[Tensor], Tensor], images: Tensor, precision: Precision) -> Callable[[], Tensor]:
-    """Return a call that runs the network on the images and gives its output."""
+    """Return a call that runs the network on the images, in its precision, and returns its output."""
+    images = images.to(stored_dtype(precision))
 
     def step() -> Tensor:
         with torch.inference_mode(), casting(precision, images.device):

@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from beitzoo.errors import InvalidValueError, UserError, is_out_of_memory
 from beitzoo.factory import create_model
 from beitzoo.measure import steps
-from beitzoo.measure.options import BenchmarkOptions, Phase
+from beitzoo.measure.options import BenchmarkOptions
 from beitzoo.measure.peers import check_installed, compare, peer_version
 from beitzoo.results import ENVIRONMENT, Row, Table
 from beitzoo.saving import save_pretrained, save_transformers
@@ -59,7 +59,6 @@ LOADING_COLUMNS = ("model", "library", *_RATIO, "load_time", "logits_time", "add
 DATA_COLUMNS = ("route", *_RATIO, *_PIXELS, "rounds", *ENVIRONMENT)
 # Where a row was measured; not when.
 _PLACE = tuple(name for name in ENVIRONMENT if name != "date")
-_PHASES = {"inference": steps.measure_inference, "train": steps.measure_training}
 _LONGEST_MESSAGE = 400
 
 _logger = logging.getLogger(__name__)
@@ -67,13 +66,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Experiment:
-    """A kind of benchmark: the rows that a job gives, and how they are measured.
+    """A kind of benchmark: the rows of a job, and how they are measured.
 
     Attributes:
         columns: Of its rows.
         key: What makes two rows the same measurement.
-        ask: Gives the rows of a job, with all that is known beforehand but the environment.
-        measure: Gives the rest of them, in the same order; a failure is a row with `error`, where there is that column.
+        ask: Returns the rows of a job, with all that is known beforehand but the environment.
+        measure: Returns what is measured for each of them; a failure is an `error`.
     """
 
     columns: tuple[str, ...]
@@ -136,17 +135,17 @@ def _measure_speed(job: BenchmarkOptions) -> list[Row]:
         return [row | {"infer_img_size": job.network().img_size[1], "infer_batch_size": 1}]  # nothing runs
     errors = []
     for phase in job.phases:
-        outcome = _run_phase(job, phase)
+        outcome = _run_phase(replace(job, bench=phase))
         row |= outcome.result or {}
         if outcome.error is not None:
             errors.append(f"{phase}: {outcome.error}" if len(job.phases) > 1 else outcome.error)
     return [row | ({"error": "; ".join(errors)} if errors else {})]
 
 
-def _run_phase(job: BenchmarkOptions, phase: Phase) -> "Outcome[Row]":
+def _run_phase(job: BenchmarkOptions) -> "Outcome[Row]":
     """Run a phase, with ever smaller batches while memory does not suffice and nothing else is wrong."""
     while True:
-        outcome = run_in_child(_PHASES[phase], job, limit_memory=job.device == "cpu")
+        outcome = run_in_child(steps.measure_steps, job, limit_memory=job.device == "cpu")
         smaller = _smaller_batch(job.batch_size) if outcome.out_of_memory and job.retry else 0
         if not smaller:
             return outcome
@@ -191,7 +190,7 @@ def _ask_loading(job: BenchmarkOptions) -> list[Row]:
 def _measure_loading(job: BenchmarkOptions) -> list[Row]:
     """Write a model with random weights and load it with each library, in processes of their own, interleaved."""
     order, names = random.Random(job.seed), list(steps.LIBRARIES)
-    turns: dict[str, list[Row]] = {name: [] for name in names}
+    loads: dict[str, list[Row]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         network = create_model(job.model)
         size = (network.config.in_chans, *network.config.img_size)
@@ -202,13 +201,13 @@ def _measure_loading(job: BenchmarkOptions) -> list[Row]:
                 outcome = run_in_child(steps.first_logits, steps.Load(name, job.model, size, Path(folder)))
                 if outcome.result is None:
                     raise InvalidValueError(f"{name} did not load {job.model}: {outcome.error}")
-                turns[name].append(outcome.result)
-    return [_loading_columns(turns[name], turns["beitzoo"]) for name in names]
+                loads[name].append(outcome.result)
+    return [_loading_columns(loads[name], loads["beitzoo"]) for name in names]
 
 
 def _loading_columns(theirs: Sequence[Row], ours: Sequence[Row]) -> Row:
-    def column(turns: Sequence[Row], name: str) -> list[float]:
-        return [float(turn[name] or 0) for turn in turns]
+    def column(loads: Sequence[Row], name: str) -> list[float]:
+        return [float(load[name] or 0) for load in loads]
 
     row = steps.ratio_columns(column(theirs, "logits_time"), column(ours, "logits_time"))
     for name, digits in {"load_time": 3, "logits_time": 3, "added_memory": 0}.items():

@@ -94,6 +94,8 @@ def test_no_label_covers_another(results: Path) -> None:
 
 def test_later_rows_replace_earlier_ones_and_failures_are_left_out(results: Path) -> None:
     add_ratio(results, model="beit_base_patch16_224", peer="timm", batch_size=1, ratio=1.5)
+    for other in ({"device": "another"}, {"peer": "unknown"}):
+        add_ratio(results, **{"model": "beit_base_patch16_224", "peer": "timm", "batch_size": 1, "ratio": 7, **other})
     groups = report._groups(read_rows(results / "comparison.csv"))
     assert list(groups) == [("inference", "float32", "beitzoo"), ("train", "float32", "beitzoo")]
     rows = groups["inference", "float32", "beitzoo"]

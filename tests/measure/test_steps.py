@@ -37,7 +37,7 @@ def test_every_precision_runs_and_trains(precision: Any) -> None:
 
 
 def test_the_parts_of_a_step_are_timed_when_asked_for() -> None:
-    row = steps.measure_training(replace(OPTIONS, detail=True))
+    row = steps.measure_steps(replace(OPTIONS, bench="train", detail=True))
     parts = [float(row[f"train_{name}_time"] or 0) for name in ("fwd", "bwd", "opt")]
     assert all(part > 0 for part in parts)
 

@@ -203,7 +203,7 @@ def test_what_a_child_raises_is_its_outcome(
 @pytest.mark.slow
 def test_a_process_of_its_own_measures_within_free_memory() -> None:
     job = BenchmarkOptions(model="test_beit", num_warm_iter=0, num_bench_iter=2)
-    outcome = run_in_child(steps.measure_inference, job, limit_memory=True)
+    outcome = run_in_child(steps.measure_steps, job, limit_memory=True)
     assert outcome.error is None and outcome.result is not None
     assert 100 < float(outcome.result["infer_peak_memory"] or 0) < 10_000
 
