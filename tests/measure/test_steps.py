@@ -22,10 +22,8 @@ OPTIONS = BenchmarkOptions(model="test_beit", batch_size=2, num_warm_iter=0, num
 @pytest.mark.parametrize("precision", ["bfloat16", "amp"])
 def test_every_precision_runs_and_trains(precision: Any) -> None:
     options = replace(OPTIONS, precision=precision, channels_last=True, img_size=48)
-    inference, training = (
-        steps.measure_inference(options),
-        steps.measure_training(replace(options, grad_checkpointing=True)),
-    )
+    inference = steps.measure_steps(options)
+    training = steps.measure_steps(replace(options, bench="train", grad_checkpointing=True))
     assert (inference["infer_img_size"], inference["infer_batch_size"]) == (48, 2)
     assert (training["train_img_size"], training["train_batch_size"]) == (48, 2)
     for row, prefix in ((inference, "infer"), (training, "train")):
