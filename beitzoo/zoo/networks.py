@@ -158,6 +158,80 @@ class BeitConfig:
         return self.global_pool == "avg" if self.use_fc_norm is None else self.use_fc_norm
 
 
+@dataclass(frozen=True, kw_only=True)
+class MimConfig:
+    """The head of a masked image model. The defaults are BEiT's; the fields from `early_layers` on are BEiT v2's.
+
+    Attributes:
+        vocab_size: Visual tokens to tell apart.
+        early_layers: Blocks after which patch tokens are taken for patch aggregation; 0 for none (BEiT).
+        head_layers: Further blocks that see these patch tokens and the last class token.
+        shared_lm_head: Use one norm and one head for both; otherwise patch aggregation has its own.
+    """
+
+    vocab_size: int = 8192
+    early_layers: int = 0
+    head_layers: int = 2
+    shared_lm_head: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("vocab_size", 1), ("early_layers", 0), ("head_layers", 1)):
+            value = getattr(self, name)
+            check(_is_whole(value) and value >= least, f"{name}={value!r}; it must be a whole number from {least} up.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DvaeConfig:
+    """DALL-E's discrete autoencoder; the defaults are those of the released one.
+
+    Attributes:
+        img_size: Height and width of its images in pixels, eight times the grid of codes.
+        in_chans: Colour channels.
+        vocab_size: Codes.
+        hidden_dim: Channels of the encoder's first group; later ones have 2, 4 and 8 times as many.
+        decoder_dim: Channels of the decoder's first layer.
+        blocks_per_group: Residual blocks of each of the four groups.
+    """
+
+    img_size: Pair = (112, 112)
+    in_chans: int = 3
+    vocab_size: int = 8192
+    hidden_dim: int = 256
+    decoder_dim: int = 128
+    blocks_per_group: int = 2
+
+    def __post_init__(self) -> None:
+        check_divisible(self.img_size, (8, 8))
+        check(self.hidden_dim % 4 == 0, f"hidden_dim={self.hidden_dim}; it must be a multiple of 4.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqkdConfig:
+    """BEiT v2's tokenizer.
+
+    Attributes:
+        encoder: The network from pixels to patch tokens.
+        decoder: The network from codes to the teacher's features; its images are maps of codes, its patches one code.
+        vocab_size: Codes.
+        code_dim: Channels of a code.
+        teacher_dim: Channels of the teacher's features.
+    """
+
+    encoder: BeitConfig
+    decoder: BeitConfig
+    vocab_size: int = 8192
+    code_dim: int = 32
+    teacher_dim: int = 512
+
+    def __post_init__(self) -> None:
+        grids = self.encoder.grid_size, self.decoder.grid_size
+        check(
+            grids[0] == grids[1] and self.decoder.in_chans == self.code_dim,
+            f"The encoder makes {grids[0]} codes of {self.code_dim} channels, the decoder takes {grids[1]} of "
+            f"{self.decoder.in_chans}; both must agree.",
+        )
+
+
 def override(config: BeitConfig, **overrides: Any) -> BeitConfig:
     """Return the config with fields replaced, in timm's spellings.
 

@@ -1,0 +1,246 @@
+"""Image tokenizers: networks that turn an image into a grid of visual tokens, the targets of pretraining.
+
+`Dvae` is the discrete variational autoencoder of DALL-E (https://arxiv.org/abs/2102.12092), whose codes BEiT predicts;
+`Vqkd` is BEiT v2's vector-quantised knowledge distillation (https://arxiv.org/abs/2208.06366, section 2.2). Parameter
+names are OpenAI's and unilm's; they are a public contract.
+
+Shapes: B batch, h w token grid, V codes of the codebook, D channels of a code.
+"""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beitzoo.errors import check
+from beitzoo.models.beit import Beit
+from beitzoo.zoo.networks import DvaeConfig, Pair, VqkdConfig
+
+# Pixels are squeezed into [EPSILON, 1 - EPSILON]: the logit-Laplace distribution has no mass at 0 and 1.
+EPSILON = 0.1
+
+Kernels = tuple[int, int, int, int]
+
+
+class DvaeConv2d(nn.Module):
+    """A convolution that keeps the size, with OpenAI's parameter names."""
+
+    def __init__(self, in_chans: int, out_chans: int, kernel: int) -> None:
+        super().__init__()
+        std = (in_chans * kernel**2) ** -0.5
+        self.w = nn.Parameter(torch.empty(out_chans, in_chans, kernel, kernel).normal_(std=std))
+        self.b = nn.Parameter(torch.zeros(out_chans))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_chans, height, width) to (B, out_chans, height, width)."""
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class DvaeBlock(nn.Module):
+    """A residual block of four convolutions; kernel sizes are those of the encoder or of the decoder."""
+
+    def __init__(self, in_chans: int, out_chans: int, kernels: Kernels, gain: float) -> None:
+        super().__init__()
+        hidden = out_chans // 4
+        widths = (in_chans, hidden, hidden, hidden, out_chans)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for number, kernel in enumerate(kernels, start=1):
+            layers[f"relu_{number}"] = nn.ReLU()
+            layers[f"conv_{number}"] = DvaeConv2d(widths[number - 1], widths[number], kernel)
+        self.id_path = nn.Identity() if in_chans == out_chans else DvaeConv2d(in_chans, out_chans, 1)
+        self.res_path = nn.Sequential(layers)
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_chans, height, width) to (B, out_chans, height, width)."""
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+class DvaeEncoder(nn.Module):
+    """From pixels to the logits of codes, at an eighth of the size."""
+
+    def __init__(self, config: DvaeConfig) -> None:
+        super().__init__()
+        widths = [config.hidden_dim * factor for factor in (1, 1, 2, 4, 8)]
+        layers = [
+            ("input", DvaeConv2d(config.in_chans, widths[0], 7)),
+            *_groups(widths, (3, 3, 3, 1), config, "pool", lambda: nn.MaxPool2d(2)),
+            ("output", _relu_conv(widths[-1], config.vocab_size)),
+        ]
+        self.blocks = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map squeezed pixels (B, in_chans, 8 h, 8 w) to logits (B, V, h, w)."""
+        logits: Tensor = self.blocks(pixels)
+        return logits
+
+
+class DvaeDecoder(nn.Module):
+    """From codes to the parameters of a logit-Laplace distribution of pixels, at eight times the size."""
+
+    def __init__(self, config: DvaeConfig) -> None:
+        super().__init__()
+        widths = [config.decoder_dim, *(config.hidden_dim * factor for factor in (8, 4, 2, 1))]
+        layers = [
+            ("input", DvaeConv2d(config.vocab_size, widths[0], 1)),
+            *_groups(widths, (1, 3, 3, 3), config, "upsample", lambda: nn.Upsample(scale_factor=2)),
+            ("output", _relu_conv(widths[-1], 2 * config.in_chans)),
+        ]
+        self.blocks = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Map one-hot codes (B, V, h, w) to means and log-scales (B, 2 in_chans, 8 h, 8 w)."""
+        parameters: Tensor = self.blocks(codes)
+        return parameters
+
+
+class Dvae(nn.Module):
+    """DALL-E's tokenizer: a code is the likeliest of the encoder's logits; codes decode to pixels.
+
+    Attributes:
+        config: What was built.
+    """
+
+    def __init__(self, config: DvaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = DvaeEncoder(config)
+        self.decoder = DvaeDecoder(config)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images (B, in_chans, *img_size) with values in [0, 1] to codes (B, h, w), int64.
+
+        Raises:
+            InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
+        """
+        _check_images(images, self.config.in_chans, self.config.img_size)
+        logits: Tensor = self.encoder((1 - 2 * EPSILON) * images + EPSILON)
+        return logits.argmax(dim=1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Map codes (B, h, w) to images (B, in_chans, 8 h, 8 w) with values in [0, 1]: the mean of the distribution."""
+        dtype = next(self.decoder.parameters()).dtype
+        one_hot = F.one_hot(codes, self.config.vocab_size).permute(0, 3, 1, 2).to(dtype)  # (B, V, h, w)
+        means: Tensor = self.decoder(one_hot)[:, : self.config.in_chans]
+        return ((means.sigmoid() - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
+
+
+class Codebook(nn.Module):
+    """Unit vectors that features are rounded to; they learn by moving averages, not by gradients.
+
+    All tensors but `weight` are there for the original's checkpoints, which have them.
+    """
+
+    def __init__(self, codes: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(codes, dim)), requires_grad=False)
+        self.cluster_size = nn.Parameter(torch.zeros(codes), requires_grad=False)
+        self.embed_avg = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        self.register_buffer("initted", torch.ones(1))
+
+
+class Quantizer(nn.Module):
+    """The nearest code of each feature by the angle between them, which for unit vectors is the nearest by distance."""
+
+    def __init__(self, codes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = Codebook(codes, dim)
+        self.register_buffer("cluster_size", torch.zeros(codes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (..., D) of any length to codes (...), int64."""
+        # By distance, as in the original, not by product: codes are unit vectors to rounding only.
+        features = F.normalize(features, dim=-1)
+        weight = self.embedding.weight
+        squares = features.square().sum(-1, keepdim=True) + weight.square().sum(1)
+        return (squares - 2 * (features @ weight.t())).argmin(dim=-1)
+
+
+class Vqkd(nn.Module):
+    """BEiT v2's tokenizer: a BEiT whose patch tokens are rounded to codes; codes decode to features of a teacher.
+
+    Attributes:
+        config: What was built.
+    """
+
+    def __init__(self, config: VqkdConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Beit(config.encoder)
+        self.decoder = Beit(config.decoder)
+        self.quantize = Quantizer(config.vocab_size, config.code_dim)
+        self.encode_task_layer = _task_layer(config.encoder.embed_dim, config.code_dim)
+        self.decode_task_layer = _task_layer(config.decoder.embed_dim, config.teacher_dim)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images (B, in_chans, *img_size) with values in [0, 1] to codes (B, h, w), int64.
+
+        What follows the encoder computes in float32 under any autocast, as in the original: a rounded feature may be
+        nearer to another code.
+
+        Raises:
+            InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
+        """
+        encoder = self.config.encoder
+        _check_images(images, encoder.in_chans, encoder.img_size)
+        tokens = _patch_tokens(self.encoder, 2 * images - 1)
+        with torch.autocast(images.device.type, enabled=False):
+            codes: Tensor = self.quantize(self.encode_task_layer(tokens.to(self.quantize.embedding.weight.dtype)))
+        return codes.unflatten(1, encoder.grid_size)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Map codes (B, h, w) to features of the teacher's patches, (B, h w, teacher_dim)."""
+        vectors = F.embedding(codes, self.quantize.embedding.weight).permute(0, 3, 1, 2)  # (B, D, h, w)
+        features: Tensor = self.decode_task_layer(_patch_tokens(self.decoder, vectors))
+        return features
+
+
+def _patch_tokens(network: Beit, images: Tensor) -> Tensor:
+    """Return the normed patch tokens of a backbone, (B, h w, C)."""
+    found = network.forward_intermediates(images, 1, norm=True, output_fmt="NLC", intermediates_only=True)
+    tokens: Tensor = found[0]
+    return tokens
+
+
+def _task_layer(width: int, outputs: int) -> nn.Sequential:
+    linears = nn.Linear(width, width), nn.Linear(width, outputs)
+    for linear in linears:
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+    return nn.Sequential(linears[0], nn.Tanh(), linears[1])
+
+
+def _relu_conv(in_chans: int, out_chans: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=DvaeConv2d(in_chans, out_chans, 1)))
+
+
+def _groups(
+    widths: list[int], kernels: Kernels, config: DvaeConfig, resize_name: str, resize: Callable[[], nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the groups of residual blocks by name; all but the last end with a change of size."""
+    count = len(widths) - 1
+    gain = 1 / (count * config.blocks_per_group) ** 2
+    for number, (before, after) in enumerate(itertools.pairwise(widths), start=1):
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for block in range(1, config.blocks_per_group + 1):
+            layers[f"block_{block}"] = DvaeBlock(before if block == 1 else after, after, kernels, gain)
+        if number < count:
+            layers[resize_name] = resize()
+        yield f"group_{number}", nn.Sequential(layers)
+
+
+def _check_images(images: Tensor, in_chans: int, img_size: Pair) -> None:
+    expected = ("batch", in_chans, *img_size)
+    check(
+        images.ndim == 4 and tuple(images.shape[1:]) == expected[1:],
+        f"Got images of shape {tuple(images.shape)}; this tokenizer takes {expected}: one code for each patch of the "
+        "model that is trained. Resize the images.",
+    )
+    check(images.is_floating_point(), f"Got images of {images.dtype}; this tokenizer takes numbers in [0, 1].")
