@@ -218,9 +218,9 @@ class Beit(nn.Module):
             images: (B, in_chans, height, width).
             bool_masked_pos: (B, h w) or (B, h, w); True patches are replaced by the mask token.
         """
-        x, bias = self._embed(images, bool_masked_pos)
+        x, bias = self.embed(images, bool_masked_pos)
         for index in range(len(self.blocks)):
-            x = self._run_block(index, x, bias)
+            x = self.run_block(index, x, bias)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -259,10 +259,10 @@ class Beit(nn.Module):
         if output_fmt not in get_args(FeatureFormat):
             raise InvalidValueError(f"output_fmt={output_fmt!r}; there are {', '.join(get_args(FeatureFormat))}.")
         chosen = inputs.take_indices(indices, len(self.blocks))
-        tokens, bias = self._embed(x)
+        tokens, bias = self.embed(x)
         found = []
         for index in range(max(chosen) + 1 if stop_early else len(self.blocks)):
-            tokens = self._run_block(index, tokens, bias)
+            tokens = self.run_block(index, tokens, bias)
             if index in chosen:
                 found.append(self._trained_norm(tokens) if norm else tokens)
         prefixes = [t[:, : self.num_prefix_tokens] for t in found]
@@ -282,14 +282,14 @@ class Beit(nn.Module):
             blocks: These blocks, negative from the end; all if None.
         """
         chosen = inputs.take_indices(blocks, len(self.blocks))
-        x, bias = self._embed(images)
+        x, bias = self.embed(images)
         maps = {}
         for index in range(max(chosen) + 1):
             block = self.blocks[index]
             if index in chosen:
                 assert isinstance(block, Block)
                 maps[index] = block.attn.weights(block.norm1(x), bias)
-            x = self._run_block(index, x, bias)
+            x = self.run_block(index, x, bias)
         return torch.stack([maps[index] for index in chosen], dim=1)
 
     def position_bias(self, grid: Pair) -> PositionBias:
@@ -297,7 +297,8 @@ class Beit(nn.Module):
         like = next(self.parameters())  # not by name: torch.fx puts what has no device in the place of a parameter
         return kernels.position_bias(grid, self.config, like, self.rel_pos_bias)
 
-    def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
+    def embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
+        """Map images to the tokens (B, N, C) that enter the first block, and what all blocks know about positions."""
         patches = self.patch_embed(images)
         bias = self.position_bias(inputs.grid_of(images, self.config))
         if bool_masked_pos is not None:
@@ -313,7 +314,8 @@ class Beit(nn.Module):
         masked = inputs.flat_mask(bool_masked_pos, patches)
         return torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
 
-    def _run_block(self, index: int, x: Tensor, bias: PositionBias) -> Tensor:
+    def run_block(self, index: int, x: Tensor, bias: PositionBias) -> Tensor:
+        """Map tokens (B, N, C) through one block, recomputed in the backward pass if that was asked for."""
         block = self.blocks[index]
         if index in self.checkpointed_blocks and torch.is_grad_enabled():
             return checkpoint(block, x, bias, use_reentrant=False)

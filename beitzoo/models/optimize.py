@@ -170,10 +170,11 @@ class InferenceBeit(Beit):
     def _blocks(self) -> list["InferenceBlock"]:
         return [block for block in self.blocks if isinstance(block, InferenceBlock)]
 
-    def _embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
+    def embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:
+        """Map images of any precision to the tokens that enter the first block, as `Beit.embed` does."""
         if isinstance(images, Tensor) and images.is_floating_point():
             images = images.to(self.cls_token.dtype)
-        tokens, bias = super()._embed(images, bool_masked_pos)
+        tokens, bias = super().embed(images, bool_masked_pos)
         if tokens.requires_grad:
             _refuse("give gradients")
         return tokens, bias

@@ -1,0 +1,158 @@
+"""Masked image modelling: a backbone and the head that predicts the visual tokens of masked patches.
+
+BEiT (https://arxiv.org/abs/2106.08254), section 2.3: one linear head over the patch tokens. BEiT v2
+(https://arxiv.org/abs/2208.06366), section 2.3, adds patch aggregation: the last class token and the patch tokens of
+an earlier block go through two further blocks and the same head, so that the class token must hold what the patches
+of the earlier block lack. `modeling_pretrain.py` of both.
+
+Shapes: B batch, h w patch grid, M masked patches of the whole batch, V visual tokens, C channels.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beitzoo.errors import check
+from beitzoo.models.beit import Attention, Beit, Block
+from beitzoo.models.position import RelativePositionBias
+from beitzoo.zoo.networks import MimConfig
+
+_STD = 0.02
+
+
+class MaskedImageModel(nn.Module):
+    """A BEiT in pretraining. The original's names are the backbone's and the head's, without the prefix `backbone`.
+
+    Attributes:
+        config: The head.
+        backbone: The network; it has a mask token and a norm on its tokens.
+    """
+
+    def __init__(self, backbone: Beit, config: MimConfig) -> None:
+        super().__init__()
+        network = backbone.config
+        check(
+            network.use_mask_token and not network.norm_after_pooling and not network.num_classes,
+            "A masked image model needs a backbone with use_mask_token=True, use_fc_norm=False and num_classes=0.",
+        )
+        check(
+            config.early_layers <= network.depth,
+            f"early_layers={config.early_layers} of a network of {network.depth} blocks; choose an earlier block.",
+        )
+        self.config = config
+        self.backbone = backbone
+        width = network.embed_dim
+        self.lm_head = nn.Linear(width, config.vocab_size)
+        if config.early_layers:
+            last = config.early_layers + config.head_layers
+            deep = replace(network, depth=max(network.depth, last))  # for the rate of stochastic depth
+            self.cls_pt_layers = nn.ModuleList(Block(deep, index) for index in range(config.early_layers, last))
+        if config.early_layers and not config.shared_lm_head:
+            self.cls_pt_norm = nn.LayerNorm(width, network.norm_eps)
+            self.cls_pt_lm_head = nn.Linear(width, config.vocab_size)
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
+
+    def forward(
+        self, images: Tensor, bool_masked_pos: Tensor, all_patches: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict visual tokens; with patch aggregation twice, from the last block and from the aggregation.
+
+        Args:
+            images: (B, in_chans, height, width).
+            bool_masked_pos: (B, h w) or (B, h, w), True where a patch is masked.
+            all_patches: Predict the tokens of all patches, not only of masked ones, which are a third of the work.
+
+        Returns:
+            Logits (M, V) of the masked patches of all images, in order, or (B, h w, V) of all patches.
+
+        Raises:
+            InvalidValueError: No patch is masked, or the mask is of another shape.
+        """
+        tokens = self._tokens(images, bool_masked_pos)
+        masked = bool_masked_pos.flatten(1)
+        heads = [(self.backbone.norm, self.lm_head)] * len(tokens)
+        if not self.config.shared_lm_head and len(tokens) == 2:
+            heads[1] = (self.cls_pt_norm, self.cls_pt_lm_head)
+        logits = []
+        for (norm, head), x in zip(heads, tokens, strict=True):
+            patches = x[:, self.backbone.num_prefix_tokens :]
+            chosen = patches if all_patches else patches[masked]
+            check(all_patches or len(chosen) > 0, "Got a mask without a masked patch; there is nothing to predict.")
+            logits.append(head(norm(chosen)))
+        return logits[0] if len(logits) == 1 else (logits[0], logits[1])
+
+    def _tokens(self, images: Tensor, bool_masked_pos: Tensor) -> list[Tensor]:
+        """Return the raw tokens (B, 1 + h w, C) that heads read: of the last block, and of patch aggregation."""
+        x, bias = self.backbone.embed(images, bool_masked_pos)
+        early = x
+        for index in range(len(self.backbone.blocks)):
+            x = self.backbone.run_block(index, x, bias)
+            if index + 1 == self.config.early_layers:
+                early = x
+        if not self.config.early_layers:
+            return [x]
+        prefix = self.backbone.num_prefix_tokens
+        aggregated = torch.cat([x[:, :prefix], early[:, prefix:]], dim=1)
+        for block in self.cls_pt_layers:
+            aggregated = block(aggregated, bias)
+        return [x, aggregated]
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set every parameter as the original does before pretraining.
+
+        Linear and convolution weights and tokens: normal, std 0.02, cut at one std; biases and bias tables 0. The last
+        linear of each branch is divided by sqrt(2 * layer). The linears of the aggregation's blocks keep PyTorch's
+        default, as the original makes these blocks after it has set all others.
+        """
+        self.backbone.init_weights()
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                _cut_normal(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for token in (self.backbone.cls_token, self.backbone.mask_token, self.backbone.pos_embed):
+            if token is not None:
+                _cut_normal(token)
+        _rescale(self.backbone.blocks, first=1)
+        if self.config.early_layers:
+            self._init_aggregation()
+
+    def _init_aggregation(self) -> None:
+        network = self.backbone.config
+        for module in self.cls_pt_layers.modules():
+            if isinstance(module, nn.LayerNorm | nn.Linear):
+                module.reset_parameters()
+            elif isinstance(module, Attention | RelativePositionBias):
+                for parameter in module.parameters(recurse=False):
+                    nn.init.zeros_(parameter)
+            elif isinstance(module, Block) and module.gamma_1 is not None and module.gamma_2 is not None:
+                nn.init.constant_(module.gamma_1, network.init_values)
+                nn.init.constant_(module.gamma_2, network.init_values)
+        _rescale(self.cls_pt_layers, first=self.config.early_layers + 1)
+
+
+def mim_loss(logits: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy, nats, of logits (M, V) against visual tokens (M,); that of several heads is added.
+
+    BEiT v2, equation 6: both heads weigh the same.
+    """
+    several = [logits] if isinstance(logits, Tensor) else logits
+    return torch.stack([F.cross_entropy(one.float(), targets) for one in several]).sum()
+
+
+def _cut_normal(parameter: Tensor) -> None:
+    nn.init.trunc_normal_(parameter, std=_STD, a=-_STD, b=_STD)
+
+
+def _rescale(blocks: nn.ModuleList, first: int) -> None:
+    """Divide the last linear of each branch by sqrt(2 * layer), counted from `first`."""
+    for layer, block in enumerate(blocks, start=first):
+        assert isinstance(block, Block)
+        block.attn.proj.weight.div_(math.sqrt(2 * layer))
+        block.mlp.fc2.weight.div_(math.sqrt(2 * layer))
