@@ -9,11 +9,12 @@ import torch
 from beitzoo.errors import InvalidOptionError
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
+from beitzoo.models.mim import MaskedImageModel, backbone_of
 from beitzoo.weights import adapt, checkpoint
 from beitzoo.weights.adapt import Plan, State
 from beitzoo.weights.names import find_weights, look_elsewhere
 from beitzoo.zoo.checkpoints import Classify, LocalFile, PretrainedConfig
-from beitzoo.zoo.networks import BeitConfig
+from beitzoo.zoo.networks import BeitConfig, MimConfig
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
 
 # `sources` (the hub's client) is imported by the function that needs it: it costs as much time as all the rest of
@@ -63,7 +64,7 @@ def create_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **overrides: Any,
-) -> Beit | BeitFeatures:
+) -> Beit | BeitFeatures | MaskedImageModel:
     """Create a model by name, in training mode, as timm does.
 
     Args:
@@ -80,8 +81,9 @@ def create_model(
         dtype: Of the parameters; that of the weights, or float32, if None.
         **overrides: Fields of `BeitConfig`, in timm's spellings. A loaded model is fitted to another
             `img_size`, `patch_size`, `in_chans`, `num_classes` (a fresh head; 0 for none) or `global_pool`.
-            A masked image model with `num_classes=0` is the network as pretrained; with N classes it is prepared
-            for fine-tuning as unilm does (shared bias table copied to the blocks, fresh `fc_norm` and head).
+            A checkpoint of masked image modelling is a `MaskedImageModel`, with the fields of `MimConfig` too; with
+            `num_classes=0` it is the network as pretrained, and with N classes it is prepared for fine-tuning as
+            unilm does (shared bias table copied to the blocks, fresh `fc_norm` and head).
 
     Raises:
         UnknownModelError: The name is unknown; the closest are named.
@@ -106,8 +108,10 @@ def create_model(
     )
     plan = adapt.make_plan(entry.name, entry.config, known.head, overrides)
     if not (checkpoint_path or pretrained):
-        model = _initialise(plan.wanted, device)
-        model.pretrained = known.without_weights(model.pretrained.head)
+        model = _initialise(plan, device)
+        backbone_of(model).pretrained = known.without_weights(
+            plan.head if plan.mim else backbone_of(model).pretrained.head
+        )
     else:
         path, is_cached = _weights(entry, checkpoint_path, directory)
         tensors = checkpoint.read(path, map_file=is_cached, use_ema=use_ema)
@@ -115,9 +119,9 @@ def create_model(
         if checkpoint_path:
             plan = adapt.fit_to_file(plan, state)
         model, options = _load(plan, state, path, options if features_only else None)
-        model.pretrained = replace(known, head=plan.head)
-        _fit(model, plan.wanted)
-    result = BeitFeatures(model, **options) if features_only else model
+        backbone_of(model).pretrained = replace(known, head=plan.head)
+        _fit(backbone_of(model), plan.wanted)
+    result = BeitFeatures(backbone_of(model), **options) if features_only else model
     return result.to(device=device, dtype=dtype)
 
 
@@ -163,27 +167,33 @@ def _weights(entry: Entry, checkpoint_path: str | Path | None, cache_dir: Path |
     return fetch(sources, cache_dir), not any(isinstance(source, LocalFile) for source in sources)
 
 
-def _initialise(config: BeitConfig, device: torch.device | str) -> Beit:
+def _build(config: BeitConfig, mim: MimConfig | None) -> Beit | MaskedImageModel:
+    """Build a network without values."""
     with torch.device("meta"):
-        model = Beit(config)
+        return Beit(config) if mim is None else MaskedImageModel(Beit(config), mim)
+
+
+def _initialise(plan: Plan, device: torch.device | str) -> Beit | MaskedImageModel:
+    model = _build(plan.wanted, plan.mim)
     model.to_empty(device=device)
     model.init_weights()
     return model
 
 
-def _load(plan: Plan, state: State, origin: Path, options: dict[str, Any] | None) -> tuple[Beit, dict[str, Any]]:
+def _load(
+    plan: Plan, state: State, origin: Path, options: dict[str, Any] | None
+) -> tuple[Beit | MaskedImageModel, dict[str, Any]]:
     """Build the network of the file and load it strictly.
 
     Of a feature extractor, which is given by its `options`, the parts that it does not use need not be in the file;
     they are dropped first. Its options for what is left are returned.
     """
-    with torch.device("meta"):
-        model = Beit(plan.loaded)
+    model = _build(plan.loaded, plan.mim)
     if options is None:
         checkpoint.load(model, state, str(origin), plan.loaded)
         return model, {}
     names = model.state_dict().keys()
-    chosen = BeitFeatures(model, **options).out_indices
+    chosen = BeitFeatures(backbone_of(model), **options).out_indices
     unused = names - model.state_dict().keys()
     used = {name: tensor for name, tensor in state.items() if name not in unused}
     checkpoint.load(model, used, str(origin), plan.loaded)

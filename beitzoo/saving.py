@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from beitzoo.errors import InvalidOptionError, InvalidValueError
 from beitzoo.files import write_text
 from beitzoo.models.beit import Beit
+from beitzoo.models.mim import MaskedImageModel, backbone_of
 from beitzoo.models.position import relative_position_index
 from beitzoo.weights import checkpoint, layouts
-from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
+from beitzoo.zoo.checkpoints import Classify, Mim, PretrainedConfig
 from beitzoo.zoo.networks import BeitConfig
 
 # `folder` (pydantic) is imported by the functions that need it: a model is often made without it.
@@ -43,7 +44,10 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
 
 
 def save_transformers(model: nn.Module, directory: str | Path) -> None:
-    """Save to a folder that transformers loads as `BeitForImageClassification`, or without a head as `BeitModel`.
+    """Save to a folder that transformers loads.
+
+    It is loaded as `BeitForImageClassification`, without a head as `BeitModel`, and a masked image model, which cannot
+    have patch aggregation there, as `BeitForMaskedImageModeling`.
 
     Args:
         model: As in `save_pretrained`.
@@ -57,7 +61,8 @@ def save_transformers(model: nn.Module, directory: str | Path) -> None:
     whole = _describe(model)
     dtype = checkpoint.widest_dtype(whole.state)
     config, preprocessor = folder.transformers_form.dump(whole.config, whole.pretrained, str(dtype).partition(".")[2])
-    tensors = layouts.to_transformers(whole.state, prefix="beit." if whole.config.num_classes else "")
+    has_head = bool(whole.config.num_classes) or isinstance(whole.pretrained.head, Mim)
+    tensors = layouts.to_transformers(whole.state, prefix="beit." if has_head else "")
     checkpoint.save(tensors, Path(directory) / folder.WEIGHTS[0])
     write_text(Path(directory) / folder.CONFIG, config)
     write_text(Path(directory) / folder.PREPROCESSOR, preprocessor)
@@ -94,16 +99,20 @@ def _describe(model: nn.Module) -> _Whole:
         InvalidOptionError: There is no BEiT in the model.
         InvalidValueError: The BEiT was changed; says what differs and what to do.
     """
-    beit = _unwrapped(model)
-    config, pretrained, state = beit.config, beit.pretrained, beit.state_dict()
+    inner = _unwrapped(model)
+    beit = backbone_of(inner)
+    config, pretrained, state = beit.config, beit.pretrained, layouts.strip_backbone(inner.state_dict())
+    mim = inner.config if isinstance(inner, MaskedImageModel) else None
+    if mim is not None or isinstance(pretrained.head, Mim):  # the backbone may be saved alone
+        pretrained = replace(pretrained, head=Classify(num_classes=0) if mim is None else Mim(network=mim))
     classes = _classes(beit.head, config)
     if classes != config.num_classes:
         _logger.info("The head was replaced by hand; saved with %s classes, not %s.", classes, config.num_classes)
         config = replace(config, num_classes=classes)
         pretrained = replace(pretrained, head=Classify(num_classes=classes))
     with torch.device("meta"):
-        expected = Beit(config).state_dict()
-    differences = checkpoint.compare(expected, state)
+        expected = Beit(config) if mim is None else MaskedImageModel(Beit(config), mim)
+    differences = checkpoint.compare(layouts.strip_backbone(expected.state_dict()), state)
     if differences:
         raise InvalidValueError(
             "This model is not saved, as no library could read it: it differs from the network that its config "
@@ -112,10 +121,10 @@ def _describe(model: nn.Module) -> _Whole:
     return _Whole(config, pretrained, state)
 
 
-def _unwrapped(model: nn.Module) -> Beit:
+def _unwrapped(model: nn.Module) -> Beit | MaskedImageModel:
     """Find the BEiT inside DistributedDataParallel, DataParallel, `torch.compile` and moving averages."""
     inner: object = model
-    while not isinstance(inner, Beit):
+    while not isinstance(inner, Beit | MaskedImageModel):
         outer = inner
         inner = getattr(outer, "_orig_mod", None) or getattr(outer, "module", None)
         if not isinstance(inner, nn.Module):

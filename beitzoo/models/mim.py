@@ -11,6 +11,7 @@ Shapes: B batch, h w patch grid, M masked patches of the whole batch, V visual t
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from beitzoo.errors import check
 from beitzoo.models.beit import Attention, Beit, Block
 from beitzoo.models.position import RelativePositionBias
+from beitzoo.zoo.checkpoints import PretrainedConfig
 from beitzoo.zoo.networks import MimConfig
 
 _STD = 0.02
@@ -43,6 +45,11 @@ class MaskedImageModel(nn.Module):
             config.early_layers <= network.depth,
             f"early_layers={config.early_layers} of a network of {network.depth} blocks; choose an earlier block.",
         )
+        check(
+            not (config.early_layers and network.use_rel_pos_bias),
+            "Patch aggregation with a bias table in each block is not built, as no released model has both; use "
+            "use_shared_rel_pos_bias=True.",
+        )
         self.config = config
         self.backbone = backbone
         width = network.embed_dim
@@ -56,6 +63,8 @@ class MaskedImageModel(nn.Module):
             self.cls_pt_lm_head = nn.Linear(width, config.vocab_size)
         if not self.lm_head.weight.is_meta:
             self.init_weights()
+
+    # ---- forward ------------------------------------------------------------------------------------
 
     def forward(
         self, images: Tensor, bool_masked_pos: Tensor, all_patches: bool = False
@@ -102,6 +111,12 @@ class MaskedImageModel(nn.Module):
             aggregated = block(aggregated, bias)
         return [x, aggregated]
 
+    def forward_features(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        """Map images to the normed tokens of the last block, (B, 1 + h w, C), as the backbone does."""
+        return self.backbone.forward_features(images, bool_masked_pos)
+
+    # ---- initialisation -----------------------------------------------------------------------------
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Set every parameter as the original does before pretraining.
@@ -135,6 +150,37 @@ class MaskedImageModel(nn.Module):
                 nn.init.constant_(module.gamma_1, network.init_values)
                 nn.init.constant_(module.gamma_2, network.init_values)
         _rescale(self.cls_pt_layers, first=self.config.early_layers + 1)
+
+    # ---- what others ask ----------------------------------------------------------------------------
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that are not decayed in pretraining: positions of tokens and the class token.
+
+        Bias tables and the mask token are decayed, as in the original.
+        """
+        tokens = {"backbone.cls_token", "backbone.pos_embed"}
+        return {name for name, _ in self.named_parameters() if name in tokens}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @property
+    def pretrained(self) -> PretrainedConfig:
+        """The checkpoint the weights are from or meant for."""
+        return self.backbone.pretrained
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """Describe the checkpoint in timm's form, with the size and channels this model has now."""
+        return self.backbone.pretrained_cfg
+
+    default_cfg = pretrained_cfg
+
+
+def backbone_of(model: Beit | MaskedImageModel) -> Beit:
+    """Return the network without a head for visual tokens."""
+    return model if isinstance(model, Beit) else model.backbone
 
 
 def mim_loss(logits: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from beitzoo.errors import UnsupportedError
+from beitzoo.weights import layouts
 from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment, Tokenizer
-from beitzoo.zoo.networks import BeitConfig, override
+from beitzoo.zoo.networks import BeitConfig, MimConfig, override
 
 State = Mapping[str, Tensor]
 # The kind of head that is wanted; None for the backbone alone.
@@ -42,12 +43,14 @@ class Plan:
         stored: The network of the file, after its row of the table.
         overrides: What was asked for instead of its fields, in timm's spellings; `num_classes` 0 for no head.
         trained: The head of the checkpoint.
+        mim: The head of a masked image model, if that is wanted.
         convert: From the tensors of the file, under our names, to those that the stored network loads strictly.
     """
 
     stored: BeitConfig
     overrides: Mapping[str, Any]
     trained: Head
+    mim: MimConfig | None
     convert: Callable[[State], State]
 
     def __post_init__(self) -> None:
@@ -65,8 +68,10 @@ class Plan:
         return replace(self.wanted, **{name: getattr(self.stored, name) for name in shapes})
 
     @property
-    def head(self) -> Classify:
+    def head(self) -> Head:
         """The head of the loaded network: that of the checkpoint with its labels, if it is the same."""
+        if self.mim is not None:
+            return Mim(network=self.mim)
         if isinstance(self.trained, Classify) and self.trained.num_classes == self.stored.num_classes:
             return self.trained
         return Classify(num_classes=self.stored.num_classes)
@@ -94,12 +99,17 @@ def make_plan(name: str, config: BeitConfig, trained: Head, overrides: Mapping[s
             "for its features, num_classes=N for a classifier to fine-tune, or features_only=True for maps."
         )
     stored = adaptation.config(config)
-    return Plan(stored, overrides, trained, lambda state: adaptation.state(state, stored))
+    mim = None
+    if isinstance(trained, Mim) and wanted is Mim:
+        fields = {name: overrides[name] for name in MimConfig.__dataclass_fields__.keys() & overrides.keys()}
+        overrides = {name: value for name, value in overrides.items() if name not in fields}
+        mim = replace(trained.network, **fields)
+    return Plan(stored, overrides, trained, mim, lambda state: adaptation.state(state, stored))
 
 
 def fit_to_file(plan: Plan, state: State) -> Plan:
     """Correct a plan by the classes, channels, size and norm of a user's own file, which need not be the row's."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in layouts.strip_backbone(state).items()}
     stored = plan.stored
     if len(shapes.get("head.weight", ())) == 2 and stored.num_classes:
         stored = replace(stored, num_classes=shapes["head.weight"][0])
@@ -151,6 +161,10 @@ def _for_finetuning_state(state: State, config: BeitConfig) -> State:
     return _with_fresh_norm(kept)
 
 
+def _with_mim_head(state: State, _: BeitConfig) -> State:
+    return layouts.add_backbone(state, _MIM_HEAD)
+
+
 def _without_mim_head(state: State, _: BeitConfig) -> State:
     return {name: tensor for name, tensor in state.items() if not _MIM_HEAD.match(name)}
 
@@ -177,6 +191,7 @@ _JOBS: dict[type[Head], str] = {Mim: "visual tokens", Segment: "segmentation", T
 ADAPTATIONS: dict[tuple[type[Head], Wanted], Adaptation] = {
     (Classify, Classify): Adaptation(config=_as_it_is, state=_all_of_it),
     (Classify, None): Adaptation(config=_as_it_is, state=_all_of_it),
+    (Mim, Mim): Adaptation(config=_as_it_is, state=_with_mim_head),
     (Mim, None): Adaptation(config=_as_it_is, state=_without_mim_head),
     (Mim, Classify): Adaptation(config=_for_finetuning, state=_for_finetuning_state),
     (Segment, None): Adaptation(config=_as_it_is, state=_backbone_of_segmenter),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from beitzoo.errors import InvalidValueError, UserError
 from beitzoo.files import write_atomically
 from beitzoo.weights.identify import explain, shapes_of
-from beitzoo.weights.layouts import Layout, LayoutError, choose_network, recognise, to_ours
+from beitzoo.weights.layouts import Layout, LayoutError, choose_network, recognise, strip_backbone, to_ours
 from beitzoo.weights.shards import INDEX_SUFFIX, shards
 from beitzoo.zoo.networks import BeitConfig
 
@@ -216,10 +216,11 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str, config
     """
     lines = compare(model.state_dict(), state_dict)
     if lines:
+        hint = explain(shapes_of(strip_backbone(state_dict)), config)
         raise CheckpointError(
             f"{origin} is not a checkpoint of this network (- missing, + unexpected, ~ different):\n"
             + "\n".join(lines)
-            + f"\n{explain(shapes_of(state_dict), config) or 'Name the model that the checkpoint was saved from.'}"
+            + f"\n{hint or 'Name the model that the checkpoint was saved from.'}"
         )
     model.load_state_dict(state_dict, strict=True, assign=True)
 

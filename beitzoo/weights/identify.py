@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment
-from beitzoo.zoo.networks import BeitConfig
+from beitzoo.zoo.networks import BeitConfig, MimConfig
 from beitzoo.zoo.registry import architecture_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -92,7 +92,15 @@ def _network(shapes: Shapes) -> BeitConfig | None:
 
 def _head(shapes: Shapes) -> Head:
     if "lm_head.weight" in shapes:
-        return Mim(vocab_size=shapes["lm_head.weight"][0])
+        extra = {name.split(".")[1] for name in shapes if name.startswith("cls_pt_layers.")}
+        depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+        network = MimConfig(
+            vocab_size=shapes["lm_head.weight"][0],
+            early_layers=max(depth - 3, 1) if extra else 0,  # as in all that BEiT v2 released; shapes do not tell
+            head_layers=len(extra) or 2,
+            shared_lm_head="cls_pt_lm_head.weight" not in shapes,
+        )
+        return Mim(network=network)
     for name in ("decode_head.conv_seg.weight", "decode_head.classifier.weight"):
         if name in shapes:
             return Segment(num_classes=shapes[name][0])

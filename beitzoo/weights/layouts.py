@@ -192,6 +192,16 @@ def to_unilm(state_dict: Mapping[str, Tensor], index: Tensor) -> dict[str, Tenso
     return {**state_dict, **indices}
 
 
+def add_backbone(state_dict: Mapping[str, Tensor], heads: re.Pattern[str]) -> dict[str, Tensor]:
+    """Put `backbone.` before all names but those of heads: what holds a backbone has it under that name."""
+    return {name if heads.match(name) else f"backbone.{name}": tensor for name, tensor in state_dict.items()}
+
+
+def strip_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take `backbone.` off all names, as files have them."""
+    return {name.removeprefix("backbone."): tensor for name, tensor in state_dict.items()}
+
+
 def _networks(document: object, path: str = "", depth: int = 2) -> Iterator[Network]:
     if not isinstance(document, Mapping):
         return

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,10 +18,11 @@ from beitzoo.zoo.checkpoints import (
     CropMode,
     DataConfig,
     Interpolation,
+    Mim,
     PretrainedConfig,
 )
 from beitzoo.zoo.labels import label_names
-from beitzoo.zoo.networks import BeitConfig, override
+from beitzoo.zoo.networks import BeitConfig, MimConfig, override
 from beitzoo.zoo.registry import architecture_of
 
 # timm builds any of our networks from this one, given all fields that differ from it.
@@ -122,6 +123,7 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     data = form.pretrained_cfg
     own: dict[str, Any] = dict(form.beitzoo)
     reduces, activation = own.pop(_REDUCES, False), own.pop(_ACTIVATION, "softmax")
+    mim = {name: own.pop(name) for name in MimConfig.__dataclass_fields__.keys() & own.keys()}
     if activation not in get_args(Activation):
         raise ValueError(f"its activation is {activation!r}; there are {', '.join(get_args(Activation))}.")
     # What timm builds where the arguments do not say it.
@@ -134,8 +136,9 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     }
     config = override(ARCHITECTURES[name], **arguments)
     labels = _labels(form.label_names or data.label_names, config.num_classes)
+    classify = Classify(num_classes=config.num_classes, labels=labels, activation=activation)
     return config, PretrainedConfig(
-        head=Classify(num_classes=config.num_classes, labels=labels, activation=activation),
+        head=Mim(network=MimConfig(**mim)) if mim else classify,
         data=replace(_data(data), reduce_zero_label=reduces),
         license=data.license,
         architecture=architecture_of(config) or name,
@@ -163,6 +166,8 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
         document["pretrained_cfg"].pop(name, None)
     if pretrained.data.reduce_zero_label:
         document[_OWN_KEY][_REDUCES] = True
+    if isinstance(pretrained.head, Mim):
+        document[_OWN_KEY] |= asdict(pretrained.head.network)
     if isinstance(pretrained.head, Classify) and pretrained.head.activation != "softmax":
         document[_OWN_KEY][_ACTIVATION] = pretrained.head.activation
     names = label_names(pretrained.head)

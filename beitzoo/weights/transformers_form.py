@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from beitzoo.errors import describe_invalid
+from beitzoo.errors import InvalidValueError, describe_invalid
 from beitzoo.zoo.checkpoints import (
     Activation,
     Classify,
@@ -20,7 +20,7 @@ from beitzoo.zoo.checkpoints import (
     Segment,
 )
 from beitzoo.zoo.labels import is_misnumbered_22k, label_names
-from beitzoo.zoo.networks import BeitConfig, GlobalPool, Pair
+from beitzoo.zoo.networks import BeitConfig, GlobalPool, MimConfig, Pair
 from beitzoo.zoo.registry import architecture_of
 
 _logger = logging.getLogger(__name__)
@@ -189,6 +189,12 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig, dtype: str = "float32
         ValueError: transformers cannot build this network; says why.
     """
     _check_expressible(config)
+    mim = pretrained.head.network if isinstance(pretrained.head, Mim) else None
+    if mim is not None and mim.early_layers:
+        raise InvalidValueError(
+            "transformers cannot build this network: it has no patch aggregation. Save the backbone "
+            "(create_model(..., num_classes=0)), or all of it with save_pretrained or save_unilm."
+        )
     hidden = config.hidden_dim
     names = label_names(pretrained.head) or ()
     names = (
@@ -196,7 +202,7 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig, dtype: str = "float32
     )
     document: dict[str, Any] = {
         "model_type": "beit",
-        "architectures": ["BeitForImageClassification" if config.num_classes else "BeitModel"],
+        "architectures": [_class(config, mim)],
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
@@ -214,15 +220,23 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig, dtype: str = "float32
         "use_shared_relative_position_bias": config.use_shared_rel_pos_bias,
         "layer_scale_init_value": float(config.init_values),
         "drop_path_rate": config.drop_path_rate,
-        "use_mean_pooling": config.norm_after_pooling,
+        "use_mean_pooling": config.norm_after_pooling or mim is not None,
         "dtype": dtype,
     }
+    if mim is not None:
+        document["vocab_size"] = mim.vocab_size
     if config.num_classes > 1 and isinstance(pretrained.head, Classify) and pretrained.head.activation == "sigmoid":
         document["problem_type"] = "multi_label_classification"
     if config.num_classes:
         document["id2label"] = {str(index): name for index, name in enumerate(names)}
         document["label2id"] = {name: index for index, name in enumerate(names)}
     return json.dumps(document, indent=2) + "\n", json.dumps(_processor(config, pretrained.data), indent=2) + "\n"
+
+
+def _class(config: BeitConfig, mim: MimConfig | None) -> str:
+    if mim is not None:
+        return "BeitForMaskedImageModeling"
+    return "BeitForImageClassification" if config.num_classes else "BeitModel"
 
 
 def _processor(config: BeitConfig, data: DataConfig) -> dict[str, Any]:
@@ -308,7 +322,7 @@ def _head(form: _Form) -> _HeadName:
 def _record(form: _Form, head: _HeadName) -> Head:
     match head:
         case "mim":
-            return Mim(vocab_size=form.vocab_size)
+            return Mim(network=MimConfig(vocab_size=form.vocab_size))
         case "segment":
             return Segment(num_classes=_num_classes(form), labels=_labels(form))
     return Classify(num_classes=_num_classes(form), labels=_labels(form), activation=_activation(form))

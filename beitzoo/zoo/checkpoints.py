@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from beitzoo.errors import check
-from beitzoo.zoo.networks import BeitConfig, is_number
+from beitzoo.zoo.networks import BeitConfig, MimConfig, is_number
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Activation = Literal["softmax", "sigmoid"]
@@ -132,10 +132,10 @@ class Mim:
     """A head that predicts the visual tokens of masked patches.
 
     Attributes:
-        vocab_size: Visual tokens of the tokenizer.
+        network: The head, and with BEiT v2 the blocks of patch aggregation.
     """
 
-    vocab_size: int = 8192
+    network: MimConfig = field(default_factory=MimConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

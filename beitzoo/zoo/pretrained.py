@@ -16,6 +16,7 @@ from beitzoo.zoo.checkpoints import (
     ReleaseFile,
     Segment,
 )
+from beitzoo.zoo.networks import MimConfig
 
 PRETRAINED: dict[str, PretrainedConfig] = {
     "beit_base_patch16_224.in22k_ft_in22k_in1k": PretrainedConfig(
@@ -53,7 +54,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-base-patch16-224-pt22k"),
             ReleaseFile("v1.0", "beit_base_patch16_224_pt22k.pth"),
         ),
-        head=Mim(vocab_size=8192),
+        head=Mim(),
         data=DataConfig(),
         overrides={
             "use_rel_pos_bias": False,
@@ -66,7 +67,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beit_base_patch16_224.mim_in1k_800e": PretrainedConfig(
         sources=(ReleaseFile("v1.0", "beit_base_patch16_224_pt1k_800ep.pth"),),
-        head=Mim(vocab_size=8192),
+        head=Mim(),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -137,7 +138,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-patch16-224-pt22k"),
             ReleaseFile("v1.0", "beit_large_patch16_224_pt22k.pth"),
         ),
-        head=Mim(vocab_size=8192),
+        head=Mim(),
         data=DataConfig(),
         overrides={
             "use_rel_pos_bias": False,
@@ -223,7 +224,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_224.mim_in1k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k.pth"),),
-        head=Mim(vocab_size=8192),
+        head=Mim(network=MimConfig(early_layers=9)),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -236,7 +237,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_224.mim_in1k_300e": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_300e.pth"),),
-        head=Mim(vocab_size=8192),
+        head=Mim(network=MimConfig(early_layers=9)),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -304,7 +305,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_224.mim_in1k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k.pth"),),
-        head=Mim(vocab_size=8192),
+        head=Mim(network=MimConfig(early_layers=21)),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -317,7 +318,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_224.mim_in1k_300e": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_300e.pth"),),
-        head=Mim(vocab_size=8192),
+        head=Mim(network=MimConfig(early_layers=21)),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,

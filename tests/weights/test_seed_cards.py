@@ -75,14 +75,19 @@ def test_microsofts_masked_image_model(tmp_path: Path) -> None:
     )
     theirs = randomise(BeitForMaskedImageModeling(config)).eval()
     theirs.save_pretrained(tmp_path)
-    ours = beitzoo.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
-    x, masked = torch.randn(1, 3, 224, 224), torch.ones(1, 196, dtype=torch.bool)
-    masked[:, ::3] = False
+    model = beitzoo.create_model(str(tmp_path), pretrained=True).eval()
+    image = Image.open(PHOTO)
+    x = beitzoo.create_transform(**beitzoo.resolve_data_config(model))(image)[None]
+    bool_masked_pos = torch.ones(1, 196, dtype=torch.bool)
+    bool_masked_pos[:, ::3] = False
     with torch.inference_mode():
-        expected = theirs(x, bool_masked_pos=masked, output_hidden_states=True)
-        tokens = ours.forward_features(x, bool_masked_pos=masked)
+        expected = theirs(x, bool_masked_pos=bool_masked_pos, output_hidden_states=True)
+        logits = model(x, bool_masked_pos)
+        assert relative_error(logits, expected.logits[bool_masked_pos]) < 1e-4
+        assert relative_error(model(x, bool_masked_pos, all_patches=True), expected.logits) < 1e-4
+        tokens = model.forward_features(x, bool_masked_pos)
         assert relative_error(tokens, theirs.layernorm(expected.hidden_states[-1])) < 1e-4
-        assert relative_error(theirs.lm_head(tokens[:, 1:]), expected.logits) < 1e-4
+    image.close()
 
 
 def test_timms_card(tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""Masked image models by name: from every format, back out to it, and on to other uses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from oracles import randomise, relative_error
+
+import beitzoo
+from beitzoo.models.mim import MaskedImageModel
+from beitzoo.zoo.checkpoints import Classify, Mim
+from beitzoo.zoo.pretrained import PRETRAINED
+
+NAMES = [name for name, row in PRETRAINED.items() if isinstance(row.head, Mim)]
+SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 12, "img_size": 64, "vocab_size": 40}
+V1, V2 = "beit_base_patch16_224.mim_in22k", "beitv2_base_patch16_224.mim_in1k"
+# Published, with the norm and the head: v1; counted from the published architecture: v2.
+PARAMETERS = {
+    "beit_base": 91_965_776,
+    "beit_large": 311_534_016,
+    "beitv2_base": 106_143_056,
+    "beitv2_large": 336_728_512,
+}
+
+
+def build(name: str, **fields: object) -> MaskedImageModel:
+    model = beitzoo.create_model(name, **SMALL, **fields).eval()
+    assert isinstance(model, MaskedImageModel)
+    return randomise(model)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.rand(2, 16) < 0.4
+    mask[:, 0] = True
+    return torch.randn(2, 3, 64, 64), mask
+
+
+def logits(model: MaskedImageModel, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(images, mask)
+    return output if isinstance(output, torch.Tensor) else torch.stack(output)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_is_a_masked_image_model(name: str) -> None:
+    model = beitzoo.create_model(name, device="meta")
+    assert isinstance(model, MaskedImageModel)
+    if name != "beit_base_patch16_224.mim_in1k_800e":  # absolute positions, no layer scale
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name.partition("_patch")[0]]
+    assert model.pretrained.head == PRETRAINED[name].head
+    assert beitzoo.resolve_data_config(model)["mean"] == PRETRAINED[name].data.mean
+
+
+@pytest.mark.parametrize("name", [V1, V2, "beit_base_patch16_224.mim_in1k_800e"])
+@pytest.mark.parametrize("save", ["unilm", "pretrained"])
+def test_files_load_strictly_and_save_back(name: str, save: str, tmp_path: Path) -> None:
+    model = build(name)
+    if save == "unilm":
+        beitzoo.save_unilm(model, tmp_path / "file.pth")
+        names = torch.load(tmp_path / "file.pth")["model"].keys()
+        assert {"lm_head.weight", "cls_token", "norm.weight"} <= names
+        again = beitzoo.create_model(name, checkpoint_path=tmp_path / "file.pth", **SMALL)
+    else:
+        beitzoo.save_pretrained(model, tmp_path / "folder")
+        again = beitzoo.create_model(str(tmp_path / "folder"), pretrained=True)
+    assert isinstance(again, MaskedImageModel)
+    assert again.config == model.config
+    images, mask = batch()
+    assert torch.equal(logits(again.eval(), images, mask), logits(model, images, mask))
+
+
+def test_transformers_loads_what_we_save_and_we_what_it_saves(tmp_path: Path) -> None:
+    model = build(V1)
+    beitzoo.save_transformers(model, tmp_path / "ours")
+    theirs, report = transformers.BeitForMaskedImageModeling.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    images, mask = batch()
+    expected = theirs.eval()(images, bool_masked_pos=mask).logits[mask]
+    assert relative_error(logits(model, images, mask), expected) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = beitzoo.create_model(str(tmp_path / "theirs"), pretrained=True).eval()
+    assert isinstance(again, MaskedImageModel)
+    assert relative_error(logits(again, images, mask), expected) < 1e-5
+
+
+def test_transformers_has_no_patch_aggregation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it has no patch aggregation"):
+        beitzoo.save_transformers(build(V2), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+def test_other_uses_of_the_same_file(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    beitzoo.save_unilm(model, tmp_path / "file.pth")
+    small = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+    images, _ = batch()
+
+    def create(**options: object) -> torch.nn.Module:
+        return beitzoo.create_model(name, checkpoint_path=tmp_path / "file.pth", **small, **options).eval()
+
+    with torch.no_grad():
+        tokens = model.forward_features(images)
+        assert torch.equal(create(num_classes=0)(images), tokens[:, 1:].mean(1))
+        classifier = create(num_classes=5)
+        table = model.backbone.rel_pos_bias.relative_position_bias_table
+        assert torch.equal(classifier.blocks[7].attn.relative_position_bias_table, table)
+        assert classifier(images).shape == (2, 5)
+        maps = create(features_only=True)(images)
+        assert maps[-1].shape == (2, 48, 4, 4)
+
+
+def test_the_backbone_alone_can_be_saved(tmp_path: Path) -> None:
+    model = build(V2)
+    beitzoo.save_pretrained(model.backbone, tmp_path)
+    again = beitzoo.create_model(str(tmp_path), pretrained=True).eval()
+    assert again.pretrained.head == Classify(num_classes=0)
+    images, _ = batch()
+    with torch.no_grad():
+        assert torch.equal(again.forward_features(images), model.forward_features(images))
+
+
+def test_another_size_and_vocabulary() -> None:
+    model = beitzoo.create_model(V1, **{**SMALL, "img_size": (48, 80)})
+    assert model(torch.randn(1, 3, 48, 80), torch.ones(1, 15, dtype=torch.bool)).shape == (15, 40)
+    with pytest.raises(ValueError, match="vocab_size=0"):
+        beitzoo.create_model(V1, **{**SMALL, "vocab_size": 0})
+    with pytest.raises(TypeError, match="'vocab_sise'"):
+        beitzoo.create_model(V1, vocab_sise=40)
+
+
+def test_decay_is_the_originals() -> None:
+    model = build("beit_base_patch16_224.mim_in1k_800e")
+    assert model.no_weight_decay() == {"backbone.cls_token", "backbone.pos_embed"}
