@@ -9,7 +9,7 @@ import torch
 from beitzoo.errors import InvalidOptionError
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
-from beitzoo.models.mim import MaskedImageModel, backbone_of
+from beitzoo.models.mim import MaskedImageModel
 from beitzoo.weights import adapt, checkpoint
 from beitzoo.weights.adapt import Plan, State
 from beitzoo.weights.names import find_weights, look_elsewhere
@@ -109,9 +109,7 @@ def create_model(
     plan = adapt.make_plan(entry.name, entry.config, known.head, overrides)
     if not (checkpoint_path or pretrained):
         model = _initialise(plan, device)
-        backbone_of(model).pretrained = known.without_weights(
-            plan.head if plan.mim else backbone_of(model).pretrained.head
-        )
+        model.backbone.pretrained = known.without_weights(plan.head if plan.mim else model.backbone.pretrained.head)
     else:
         path, is_cached = _weights(entry, checkpoint_path, directory)
         tensors = checkpoint.read(path, map_file=is_cached, use_ema=use_ema)
@@ -119,9 +117,9 @@ def create_model(
         if checkpoint_path:
             plan = adapt.fit_to_file(plan, state)
         model, options = _load(plan, state, path, options if features_only else None)
-        backbone_of(model).pretrained = replace(known, head=plan.head)
-        _fit(backbone_of(model), plan.wanted)
-    result = BeitFeatures(backbone_of(model), **options) if features_only else model
+        model.backbone.pretrained = replace(known, head=plan.head)
+        _fit(model.backbone, plan.wanted)
+    result = BeitFeatures(model.backbone, **options) if features_only else model
     return result.to(device=device, dtype=dtype)
 
 
@@ -193,7 +191,7 @@ def _load(
         checkpoint.load(model, state, str(origin), plan.loaded)
         return model, {}
     names = model.state_dict().keys()
-    chosen = BeitFeatures(backbone_of(model), **options).out_indices
+    chosen = BeitFeatures(model.backbone, **options).out_indices
     unused = names - model.state_dict().keys()
     used = {name: tensor for name, tensor in state.items() if name not in unused}
     checkpoint.load(model, used, str(origin), plan.loaded)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from beitzoo.errors import InvalidOptionError, InvalidValueError
 from beitzoo.files import write_text
 from beitzoo.models.beit import Beit
-from beitzoo.models.mim import MaskedImageModel, backbone_of
+from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.position import relative_position_index
 from beitzoo.weights import checkpoint, layouts
 from beitzoo.zoo.checkpoints import Classify, Mim, PretrainedConfig
@@ -100,7 +100,7 @@ def _describe(model: nn.Module) -> _Whole:
         InvalidValueError: The BEiT was changed; says what differs and what to do.
     """
     inner = _unwrapped(model)
-    beit = backbone_of(inner)
+    beit = inner.backbone
     config, pretrained, state = beit.config, beit.pretrained, layouts.strip_backbone(inner.state_dict())
     mim = inner.config if isinstance(inner, MaskedImageModel) else None
     if mim is not None or isinstance(pretrained.head, Mim):  # the backbone may be saved alone

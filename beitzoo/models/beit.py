@@ -10,7 +10,6 @@ Shapes: B batch, N tokens (1 class token, then h w patches row by row), C channe
 a head, h w patch grid. Parameter names are unilm's and timm's; they are a public contract.
 """
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beitzoo.errors import InvalidValueError
-from beitzoo.models import inputs, kernels, position
+from beitzoo.models import initial, inputs, kernels, position
 from beitzoo.models.kernels import PositionBias
 from beitzoo.models.position import RelativePositionBias
 from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
@@ -429,35 +428,20 @@ class Beit(nn.Module):
     def init_weights(self) -> None:
         """Set every parameter as the original does for a network to be fine-tuned or trained from scratch.
 
-        Linear weights, class token and positions: normal, std 0.02, cut at 2; biases and bias tables 0; patch
-        projection: PyTorch's default. The last linear of each branch is divided by sqrt(2 * layer), so that the
-        residual does not grow with depth (BEiT, section 2.5).
+        Linear weights, tokens and positions are drawn by `initial.normal`, the patch projection is PyTorch's default.
         """
         self.patch_embed.proj.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                _init_linear(module)
-            elif isinstance(module, Attention | RelativePositionBias | Block):
-                for parameter in module.parameters(recurse=False):
-                    nn.init.zeros_(parameter)
-        for layer, block in enumerate(self.blocks, start=1):
-            assert isinstance(block, Block)
-            for gamma in (block.gamma_1, block.gamma_2):
-                if gamma is not None:
-                    nn.init.constant_(gamma, self.config.init_values)
-            block.attn.proj.weight.div_(math.sqrt(2 * layer))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * layer))
+        initial.reset(self, self.config.init_values, initial.normal)
+        initial.rescale(self.blocks)
         for token in (self.cls_token, self.mask_token, self.pos_embed):
             if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+                initial.normal(token)
         self._init_head()
 
     @torch.no_grad()
     def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):
-            _init_linear(self.head)
+            initial.reset(self.head, self.config.init_values, initial.normal)
             self.head.weight.mul_(self.config.head_init_scale)
 
     # ---- what others ask ----------------------------------------------------------------------------
@@ -477,6 +461,11 @@ class Beit(nn.Module):
             "stem": r"^(?:cls_token|mask_token|pos_embed|patch_embed)",
             "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)",
         }
+
+    @property
+    def backbone(self) -> "Beit":
+        """The network itself; what holds one, such as a `MaskedImageModel`, has it under this name."""
+        return self
 
     @property
     def num_classes(self) -> int:
@@ -533,9 +522,3 @@ class Beit(nn.Module):
 def _like(old: Tensor, new: Tensor) -> nn.Parameter:
     """Make the successor of a parameter: one that was frozen stays frozen."""
     return nn.Parameter(new, requires_grad=old.requires_grad)
-
-
-def _init_linear(linear: nn.Linear) -> None:
-    nn.init.trunc_normal_(linear.weight, std=0.02)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)

@@ -8,7 +8,6 @@ of the earlier block lack. `modeling_pretrain.py` of both.
 Shapes: B batch, h w patch grid, M masked patches of the whole batch, V visual tokens, C channels.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitzoo.errors import check
-from beitzoo.models.beit import Attention, Beit, Block
-from beitzoo.models.position import RelativePositionBias
+from beitzoo.models import initial
+from beitzoo.models.beit import Beit, Block
 from beitzoo.zoo.checkpoints import PretrainedConfig
 from beitzoo.zoo.networks import MimConfig
-
-_STD = 0.02
 
 
 class MaskedImageModel(nn.Module):
@@ -121,35 +118,23 @@ class MaskedImageModel(nn.Module):
     def init_weights(self) -> None:
         """Set every parameter as the original does before pretraining.
 
-        Linear and convolution weights and tokens: normal, std 0.02, cut at one std; biases and bias tables 0. The last
-        linear of each branch is divided by sqrt(2 * layer). The linears of the aggregation's blocks keep PyTorch's
-        default, as the original makes these blocks after it has set all others.
+        Linear and convolution weights and tokens are drawn by `initial.cut_normal`. The linears of the aggregation's
+        blocks keep PyTorch's default, as the original makes these blocks after it has set all others.
         """
-        self.backbone.init_weights()
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                _cut_normal(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for token in (self.backbone.cls_token, self.backbone.mask_token, self.backbone.pos_embed):
+        network = self.backbone
+        initial.reset(self, network.config.init_values, initial.cut_normal)
+        initial.cut_normal(network.patch_embed.proj.weight)
+        assert network.patch_embed.proj.bias is not None
+        nn.init.zeros_(network.patch_embed.proj.bias)
+        for token in (network.cls_token, network.mask_token, network.pos_embed):
             if token is not None:
-                _cut_normal(token)
-        _rescale(self.backbone.blocks, first=1)
+                initial.cut_normal(token)
+        initial.rescale(network.blocks)
         if self.config.early_layers:
-            self._init_aggregation()
-
-    def _init_aggregation(self) -> None:
-        network = self.backbone.config
-        for module in self.cls_pt_layers.modules():
-            if isinstance(module, nn.LayerNorm | nn.Linear):
-                module.reset_parameters()
-            elif isinstance(module, Attention | RelativePositionBias):
-                for parameter in module.parameters(recurse=False):
-                    nn.init.zeros_(parameter)
-            elif isinstance(module, Block) and module.gamma_1 is not None and module.gamma_2 is not None:
-                nn.init.constant_(module.gamma_1, network.init_values)
-                nn.init.constant_(module.gamma_2, network.init_values)
-        _rescale(self.cls_pt_layers, first=self.config.early_layers + 1)
+            for module in self.cls_pt_layers.modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
+            initial.rescale(self.cls_pt_layers, first=self.config.early_layers + 1)
 
     # ---- what others ask ----------------------------------------------------------------------------
 
@@ -178,11 +163,6 @@ class MaskedImageModel(nn.Module):
     default_cfg = pretrained_cfg
 
 
-def backbone_of(model: Beit | MaskedImageModel) -> Beit:
-    """Return the network without a head for visual tokens."""
-    return model if isinstance(model, Beit) else model.backbone
-
-
 def mim_loss(logits: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:
     """Return the mean cross-entropy, nats, of logits (M, V) against visual tokens (M,); that of several heads is added.
 
@@ -190,15 +170,3 @@ def mim_loss(logits: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:
     """
     several = [logits] if isinstance(logits, Tensor) else logits
     return torch.stack([F.cross_entropy(one.float(), targets) for one in several]).sum()
-
-
-def _cut_normal(parameter: Tensor) -> None:
-    nn.init.trunc_normal_(parameter, std=_STD, a=-_STD, b=_STD)
-
-
-def _rescale(blocks: nn.ModuleList, first: int) -> None:
-    """Divide the last linear of each branch by sqrt(2 * layer), counted from `first`."""
-    for layer, block in enumerate(blocks, start=first):
-        assert isinstance(block, Block)
-        block.attn.proj.weight.div_(math.sqrt(2 * layer))
-        block.mlp.fc2.weight.div_(math.sqrt(2 * layer))

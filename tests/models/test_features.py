@@ -140,7 +140,7 @@ def test_attention_maps_are_what_the_fused_path_mixes_by() -> None:
     maps = model.attention_maps(x)
     assert maps.shape == (2, 4, 2, 17, 17)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 4, 2, 17))
-    tokens, bias = model._embed(x)
+    tokens, bias = model.embed(x)
     for index, block in enumerate(model.blocks):
         q, k, v = block.attn._project(block.norm1(tokens))
         fused = attend(q, k, v, bias.of(block.attn.relative_position_bias_table, q))

@@ -201,7 +201,7 @@ def test_prompt_tokens_need_a_network_without_relative_positions() -> None:
     """As prompt tuning puts learned tokens between the class token and the patches."""
     model, x = build("test_beit", use_rel_pos_bias=False, use_abs_pos_emb=True), images()
     prompts = nn.Parameter(torch.randn(1, 3, 32))
-    tokens, bias = model._embed(x)
+    tokens, bias = model.embed(x)
     tokens = torch.cat([tokens[:, :1], prompts.expand(2, -1, -1), tokens[:, 1:]], dim=1)
     assert torch.equal(model.blocks[0](tokens), model.blocks[0](tokens, bias))
     for block in model.blocks:
