@@ -87,7 +87,7 @@ def create_model(
 
     Raises:
         UnknownModelError: The name is unknown; the closest are named.
-        TypeError: An override is unknown; the closest is named.
+        TypeError: An override is unknown.
         ValueError: An override is out of range, or the weights are of another network.
         NotImplementedError: The checkpoint's own head is not for classes, and no `num_classes` was given.
         DownloadError: The weights cannot be had.
@@ -96,16 +96,9 @@ def create_model(
     device = torch.get_default_device() if device is None else device
     use_ema = overrides.pop("use_ema", None)
     overrides = {name: value for name, value in overrides.items() if value or name not in _SWITCHES}
-    options: dict[str, Any] = {}
-    if features_only:
-        options = {name: overrides.pop(name) for name in _FEATURE_OPTIONS if name in overrides}
-        _check_feature_class(overrides.pop("feature_cls", None))
-        overrides["num_classes"] = 0
-
+    options = _take_feature_options(overrides) if features_only else {}
     entry = look_up(model_name, directory)
-    known = entry.pretrained or PretrainedConfig(
-        head=Classify(num_classes=entry.config.num_classes), architecture=entry.name
-    )
+    known = entry.pretrained or _untrained(entry)
     plan = adapt.make_plan(entry.name, entry.config, known.head, overrides)
     if not (checkpoint_path or pretrained):
         model = _initialise(plan, device)
@@ -144,13 +137,24 @@ def look_up(name: str, cache_dir: Path | None = None) -> Entry:
         return entry
 
 
-def _check_feature_class(feature_cls: str | None) -> None:
-    """Take timm's word for the way in which it gets maps out of a BEiT; there is no other here."""
+def _untrained(entry: Entry) -> PretrainedConfig:
+    """Describe a network that has no checkpoint."""
+    return PretrainedConfig(head=Classify(num_classes=entry.config.num_classes), architecture=entry.name)
+
+
+def _take_feature_options(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a feature extractor out of the overrides; it has no head.
+
+    Of timm's ways to get maps out of a network, there is the one that timm uses for a BEiT.
+    """
+    overrides["num_classes"] = 0
+    feature_cls = overrides.pop("feature_cls", None)
     if feature_cls not in (None, "getter"):
         raise InvalidOptionError(
             f"feature_cls={feature_cls!r}; maps of a BEiT come from forward_intermediates, which timm calls 'getter'. "
             "Leave it out, or for the output of any module use torchvision's create_feature_extractor."
         )
+    return {name: overrides.pop(name) for name in _FEATURE_OPTIONS if name in overrides}
 
 
 def _weights(entry: Entry, checkpoint_path: str | Path | None, cache_dir: Path | None) -> tuple[Path, bool]:

@@ -13,7 +13,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from beitzoo.cli.models import AsJson
-from beitzoo.cli.networks import Checkpoint, load_networks
+from beitzoo.cli.networks import load_networks
+from beitzoo.cli.records import Running, takes_records
 from beitzoo.errors import check
 
 if TYPE_CHECKING:
@@ -26,19 +27,17 @@ if TYPE_CHECKING:
 _MOST_LISTED = 20
 
 
+@takes_records
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model names, or folders of models.")],
     data: Annotated[
         str, typer.Option(help="'digits', or a folder of class folders; images a run was trained on are left out.")
     ],
-    checkpoint: Checkpoint = None,
     split_seed: Annotated[
         int | None, typer.Option(help="Use the third of the digits that this seed holds out.")
     ] = None,
     results_file: Annotated[Path | None, typer.Option(help="Append a row per model to this CSV.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 16,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 2,
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    running: Running = Running(),  # noqa: B008 - a frozen record
     as_json: AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 accuracy.
@@ -49,22 +48,21 @@ def evaluate(
     from beitzoo import results
     from beitzoo.evaluation.evaluate import COLUMNS, Subject, load_data
     from beitzoo.evaluation.evaluate import evaluate as evaluate_one
-    from beitzoo.inference.pipeline import Loading
     from beitzoo.measure.options import usable_device
 
-    check(checkpoint is None or len(models) == 1, "--checkpoint is one file; name the one model that it is of.")
+    check(running.checkpoint is None or len(models) == 1, "--checkpoint is one file; name the one model that it is of.")
     kept = results.Table(results_file, tuple(COLUMNS))
     kept.check()
-    where = usable_device(device)
+    where = usable_device(running.device)
     images = load_data(data)
     print("\n".join(images.describe()), file=sys.stderr)
     evaluations = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
         for name in tqdm(models, unit="model", disable=None):
-            ((_, model),) = load_networks([name], checkpoint, where).items()
-            subject = Subject(model, name, checkpoint)
-            evaluations.append(evaluate_one(subject, images, data, split_seed, Loading(batch_size, workers)))
+            ((_, model),) = load_networks([name], running.checkpoint, where).items()
+            subject = Subject(model, name, running.checkpoint)
+            evaluations.append(evaluate_one(subject, images, data, split_seed, running.loading))
             kept.append(evaluations[-1].row)
     rows = [evaluation.row for evaluation in evaluations]
     _comment(evaluations)
@@ -90,7 +88,7 @@ def _comment(evaluations: Sequence["Evaluation"]) -> None:
 def _print_table(rows: Sequence["Row"]) -> None:
     from beitzoo.evaluation.evaluate import summarise
 
-    table = Table("model", "top1", "top5", "images", "failures")
+    table = Table("model", "top1", "top5", "images", "failures", box=None, pad_edge=False)
     for row in rows:
         top5 = "" if row["top5"] is None else f"{row['top5']:.2f}"
         table.add_row(str(row["model"]), f"{row['top1']:.2f}", top5, str(row["count"]), str(row["failures"]))

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from beitzoo.errors import InvalidValueError
 
@@ -12,11 +10,6 @@ if TYPE_CHECKING:
     import torch
 
     from beitzoo.models.beit import Beit
-
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(help="Weights of your own, a file; the one model that is named then says of which network they are."),
-]
 
 
 def load_networks(names: Sequence[str], checkpoint: Path | None, device: "torch.device") -> dict[str, "Beit"]:

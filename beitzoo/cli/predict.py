@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from beitzoo.cli.networks import Checkpoint, load_networks
+from beitzoo.cli.networks import load_networks
+from beitzoo.cli.records import Running, takes_records
 from beitzoo.inference.rows import Form, choose_form
 from beitzoo.zoo.registry import DEFAULT_MODEL
 
@@ -25,6 +26,7 @@ _NOBODY_NAMED = (
 )
 
 
+@takes_records
 def predict_(
     images: Annotated[
         list[str],
@@ -37,38 +39,34 @@ def predict_(
         list[str] | None,
         typer.Option("--model", "-m", help=f"Model name or folder of a model; repeatable. If none: {DEFAULT_MODEL}"),
     ] = None,
-    checkpoint: Checkpoint = None,
     topk: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
     form: Annotated[
         Form | None, typer.Option("--format", help="Of the rows; by default as --output is named, or a table.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write to this file; until the end, to FILE.partial.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 16,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 2,
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    running: Running = Running(),  # noqa: B008 - a frozen record
 ) -> None:
     """Classify images. An unreadable one is a row with the reason, and exit code 1 at the end."""
     from beitzoo.images.folders import LeftOut
     from beitzoo.inference.classify import Tally, predict_each
-    from beitzoo.inference.pipeline import Loading
     from beitzoo.inference.rows import open_output, write_rows
     from beitzoo.measure.options import usable_device
     from beitzoo.progress import watch
 
     form = choose_form(form, output)
-    names = models or ([] if checkpoint else [DEFAULT_MODEL])
-    networks = load_networks(names, checkpoint, usable_device(device))
+    names = models or ([] if running.checkpoint else [DEFAULT_MODEL])
+    networks = load_networks(names, running.checkpoint, usable_device(running.device))
     left_out = LeftOut()
-    predictions = predict_each(networks, _paths(images, left_out), topk=topk, loading=Loading(batch_size, workers))
+    predictions = predict_each(networks, _paths(images, left_out), topk=topk, loading=running.loading)
     tally = Tally(predictions)
     unit = "image" if len(networks) == 1 else "row"
     rows_on_terminal = output is None and sys.stdout.isatty()
     with warnings.catch_warnings(), open_output(output) as file:
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in its row
-        if not (models or checkpoint):
+        if not (models or running.checkpoint):
             print(_NOBODY_NAMED, file=sys.stderr)
         watched = watch(tally, unit, _total(images, len(networks)), bar=not rows_on_terminal)
-        write_rows(watched, form, file, topk, rows_for_widths=min(batch_size, 16) * len(networks))
+        write_rows(watched, form, file, topk, rows_for_widths=min(running.batch_size, 16) * len(networks))
     _summarise(tally, unit, left_out)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from beitzoo.errors import FileAccessError, MissingFileError
+from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError
 from beitzoo.weights import timm_form, transformers_form
 from beitzoo.weights.checkpoint import CheckpointError
 from beitzoo.zoo.checkpoints import LocalFile, Source
@@ -98,4 +98,4 @@ def _check_bounds(config: BeitConfig) -> None:
     }
     for name, (value, most) in bounds.items():
         if value > most:
-            raise ValueError(f"{name} is {value}; a model of more than {most} is not built from a file's word.")
+            raise InvalidValueError(f"{name} is {value}; a model of more than {most} is not built from a file's word.")

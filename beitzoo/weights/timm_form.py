@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from beitzoo.errors import closest, describe_invalid
+from beitzoo.errors import InvalidValueError, closest, describe_invalid
 from beitzoo.zoo.architectures import ARCHITECTURES
 from beitzoo.zoo.checkpoints import (
     IMAGENET_MEAN,
@@ -116,16 +116,16 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     try:
         form = _Form.model_validate_json(document)
     except ValidationError as error:
-        raise ValueError(f"it is not the config of a timm model: {describe_invalid(error)}") from error
+        raise InvalidValueError(f"it is not the config of a timm model: {describe_invalid(error)}") from error
     name = _BASE if form.architecture == _NOT_FOR_TIMM else form.architecture
     if name not in ARCHITECTURES:
-        raise ValueError(f"{name!r} is no BEiT; {closest(name, ARCHITECTURES)}")
+        raise InvalidValueError(f"{name!r} is no BEiT; {closest(name, ARCHITECTURES)}")
     data = form.pretrained_cfg
     own: dict[str, Any] = dict(form.beitzoo)
     reduces, activation = own.pop(_REDUCES, False), own.pop(_ACTIVATION, "softmax")
     mim = {name: own.pop(name) for name in MimConfig.__dataclass_fields__.keys() & own.keys()}
     if activation not in get_args(Activation):
-        raise ValueError(f"its activation is {activation!r}; there are {', '.join(get_args(Activation))}.")
+        raise InvalidValueError(f"its activation is {activation!r}; there are {', '.join(get_args(Activation))}.")
     # What timm builds where the arguments do not say it.
     arguments: dict[str, Any] = {
         "num_classes": data.num_classes if form.num_classes is None else form.num_classes,
@@ -216,5 +216,5 @@ def _labels(names: list[str] | dict[str, str] | None, classes: int) -> tuple[str
         by_index = {int(index): name for index, name in names.items()}
         names = [by_index[index] for index in range(classes) if index in by_index]
     if len(names) != classes:
-        raise ValueError(f"it has {len(names)} label_names for {classes} classes; name each or none.")
+        raise InvalidValueError(f"it has {len(names)} label_names for {classes} classes; name each or none.")
     return tuple(names)

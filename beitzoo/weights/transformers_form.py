@@ -151,7 +151,7 @@ def parse(document: bytes, preprocessor: bytes | None) -> tuple[BeitConfig, Pret
         form = _Form.model_validate_json(document)
         settings = _Preprocessor.model_validate_json(preprocessor) if preprocessor is not None else None
     except ValidationError as error:
-        raise ValueError(f"it is not the config of a transformers BEiT: {describe_invalid(error)}") from error
+        raise InvalidValueError(f"it is not the config of a transformers BEiT: {describe_invalid(error)}") from error
     head = _head(form)
     _check_readable(form, head)
     if settings is not None:
@@ -246,7 +246,9 @@ def _processor(config: BeitConfig, data: DataConfig) -> dict[str, Any]:
     """
     data = data.fitted_to(config)
     if data.crop_mode == "border":
-        raise ValueError("transformers cannot prepare images so: it does not pad to a border. Use save_pretrained.")
+        raise InvalidValueError(
+            "transformers cannot prepare images so: it does not pad to a border. Use save_pretrained."
+        )
     height, width = config.img_size
     resized = [math.floor(side / data.crop_pct) for side in (height, width)]
     squashes = data.crop_mode == "squash"
@@ -271,22 +273,28 @@ def _check_readable(form: _Form, head: _HeadName) -> None:
     (height, width), (ph, pw) = _pair(form.image_size), _pair(form.patch_size)
     biased = form.use_relative_position_bias or form.use_shared_relative_position_bias
     if biased and height // ph != width // pw:
-        raise ValueError("its input is not square, and transformers reads the bias tables of oblong grids transposed.")
+        raise InvalidValueError(
+            "its input is not square, and transformers reads the bias tables of oblong grids transposed."
+        )
     if form.problem_type == "regression":
-        raise ValueError("it was trained for regression (problem_type), and has no classes to tell apart.")
+        raise InvalidValueError("it was trained for regression (problem_type), and has no classes to tell apart.")
     if form.quantization_config:
-        raise ValueError("its weights are quantised (quantization_config); load it in transformers and dequantise it.")
+        raise InvalidValueError(
+            "its weights are quantised (quantization_config); load it in transformers and dequantise it."
+        )
     if form.pruned_heads:
-        raise ValueError("attention heads were taken out of it (pruned_heads), which is not built here.")
+        raise InvalidValueError("attention heads were taken out of it (pruned_heads), which is not built here.")
     if head == "mim" and not form.use_mean_pooling:
-        raise ValueError("a masked image model with use_mean_pooling=False is normed twice, which is not built here.")
+        raise InvalidValueError(
+            "a masked image model with use_mean_pooling=False is normed twice, which is not built here."
+        )
 
 
 def _check_processor(settings: _Preprocessor) -> None:
     """Refuse the settings of another processor, whose defaults are others."""
     kind = settings.image_processor_type
     if kind is not None and not kind.startswith("Beit"):
-        raise ValueError(
+        raise InvalidValueError(
             f"its preprocessor is a {kind}, and only BeitImageProcessor is read; save the same settings as a "
             "BeitImageProcessor, or remove the file for that class's defaults."
         )
@@ -309,7 +317,7 @@ def _check_expressible(config: BeitConfig) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"transformers cannot build this network: {reason}. Save it with save_pretrained.")
+            raise InvalidValueError(f"transformers cannot build this network: {reason}. Save it with save_pretrained.")
 
 
 def _head(form: _Form) -> _HeadName:
@@ -357,7 +365,7 @@ def _labels(form: _Form) -> str | tuple[str, ...] | None:
     try:
         names = tuple(form.id2label[str(index)] for index in range(len(form.id2label)))
     except KeyError as error:
-        raise ValueError(
+        raise InvalidValueError(
             f"its id2label has {len(form.id2label)} names but none for output {error.args[0]}; the gap would shift "
             "every later name. Number the names from 0 up."
         ) from error
@@ -380,12 +388,14 @@ def _stated_data(config: BeitConfig, settings: _Preprocessor) -> DataConfig:
     takes other pixels, and box and Hamming it has not.
     """
     if not settings.do_resize:
-        raise ValueError("its preprocessor does not resize (do_resize), so that inputs have any size; set it to true.")
+        raise InvalidValueError(
+            "its preprocessor does not resize (do_resize), so that inputs have any size; set it to true."
+        )
     resized, crop_mode = _resized(settings.size, settings.default_to_square)
     cropped = _cropped(settings, resized, crop_mode)
     resample = 2 if settings.resample is None else settings.resample
     if resample not in _FILTERS:
-        raise ValueError(f"its preprocessor has resample={resample}; Pillow's filters are 0 to 5.")
+        raise InvalidValueError(f"its preprocessor has resample={resample}; Pillow's filters are 0 to 5.")
     scale = 255 * settings.rescale_factor if settings.do_rescale else 255.0
     scale = 1.0 if math.isclose(scale, 1, rel_tol=1e-6) else scale
     mean, std = (settings.image_mean, settings.image_std) if settings.do_normalize else (0.0, 1.0)
@@ -411,7 +421,7 @@ def _resized(size: _ProcessorSize, is_square: bool = True) -> tuple[Pair, CropMo
             return (height, width), "squash"
         case {"shortest_edge": int(side), **others} if not others:
             return (side, side), "center_floor"
-    raise ValueError(
+    raise InvalidValueError(
         f"its preprocessor resizes by {', '.join(size)}; height and width are read, or shortest_edge and a centre crop."
     )
 
@@ -420,14 +430,18 @@ def _cropped(settings: _Preprocessor, resized: Pair, crop_mode: CropMode) -> Pai
     """Return height and width after the centre crop, if there is one."""
     if not settings.do_center_crop:
         if crop_mode == "center_floor":
-            raise ValueError("its preprocessor resizes the shorter side and crops nothing; set do_center_crop to true.")
+            raise InvalidValueError(
+                "its preprocessor resizes the shorter side and crops nothing; set do_center_crop to true."
+            )
         return resized
     crop, _ = _resized(settings.crop_size or 224)
     for side, whole in zip(crop, resized, strict=True):
         if side > whole:
-            raise ValueError(f"its preprocessor pads {whole} pixels to crop_size {side}; only a smaller crop is read.")
+            raise InvalidValueError(
+                f"its preprocessor pads {whole} pixels to crop_size {side}; only a smaller crop is read."
+            )
         if crop_mode == "squash" and round((whole - side) / 2) != (whole - side) // 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"its preprocessor crops {whole} pixels to {side}, and half a pixel is rounded otherwise here than in "
                 "transformers; make the difference even."
             )
@@ -439,7 +453,9 @@ def _share(cropped: Pair, resized: Pair) -> float:
     for share in (cropped[0] / resized[0], math.nextafter(cropped[0] / resized[0], 0)):
         if all(math.floor(side / share) == whole for side, whole in zip(cropped, resized, strict=True)):
             return share
-    raise ValueError(f"its preprocessor crops {resized} to {cropped}; only the same share of both sides is read.")
+    raise InvalidValueError(
+        f"its preprocessor crops {resized} to {cropped}; only the same share of both sides is read."
+    )
 
 
 def _per_channel(statistics: float | list[float], channels: int, scale: float) -> tuple[float, ...]:
