@@ -81,9 +81,9 @@ class Table:
             missing = [name for name in (self.columns[0], *ENVIRONMENT) if name not in header]
             foreign = [name for name in header if name not in self.columns]
             if missing or foreign:
-                differs = [f"it lacks the columns {missing}"] * bool(missing) + [f"has {foreign}"] * bool(foreign)
+                differs = [f"lacks the columns {missing}"] * bool(missing) + [f"has {foreign}"] * bool(foreign)
                 raise InvalidValueError(
-                    f"{self.path} is no table of such rows: {' and '.join(differs)}. Give another file with "
+                    f"{self.path} is no table of such rows: it {' and '.join(differs)}. Give another file with "
                     "--results-file."
                 )
             if self.form == "csv":
