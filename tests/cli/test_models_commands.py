@@ -7,11 +7,20 @@ from commands import run
 from fake_hub import FakeHub
 
 import beitzoo
+from beitzoo.zoo.pretrained import PRETRAINED
 
 
 def test_list() -> None:
     assert run("list").stdout.split() == beitzoo.list_models()
     assert run("list", "beitv2*", "--pretrained").stdout.split() == beitzoo.list_pretrained("beitv2*")
+
+
+def test_the_table_of_checkpoints() -> None:
+    header, _, *rows = run("list", "--markdown").stdout.splitlines()
+    assert header == "| model | input | parameters | GMACs | classes | top-1 % |"
+    assert [row.split("`")[1] for row in rows] == list(PRETRAINED)
+    expected = "| `beit_base_patch16_384.in22k_ft_in22k_in1k` | 384x384 | 86.7 M | 55.48 | 1,000 | 86.8 |"
+    assert expected in rows
 
 
 def test_info() -> None:
