@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 
 from beitzoo.errors import InvalidOptionError
+from beitzoo.files import full_path
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.models.mim import MaskedImageModel
@@ -27,7 +28,7 @@ _SWITCHES = ("scriptable", "exportable", "no_jit")
 
 @overload
 def create_model(
-    model_name: str = ...,
+    model_name: str | Path = ...,
     pretrained: bool = ...,
     *,
     features_only: Literal[False] = ...,
@@ -41,7 +42,7 @@ def create_model(
 
 @overload
 def create_model(
-    model_name: str = ...,
+    model_name: str | Path = ...,
     pretrained: bool = ...,
     *,
     features_only: Literal[True],
@@ -55,7 +56,7 @@ def create_model(
 
 @torch.inference_mode(False)  # what is made under inference mode could never be trained
 def create_model(
-    model_name: str = DEFAULT_MODEL,
+    model_name: str | Path = DEFAULT_MODEL,
     pretrained: bool = False,
     *,
     features_only: bool = False,
@@ -92,10 +93,10 @@ def create_model(
         NotImplementedError: The checkpoint's own head is not for classes, and no `num_classes` was given.
         DownloadError: The weights cannot be had.
     """
-    directory = None if cache_dir is None else Path(cache_dir).expanduser()
+    directory = None if cache_dir is None else full_path(cache_dir)
     device = torch.get_default_device() if device is None else device
-    use_ema = overrides.pop("use_ema", None)
-    overrides = {name: value for name, value in overrides.items() if value or name not in _SWITCHES}
+    use_ema = _check_use_ema(overrides.pop("use_ema", None))
+    overrides = {name: value for name, value in overrides.items() if name not in _SWITCHES or value}
     options = _take_feature_options(overrides) if features_only else {}
     entry = look_up(model_name, directory)
     known = entry.pretrained or _untrained(entry)
@@ -116,7 +117,7 @@ def create_model(
     return result.to(device=device, dtype=dtype)
 
 
-def look_up(name: str, cache_dir: Path | None = None) -> Entry:
+def look_up(name: str | Path, cache_dir: Path | None = None) -> Entry:
     """Say what a name stands for, wherever it points: the one way from a name to an entry.
 
     Args:
@@ -128,6 +129,9 @@ def look_up(name: str, cache_dir: Path | None = None) -> Entry:
         UnknownModelError: The name is unknown; the closest are named.
         UserError: What it points to holds no BEiT, or cannot be had.
     """
+    if not isinstance(name, str | Path) or not str(name):
+        raise InvalidOptionError(f"Got {name!r} as a model; give a name such as {DEFAULT_MODEL!r}, or a path.")
+    name = str(name)
     try:
         return find(name)
     except UnknownModelError:
@@ -135,6 +139,12 @@ def look_up(name: str, cache_dir: Path | None = None) -> Entry:
         if entry is None:
             raise
         return entry
+
+
+def _check_use_ema(use_ema: object) -> bool | None:
+    if use_ema is None or isinstance(use_ema, bool):
+        return use_ema
+    raise InvalidOptionError(f"use_ema={use_ema!r}; it must be True (averaged weights), False (plain ones) or None.")
 
 
 def _untrained(entry: Entry) -> PretrainedConfig:
@@ -160,7 +170,7 @@ def _take_feature_options(overrides: dict[str, Any]) -> dict[str, Any]:
 def _weights(entry: Entry, checkpoint_path: str | Path | None, cache_dir: Path | None) -> tuple[Path, bool]:
     """Return the file of the weights, and whether it is of a cache, where nobody writes to it."""
     if checkpoint_path:
-        return find_weights(Path(checkpoint_path).expanduser()), False
+        return find_weights(full_path(checkpoint_path)), False
     sources = entry.pretrained.sources if entry.pretrained else ()
     if not sources:
         raise UnknownModelError(f"{entry.name!r} has no pretrained weights; create it with pretrained=False.")

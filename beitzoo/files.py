@@ -53,7 +53,7 @@ def read_text(path: Path) -> str:
         FileAccessError: It cannot be read.
     """
     try:
-        return path.expanduser().read_bytes().decode("utf-8", "surrogateescape")
+        return full_path(path).read_bytes().decode("utf-8", "surrogateescape")
     except FileNotFoundError as error:
         raise MissingFileError(f"There is no file {path}; check the name.") from error
     except OSError as error:
@@ -90,6 +90,23 @@ def remove_partial(directory: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+def full_path(path: str | Path) -> Path:
+    """Return a path with `~` replaced.
+
+    Raises:
+        FileAccessError: No file can have that name, or one may not look there.
+    """
+    try:
+        full = Path(path).expanduser()
+        full.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return full
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FileAccessError(f"Cannot use {str(path)!r}: {reason}. Give another path.") from error
+    return full
+
+
 def _cannot_write(path: Path, error: OSError) -> FileAccessError:
     return FileAccessError(
         f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and free space, or choose "
@@ -100,9 +117,9 @@ def _cannot_write(path: Path, error: OSError) -> FileAccessError:
 def _followed(path: Path) -> Path:
     """Return the file that a path means in the end; only a regular one can be replaced."""
     try:
-        target = path.expanduser().resolve()
+        target = full_path(path).resolve()
     except RuntimeError as error:  # links in a circle, or a ~ without a home
-        raise FileAccessError(f"Cannot write {path}: {error}. Choose another file.") from error
+        raise FileAccessError(f"Cannot write {path}: {str(error).rstrip('.')}. Choose another file.") from error
     if target.is_symlink():  # what Python 3.13 leaves of links in a circle
         raise FileAccessError(f"Cannot write {path}: its links lead in a circle. Choose another file.")
     if target.exists() and not target.is_file():

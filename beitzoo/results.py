@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from beitzoo.errors import FileAccessError, InvalidValueError
-from beitzoo.files import read_text, write_text
+from beitzoo.files import full_path, read_text, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ class Table:
 
     def __post_init__(self) -> None:
         if self.path is not None:
-            object.__setattr__(self, "path", self.path.expanduser())
+            object.__setattr__(self, "path", full_path(self.path))
 
     def check(self) -> None:
         """Make sure that rows can be appended, before the first is measured.

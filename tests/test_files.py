@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from beitzoo import files
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError
-from beitzoo.files import read_text, write_atomically, write_text
+from beitzoo.files import full_path, read_text, write_atomically, write_text
 
 
 @pytest.fixture
@@ -162,3 +162,9 @@ def test_killed_while_it_writes_the_old_file_stays(tmp_path: Path) -> None:
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 300])
+def test_a_path_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(FileAccessError, match="Give another path"):
+        full_path(name)

@@ -48,12 +48,15 @@ def evaluate(
     from beitzoo import results
     from beitzoo.evaluation.evaluate import COLUMNS, Subject, load_data
     from beitzoo.evaluation.evaluate import evaluate as evaluate_one
+    from beitzoo.factory import look_up
     from beitzoo.measure.options import usable_device
 
     check(running.checkpoint is None or len(models) == 1, "--checkpoint is one file; name the one model that it is of.")
     kept = results.Table(results_file, tuple(COLUMNS))
     kept.check()
     where = usable_device(running.device)
+    for name in models:
+        look_up(name)  # what is misspelt is said before anything is measured
     images = load_data(data)
     print("\n".join(images.describe()), file=sys.stderr)
     evaluations = []

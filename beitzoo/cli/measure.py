@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from beitzoo.cli import extras
+from beitzoo.files import full_path
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
@@ -21,7 +22,7 @@ def report(
     extras.require("plots", "matplotlib")
     from beitzoo.measure.report import write_report
 
-    for path in write_report(results.expanduser(), out.expanduser()):
+    for path in write_report(full_path(results), full_path(out)):
         print(path)
 
 

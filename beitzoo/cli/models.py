@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from beitzoo.errors import InvalidValueError, UserError
+from beitzoo.files import full_path
 from beitzoo.zoo import accuracy, costs
 from beitzoo.zoo.checkpoints import (
     Classify,
@@ -102,7 +103,7 @@ def download(
     from beitzoo.factory import look_up
     from beitzoo.weights import sources
 
-    cache_dir = cache_dir and cache_dir.expanduser()
+    cache_dir = cache_dir and full_path(cache_dir)
     failed = False
     for name in _expand(models):
         try:
@@ -125,7 +126,7 @@ def verify(
 
     The exit code is 1 if a file is damaged or a named model is absent.
     """
-    cache_dir = cache_dir and cache_dir.expanduser()
+    cache_dir = cache_dir and full_path(cache_dir)
     rows: list[dict[str, str]] = []
     for name in _expand(models or ["*"]):
         try:

@@ -10,6 +10,7 @@ import torch
 from beitzoo.errors import check
 from beitzoo.evaluation.metrics import Accuracy, AccuracySum
 from beitzoo.factory import look_up
+from beitzoo.files import full_path
 from beitzoo.images.datasets import ImageSet, digits, labelled_folder
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split
 from beitzoo.images.transforms import resolve_data_config
@@ -178,7 +179,8 @@ def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -
             bool(unseen),
             f"{subject.name} was trained on all {len(images.labels):,} images; evaluate it on others.",
         )
-        note = f"Left out {len(seen):,} of {len(images.labels):,} images, which {subject.name} was trained on."
+        total = f"{len(seen):,} of {len(images.labels):,}"
+        note = f"Left out {total} images, which {subject.name} was trained on or chosen by."
         return unseen, [note] if seen else []
     held_out = _split_of_digits(images, split_seed or 0).test
     check(
@@ -192,14 +194,19 @@ def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -
 def _split_of_run(subject: Subject, images: ImageSet) -> Split | None:
     """Find the split that a model was trained with: in the file that its run wrote; seed 0 for the shipped model."""
     if subject.checkpoint is not None:
-        files = [subject.checkpoint.expanduser()]
+        files = [full_path(subject.checkpoint)]
     else:
         entry = look_up(subject.name)
         if entry.name == DEFAULT_MODEL:
             return None if images.root is not None else _split_of_digits(images, 0)
         sources = () if entry.pretrained is None else entry.pretrained.sources
         files = [source.path for source in sources if isinstance(source, LocalFile)]
-    splits = [folder / SPLIT_FILE for file in files for folder in file.absolute().parents[:2]]
+    splits = [
+        folder / SPLIT_FILE
+        for file in files
+        for place in (file.absolute(), file.resolve())
+        for folder in place.parents[:2]
+    ]
     return next((read_split(path, images) for path in splits if path.is_file()), None)
 
 

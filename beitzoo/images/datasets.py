@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, UnsupportedError
+from beitzoo.files import full_path
 from beitzoo.images.folders import EMPTY_CLASSES, OUTSIDE, LeftOut, images_below, why_not
 
 # Names of folders that are parts of a data set.
@@ -78,7 +79,7 @@ def labelled_folder(root: Path) -> ImageSet:
         FileAccessError: The folder cannot be listed.
         InvalidValueError: Its subfolders are parts of a data set, such as train and val, and not classes.
     """
-    root = root.expanduser()
+    root = full_path(root)
     left_out = LeftOut()
     classes = {name: list(images_below(root / name, left_out, base=root)) for name in _class_folders(root, left_out)}
     for name, files in classes.items():

@@ -85,7 +85,7 @@ def read_split(path: Path, images: ImageSet) -> Split:
     """Read a split that `write_split` wrote, as indices into a set of images.
 
     Images that the file does not list are in no part of the split. Images that are no longer there, or have another
-    size, are left out: a file of the same name in another folder is another image.
+    size, are left out. A file of the same name and size in a data set elsewhere is taken for the same image.
 
     Raises:
         FileAccessError: The file cannot be read.

@@ -17,6 +17,7 @@ import typer
 from rich.cells import cell_len
 
 from beitzoo.errors import FileAccessError, check
+from beitzoo.files import full_path
 
 if TYPE_CHECKING:
     from beitzoo.inference.classify import Prediction
@@ -64,7 +65,7 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    path = path.expanduser()
+    path = full_path(path)
     if path.is_dir():
         raise FileAccessError(f"{path} is a folder; give --output the name of a file.")
     if path.exists() and not path.is_file():  # there is nothing to keep in it, and no file may take its place

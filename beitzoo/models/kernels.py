@@ -69,13 +69,6 @@ def cpu_has(feature: Literal["avx2", "avx512", "avx512_bf16", "amx_tile", "vnni"
     return probe is not None and bool(probe())
 
 
-def _is_watched() -> bool:
-    try:
-        return _is_transformed() or torch._C._len_torch_dispatch_stack() > 0
-    except AttributeError:  # none of these names is promised; without one of them there are no fast paths
-        return True
-
-
 # ---- attention ----------------------------------------------------------------------------------------------
 
 
@@ -281,7 +274,7 @@ def linear_with_bias(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tenso
     if bias is None:
         return module(x)
     watched = is_hooked(module) or _all_modules_are_hooked() or not is_eager()
-    if type(module) is nn.Linear and isinstance(x, Tensor) and not watched:
+    if type(module) is nn.Linear and module.bias is None and isinstance(x, Tensor) and not watched:
         return linear(x, module.weight, bias)
     y = module(x)
     return y + bias.to(y.dtype)

@@ -121,7 +121,10 @@ class InferenceBeit(Beit):
 
     def position_bias(self, grid: Pair) -> PositionBias:
         """Return what blocks need to know about positions; nothing more than the grid if their biases are ready."""
-        if all(block.attn.ready is not None and block.attn.ready[0] == grid for block in self._blocks()):
+        # What a masked image model has behind the blocks needs the shared bias itself.
+        if self.rel_pos_bias is None and all(
+            block.attn.ready is not None and block.attn.ready[0] == grid for block in self._blocks()
+        ):
             return PositionBias(grid, self.config.grid_size, self.config.resize_rule)
         return super().position_bias(grid)
 
@@ -265,7 +268,7 @@ def _check_unchanged(model: Beit) -> None:
     if isinstance(model, InferenceBeit):
         raise InvalidValueError("Got a model that optimize() made; give it the model that one was made from.")
     for name, module in model.blocks.named_modules(prefix="blocks"):
-        if not _is_ours(module):
+        if not _is_ours(name, module):
             raise InvalidValueError(
                 f"Got {name!r}, a {type(module).__name__}, that is not of the plain network: replaced, hooked, pruned "
                 "or quantised. An inference copy would run without that. Merge adapters, remove hooks, and optimize "
@@ -273,13 +276,19 @@ def _check_unchanged(model: Beit) -> None:
             )
 
 
-def _is_ours(module: nn.Module) -> bool:
+def _is_ours(name: str, module: nn.Module) -> bool:
     plain = all(
         type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.is_floating_point()
         for parameter in module.parameters(recurse=False)
     )
-    exact = type(module) in _KNOWN and getattr(module, "approximate", "none") == "none"  # of GELU
+    exact = type(module) in _KNOWN and (type(module) is not nn.Linear or _has_our_bias(name, module))
+    exact = exact and getattr(module, "approximate", "none") == "none"  # of GELU
     return exact and plain and not kernels.is_hooked(module)
+
+
+def _has_our_bias(name: str, linear: nn.Linear) -> bool:
+    """Say whether a linear has a bias just where the plain network has one: not in queries, keys and values."""
+    return (linear.bias is None) == name.endswith("attn.qkv")
 
 
 def _refuse(what: str) -> NoReturn:

@@ -73,6 +73,7 @@ class _Fit:
     Attributes:
         pending: Of the updates since the last line: items, sum of the losses, and sums of what the task logs. They
             are read together, since each read would wait for the device.
+        items: Counted by this process since the last line.
     """
 
     task: Task
@@ -82,6 +83,7 @@ class _Fit:
     display: Display
     stop: StopSignals
     pending: list[Tensor] = field(default_factory=list)
+    items: float = 0.0
     clock: float = field(default_factory=time.perf_counter)
 
     def to(self, updates: int) -> None:
@@ -139,12 +141,12 @@ class _Fit:
 
     def _end_line(self) -> None:
         """Write the means since the last line."""
-        updates = len(self.pending)
         self._read_pending()
         elapsed = time.perf_counter() - self.clock
         self._restart_clock()
         values = self._line("updates", self.state.line)
-        values["images_per_sec"] = round(updates * self.run.train.batch_size / max(elapsed, 1e-9), 2)
+        values["images_per_sec"] = round(self.items / max(elapsed, 1e-9), 2)
+        self.items = 0.0
         self.state.line = Means()
         if self.log is not None:
             self.log.write(values)
@@ -191,6 +193,7 @@ class _Fit:
         for update, (items, *totals) in enumerate(torch.stack(self.pending).tolist(), first):
             if not math.isfinite(totals[0]):
                 raise self._non_finite(f"The loss is {totals[0] / max(items, 1)}: it", update)
+            self.items += items
             self.state.line.add(items, totals)
             self.state.epoch.add(items, totals)
         self.pending.clear()

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from beitzoo.errors import UserError, closest, describe_invalid
+from beitzoo.files import full_path
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PartOfOne = Annotated[float, Field(gt=0, le=1)]
 # `~` is the home folder, and a run that goes on elsewhere means the same files.
-FullPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+FullPath = Annotated[Path, AfterValidator(lambda path: full_path(path).absolute())]
 # Arguments of `create_model` that the recipe says elsewhere, or that make something else than a classifier.
 _NOT_OVERRIDES = {"model_name", "pretrained", "features_only", "checkpoint_path", "cache_dir", "device", "dtype"}
 
@@ -23,7 +24,7 @@ class RecipeError(UserError, ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -66,7 +67,7 @@ class DataSection(_Section):
     path: FullPath | None = None
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    split_seed: int = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class AffineAugment(_Section):
@@ -230,7 +231,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         RecipeError: There is neither; the closest are named.
     """
-    path = Path(name).expanduser()
+    path = full_path(name)
     if path.is_file():
         return path
     packaged = {recipe.stem: recipe for recipe in sorted(_packaged_folder().rglob("*.toml"))}

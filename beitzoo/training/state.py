@@ -86,9 +86,7 @@ def start_state(task: Task, model: nn.Module, train: TrainSection, processes: Pr
     """Make the state before the first update, and seed the global generators, differently in each process."""
     model.to(processes.device)
     optimizer = make_optimizer(task.parameter_groups(model), train)
-    seed_generators(derive_seed(train.seed, "process", processes.rank))
-    if processes.device.type != "cpu":
-        torch.get_device_module(processes.device).manual_seed(derive_seed(train.seed, "device", processes.rank))
+    _seed_process(train.seed, processes, update=0)
     return TrainState(
         model=model,
         optimizer=optimizer,
@@ -96,6 +94,14 @@ def start_state(task: Task, model: nn.Module, train: TrainSection, processes: Pr
         scaler=torch.amp.GradScaler(processes.device.type, enabled=train.precision == "fp16"),
         ema=ModelEmaV3(model, decay=train.ema_decay) if train.ema_decay else None,
     )
+
+
+def _seed_process(seed: int, processes: Processes, update: int) -> None:
+    """Seed the generators of this process, from which stochastic depth is drawn."""
+    seed_generators(derive_seed(seed, "process", processes.rank, update))
+    if processes.device.type != "cpu":
+        module = torch.get_device_module(processes.device)
+        module.manual_seed(derive_seed(seed, "device", processes.rank, update))
 
 
 def saved_states(directory: Path) -> list[Path]:
@@ -123,7 +129,7 @@ def save_state(state: TrainState, directory: Path, processes: Processes) -> None
             shutil.rmtree(folder)
 
 
-def restore_state(state: TrainState, directory: Path, processes: Processes) -> bool:
+def restore_state(state: TrainState, directory: Path, processes: Processes, seed: int) -> bool:
     """Set a state to the last one that was saved; False if there is none.
 
     The generators are those of each process, unless there are more or fewer processes than before: then they are
@@ -150,7 +156,7 @@ def restore_state(state: TrainState, directory: Path, processes: Processes) -> b
     if len(generators) == processes.count:
         restore_generators(generators[processes.rank], processes.device)
     else:
-        seed_generators(derive_seed("process", processes.rank, state.update))
+        _seed_process(seed, processes, state.update)
     return True
 
 

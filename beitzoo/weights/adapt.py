@@ -13,7 +13,7 @@ from torch import Tensor
 from beitzoo.errors import UnsupportedError
 from beitzoo.weights import layouts
 from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment, Tokenizer
-from beitzoo.zoo.networks import BeitConfig, MimConfig, override
+from beitzoo.zoo.networks import BeitConfig, MimConfig, override, plain
 
 State = Mapping[str, Tensor]
 # The kind of head that is wanted; None for the backbone alone.
@@ -103,7 +103,8 @@ def make_plan(name: str, config: BeitConfig, trained: Head, overrides: Mapping[s
     if isinstance(trained, Mim) and wanted is Mim:
         fields = {name: overrides[name] for name in MimConfig.__dataclass_fields__.keys() & overrides.keys()}
         overrides = {name: value for name, value in overrides.items() if name not in fields}
-        mim = replace(trained.network, **fields)
+        given = {name: plain(value) for name, value in fields.items() if value is not None}
+        mim = replace(trained.network, **given)
     return Plan(stored, overrides, trained, mim, lambda state: adaptation.state(state, stored))
 
 

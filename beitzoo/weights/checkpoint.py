@@ -128,7 +128,7 @@ def _read_into_memory(path: Path) -> dict[str, Tensor]:
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 raise LayoutError(f"{name!r} is {entry['dtype']}; weights are {', '.join(list(_DTYPES)[:4])}.")
-            tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+            tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="cpu")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             file.seek(8 + length + entry["data_offsets"][0])
             left = tensors[name].view(-1).view(torch.uint8).numpy().data

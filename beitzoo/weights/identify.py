@@ -30,9 +30,9 @@ def identify(shapes: Shapes) -> tuple[BeitConfig, Head] | None:
     """
     try:
         config = _network(shapes)
+        return None if config is None else (config, _head(shapes))
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
         return None
-    return None if config is None else (config, _head(shapes))
 
 
 def explain(shapes: Shapes, expected: BeitConfig) -> str:

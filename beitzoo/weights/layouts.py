@@ -208,7 +208,8 @@ def _networks(document: object, path: str = "", depth: int = 2) -> Iterator[Netw
     anchors = _anchors(key for key in document if isinstance(key, str))
     for anchor in anchors:
         prefix = anchor.prefix.rstrip(".") if len(anchors) > 1 else ""
-        yield Network(".".join(filter(None, (path, prefix))), document, anchor)
+        named = {key: value for key, value in document.items() if isinstance(key, str)}
+        yield Network(".".join(filter(None, (path, prefix))), named, anchor)
     if not anchors and depth:
         for key, value in document.items():
             yield from _networks(value, f"{path}.{key}" if path else str(key), depth - 1)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from beitzoo.errors import MissingFileError
+from beitzoo.files import full_path
 from beitzoo.weights import checkpoint
 from beitzoo.weights.checkpoint import CheckpointError
 from beitzoo.weights.identify import identify
@@ -37,8 +38,8 @@ def look_elsewhere(name: str, cache_dir: Path | None = None) -> Entry | None:
     if name.startswith(_HUB):
         return _look_up_on_hub(name, cache_dir)
     if name.startswith(_FOLDER):
-        return _look_up_path(Path(name.removeprefix(_FOLDER)).expanduser())
-    path = Path(name).expanduser()
+        return _look_up_path(full_path(name.removeprefix(_FOLDER)))
+    path = full_path(name)
     if path.exists():
         return _look_up_path(path)
     if {"/", "\\", ":", "~"} & set(name):

@@ -246,17 +246,17 @@ def override(config: BeitConfig, **overrides: Any) -> BeitConfig:
     for name in given.keys() - known:
         raise InvalidOptionError(f"{name!r} is not an option of a BEiT; {closest(name, known)}")
     for name, value in given.items():
-        given[name] = _plain(value)
+        given[name] = plain(value)
     for name in given.keys() & {"img_size", "patch_size"}:
         side = given[name]
         given[name] = (side, side) if isinstance(side, int) else side
     return replace(config, **given)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turn NumPy's and PyTorch's numbers, and lists of them, into Python's."""
     if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
+        return tuple(map(plain, value))
     return value.item() if hasattr(value, "item") else value
 
 

@@ -364,3 +364,18 @@ def test_a_weight_of_another_class_multiplies_as_it_likes() -> None:
     attn.qkv.weight, attn.proj.weight = (nn.Parameter(w.as_subclass(Doubled), requires_grad=False) for w in weights)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), expected)
+
+
+def test_a_bias_of_queries_keys_and_values_counts() -> None:
+    """A linear put in by hand may have one; the plain network has none."""
+    model = beitzoo.create_model("test_beit", head_init_scale=50.0).eval()
+    x = torch.randn(1, 3, 64, 64)
+    plain, dim = model.blocks[0].attn.qkv, model.num_features
+    model.blocks[0].attn.qkv = torch.nn.Linear(dim, 3 * dim)
+    model.blocks[0].attn.qkv.weight = plain.weight
+    with torch.no_grad():
+        changed = model(x)
+        model.blocks[0].attn.qkv.register_forward_hook(lambda *_: None)
+        assert torch.allclose(model(x), changed, atol=1e-6)
+    with pytest.raises(ValueError, match=r"attn\.qkv"):
+        beitzoo.optimize(model)

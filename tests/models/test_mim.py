@@ -10,6 +10,7 @@ from oracles import randomise, relative_error
 from torch import Tensor
 from torch.nn import functional as F
 
+import beitzoo
 from beitzoo.models.beit import Beit
 from beitzoo.models.mim import MaskedImageModel, mim_loss
 from beitzoo.weights import layouts
@@ -236,3 +237,14 @@ def test_bad_masks_and_backbones_are_refused() -> None:
         MaskedImageModel(Beit(replace(NETWORK, use_mask_token=False)), V1)
     with pytest.raises(ValueError, match="early_layers=9 of a network of 4 blocks"):
         MaskedImageModel(Beit(NETWORK), MimConfig(early_layers=9))
+
+
+@pytest.mark.parametrize("head", [V1, V2], ids=["v1", "v2"])
+def test_an_inference_copy_gives_the_same_logits(head: MimConfig) -> None:
+    model = build(NETWORK, head)
+    images, mask, _ = batch()
+    with torch.inference_mode():
+        ours, copy = model(images, mask), beitzoo.optimize(model)(images, mask)
+    pairs = [(ours, copy)] if isinstance(ours, Tensor) else zip(ours, copy, strict=True)
+    for one, other in pairs:
+        assert relative_error(other, one) < 1e-5

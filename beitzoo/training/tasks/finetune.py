@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from beitzoo.evaluation.metrics import Accuracy, AccuracySum
 from beitzoo.factory import create_model
-from beitzoo.files import write_text
+from beitzoo.files import full_path, write_text
 from beitzoo.images.datasets import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split, write_split
 from beitzoo.images.transforms import create_transform, resolve_data_config
@@ -56,12 +56,12 @@ def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
         Interrupted: A signal asked the run to stop; its state was saved.
         NonFiniteError: The loss is not finite any more.
     """
-    directory = directory.expanduser()
+    directory = full_path(directory)
     processes = Processes.join()
     task, model = prepare(recipe, processes)
     with claimed(directory, recipe, processes):
         state = start_state(task, model, recipe.train, processes)
-        goes_on = restore_state(state, directory, processes)
+        goes_on = restore_state(state, directory, processes, recipe.train.seed)
         if goes_on and read_split(directory / SPLIT_FILE, task.images) != task.split:
             raise RunError(f"The images are not those of the run in {directory}; choose another folder with --out.")
         if processes.is_main:
@@ -95,12 +95,19 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]
     images = load_images(recipe.data)
     if len(images.names) < 2:
         raise RecipeError(f"There is one class only, {images.names[0]}; a classifier needs at least two class folders.")
+    odd = [name for name in images.names if not _is_text(name)]
+    if odd:
+        raise RecipeError(f"The name of the class folder {odd[0]!r} is not UTF-8, so no file could hold it; rename it.")
     split = draw_split(images, recipe.data.val_fraction, recipe.data.test_fraction, recipe.data.split_seed)
     seed_generators(derive_seed(train.seed, "weights"))
     model = _make_model(recipe, images.names)
     task = FinetuneTask(recipe, images, split, model, processes)
     task.check(model)
     return task, model
+
+
+def _is_text(name: str) -> bool:
+    return name == name.encode("utf-8", "replace").decode()
 
 
 @dataclass
@@ -162,7 +169,9 @@ class FinetuneTask:
         split, train = self.split, self.recipe.train
         epochs = f"{train.epochs} epochs of {self.updates_per_epoch} updates of {train.batch_size} images"
         start = f"Going on after update {state.update:,}." if state.update else "Starting."
+        warning = "train.warmup_epochs is not shorter than the run: the learning rate never reaches train.lr."
         return [
+            *([warning] if train.warmup_epochs >= train.epochs else []),
             *self.images.describe(),
             f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
             f"{epochs}, in {train.precision} on {self.processes.count} x {self.processes.device.type}. {start}",
