@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+import beitzoo
 from beitzoo import Beit, optimize
 from beitzoo.models import kernels, packed, position
 from beitzoo.zoo.architectures import ARCHITECTURES
