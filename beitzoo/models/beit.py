@@ -84,8 +84,7 @@ class Attention(nn.Module):
         self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if config.qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if config.qkv_bias else None
-        rows = position.table_rows(config.grid_size)
-        table = nn.Parameter(torch.zeros(rows, config.num_heads)) if config.use_rel_pos_bias else None
+        table = nn.Parameter(torch.zeros(config.bias_rows, config.num_heads)) if config.use_rel_pos_bias else None
         self.relative_position_bias_table = table
         self.attn_drop = config.attn_drop_rate
         self.proj = nn.Linear(dim, dim)

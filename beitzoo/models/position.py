@@ -10,15 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from beitzoo.zoo.networks import CLASS_ROWS as CLASS_ROWS
 from beitzoo.zoo.networks import Pair, ResizeRule
+from beitzoo.zoo.networks import table_rows as table_rows
 
-CLASS_ROWS = 3
 ROW_MULTIPLE = 8
-
-
-def table_rows(grid: Pair) -> int:
-    """Count the rows of a bias table for a patch grid."""
-    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + CLASS_ROWS
 
 
 def relative_position_index(grid: Pair, device: torch.device) -> Tensor:

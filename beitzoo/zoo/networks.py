@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 from beitzoo.errors import InvalidOptionError, check, closest
 
 Pair = tuple[int, int]
+CLASS_ROWS = 3  # of a bias table, for the class token: to a patch, from a patch, to itself
 GlobalPool = Literal["avg", "token", ""]
 ResizeRule = Literal["geometric_cubic", "geometric_linear", "bilinear"]
 Record = TypeVar("Record")
@@ -140,7 +141,7 @@ class BeitConfig:
     @property
     def bias_rows(self) -> int:
         """Rows of a relative position bias table: one for each offset of two patches, three for the class token."""
-        return (2 * self.grid_size[0] - 1) * (2 * self.grid_size[1] - 1) + 3
+        return table_rows(self.grid_size)
 
     @property
     def head_dim(self) -> int:
@@ -230,6 +231,11 @@ class VqkdConfig:
             f"The encoder makes {grids[0]} codes of {self.code_dim} channels, the decoder takes {grids[1]} of "
             f"{self.decoder.in_chans}; both must agree.",
         )
+
+
+def table_rows(grid: Pair) -> int:
+    """Count the rows of a relative position bias table for a grid of patches: each offset, and the class token's."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + CLASS_ROWS
 
 
 def override(config: BeitConfig, **overrides: Any) -> BeitConfig:

@@ -42,6 +42,7 @@ for arguments in {arguments}:
     assert told == [f"IMPORTED {' '.join(one)} set()" for one in arguments]
 
 
+@pytest.mark.slow
 def test_core_commands_need_no_extra() -> None:
     extras = ["accelerate", "sklearn", "scipy", "matplotlib", "pyarrow", "onnx", "onnxruntime", "openvino"]
     extras += ["transformers", "simplejpeg"]

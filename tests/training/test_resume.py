@@ -48,6 +48,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 80, 10)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_together(tmp_path: Path) -> None:
     """One of them meets a batch of a broken image only."""
     recipe = colour_recipe(write_colours(tmp_path / "data"), epochs=2, batch_size=2)

@@ -45,7 +45,8 @@ def write_card(folder: Path, size: int, **fields: object) -> BeitForImageClassif
 @pytest.mark.parametrize(
     ("size", "fields"),
     [
-        pytest.param(224, {}, id="base-patch16-224"),
+        pytest.param(224, {"num_hidden_layers": 4}, id="base-patch16-224-shallow"),
+        pytest.param(224, {}, id="base-patch16-224", marks=pytest.mark.slow),
         pytest.param(384, {**LARGE, "num_hidden_layers": 4}, id="large-patch16-384-shallow", marks=pytest.mark.slow),
         pytest.param(384, {**LARGE, "num_hidden_layers": 24}, id="large-patch16-384", marks=pytest.mark.slow),
     ],
@@ -90,6 +91,7 @@ def test_microsofts_masked_image_model(tmp_path: Path) -> None:
     image.close()
 
 
+@pytest.mark.slow
 def test_timms_card(tmp_path: Path) -> None:
     theirs = timm.create_model("beit_base_patch16_224.in22k_ft_in22k_in1k").eval()
     randomise(theirs)
