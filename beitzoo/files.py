@@ -102,7 +102,7 @@ def full_path(path: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return full
     except (OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         raise FileAccessError(f"Cannot use {str(path)!r}: {reason}. Give another path.") from error
     return full
 
