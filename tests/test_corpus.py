@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,12 @@ def memory(name: str) -> int:
 
 
 def costs(paths: list[Path]) -> list[tuple[float, int]]:
+    """Measure in a fresh process: in one that ran other tests, their freed memory is used again and nothing grows."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_costs, (paths,))
+
+
+def _costs(paths: list[Path]) -> list[tuple[float, int]]:
     """Prepare each image; return how many times the processor time of a photograph it takes, and the bytes at its peak.
 
     The photograph is taken again where an image takes long, as all slows down where a machine does.
@@ -47,7 +54,7 @@ def costs(paths: list[Path]) -> list[tuple[float, int]]:
     unit = seconds(photograph)
     measured = []
     for path in paths:
-        release(0)  # or what earlier tests freed is used again, and nothing grows
+        release(0)  # what earlier files freed
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = memory("VmRSS")
         taken, growth = seconds(path), memory("VmHWM") - before
