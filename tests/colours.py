@@ -29,6 +29,6 @@ def colour_recipe(data: Path, run: dict[str, int] | None = None, **train: object
             "data": {"source": "folder", "path": data, "val_fraction": 0.25},
             "train": {"epochs": 5, "batch_size": 6, "lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0, **train},
             "run": {"log_updates": 2, **(run or {})},
-            "task": {"augment": {"kind": "crop", "scale": [0.5, 1.0], "color_jitter": 0.2}},
+            "task": {"kind": "finetune", "augment": {"kind": "crop", "scale": [0.5, 1.0], "color_jitter": 0.2}},
         }
     )

@@ -27,13 +27,13 @@ def finetune(
     extras.require("train", "accelerate", "sklearn")
     from beitzoo.training.recipe import load_recipe
     from beitzoo.training.signals import Interrupted
-    from beitzoo.training.tasks import finetune as task
+    from beitzoo.training.tasks.finetune import finetune as train
 
     chosen = load_recipe(recipe, settings or ())
     if checkpoint is not None:
         chosen = chosen.starting_from(checkpoint)
     try:
-        metrics = task.finetune(chosen, out)
+        metrics = train(chosen, out)
     except Interrupted as stop:
         print(f"{stop} The same command goes on.", file=sys.stderr)
         raise typer.Exit(128 + stop.number) from None

@@ -15,11 +15,13 @@ from torchvision.transforms import v2
 
 from beitzoo.images.datasets import ImageSet, digits, labelled_folder
 from beitzoo.images.files import ImageError, as_image
+from beitzoo.images.splits import Split, draw_split
 from beitzoo.images.transforms import Transform, create_transform, prepare, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.training.generators import derive_seed, generators_kept, seed_generators
 from beitzoo.training.processes import Processes
-from beitzoo.training.recipe import AffineAugment, CropAugment, DataSection, RecipeError, TrainSection
+from beitzoo.training.recipe import RecipeError
+from beitzoo.training.sections import AffineAugment, CropAugment, DataSection, TrainSection
 from beitzoo.training.signals import ignore_signals
 
 
@@ -45,6 +47,13 @@ def load_images(data: DataSection) -> ImageSet:
     if data.path is None:
         raise RecipeError("data.source is 'folder', but data.path is missing; name the folder of class folders.")
     return labelled_folder(data.path)
+
+
+def split_images(images: ImageSet, data: DataSection, test_fraction: float, val_fraction: float) -> Split:
+    """Draw the split of a recipe; the fractions hold where it gives none."""
+    test = test_fraction if data.test_fraction is None else data.test_fraction
+    val = val_fraction if data.val_fraction is None else data.val_fraction
+    return draw_split(images, val, test, data.split_seed)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from beitzoo.errors import UserError
 from beitzoo.training.log import Display, Log, Value
 from beitzoo.training.processes import Processes
-from beitzoo.training.recipe import RunSection, TrainSection
+from beitzoo.training.sections import RunSection, TrainSection
 from beitzoo.training.signals import Interrupted, StopSignals
 from beitzoo.training.state import Means, TrainState, save_state
 from beitzoo.training.task import Task

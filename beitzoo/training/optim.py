@@ -7,7 +7,7 @@ from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from beitzoo.training.recipe import TrainSection
+from beitzoo.training.sections import TrainSection
 
 _TABLE = "relative_position_bias_table"
 

@@ -17,7 +17,7 @@ from beitzoo.files import read_text, write_folder, write_text
 from beitzoo.training.generators import derive_seed, generator_states, restore_generators, seed_generators
 from beitzoo.training.optim import make_optimizer, make_schedule
 from beitzoo.training.processes import Processes
-from beitzoo.training.recipe import TrainSection
+from beitzoo.training.sections import TrainSection
 from beitzoo.training.task import Metrics, Task
 from beitzoo.weights.checkpoint import save_pickle
 

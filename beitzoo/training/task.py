@@ -6,6 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from beitzoo.images.datasets import ImageSet
+from beitzoo.images.splits import Split
+
 Metrics = dict[str, float]
 
 
@@ -16,14 +19,21 @@ class Task(Protocol):
     On several processes each has a task of its own.
 
     Attributes:
+        images: All images.
+        split: Which are for what.
         updates_per_epoch: Updates in one pass over the training data.
         log_names: What `loss` returns besides the loss.
         metric_names: What `validate` returns.
     """
 
+    images: ImageSet
+    split: Split
     updates_per_epoch: int
     log_names: tuple[str, ...]
     metric_names: tuple[str, ...]
+
+    def describe(self) -> list[str]:
+        """Say in lines what the task found and will do."""
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Return the groups of the optimizer; `lr_scale` of a group is a factor on the learning rate."""
@@ -48,3 +58,6 @@ class Task(Protocol):
 
     def save(self, model: nn.Module, directory: Path) -> None:
         """Write the model as people use it; what is in the folder already is replaced file by file."""
+
+    def measure_best(self, directory: Path) -> Metrics:
+        """Measure the best model, read back from its folder, once at the end; all processes call this."""

@@ -13,7 +13,8 @@ import beitzoo
 from beitzoo.images.datasets import labelled_folder
 from beitzoo.training.data import LoadedImages, Order, Sample, load_batches, load_images, training_transform
 from beitzoo.training.processes import Processes
-from beitzoo.training.recipe import AffineAugment, CropAugment, DataSection, RecipeError, TrainSection
+from beitzoo.training.recipe import RecipeError
+from beitzoo.training.sections import AffineAugment, CropAugment, DataSection, TrainSection
 
 CPU = torch.device("cpu")
 

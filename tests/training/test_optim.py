@@ -8,7 +8,7 @@ from torch import nn
 
 import beitzoo
 from beitzoo.training.optim import make_schedule, parameter_groups, spread_bias_tables
-from beitzoo.training.recipe import TrainSection
+from beitzoo.training.sections import TrainSection
 
 
 def test_bias_tables_learn_at_their_own_rate() -> None:

@@ -39,7 +39,7 @@ def test_settings_change_a_recipe() -> None:
         ("train.leraning_rate=1", "train.leraning_rate: Extra inputs are not permitted"),
         ("train.lr=fast", "train.lr: Input should be a valid number"),
         ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1"),
-        ("task.augment.kind=none", "task.augment: Input tag 'none'"),
+        ("task.augment.kind=none", "task.finetune.augment: Input tag 'none'"),
         ("train.lr", "'train.lr' sets nothing; write section.key=value"),
         ("lr=1", "'lr=1' sets nothing"),
         ("model.overrides.num_classes=3", "the number of classes comes from the data"),

@@ -1,9 +1,6 @@
 """Fine-tuning: training a classifier on labelled images, from a recipe to its measured accuracy."""
 
-import json
 import logging
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,20 +13,27 @@ from torch.nn import functional as F
 
 from beitzoo.evaluation.metrics import Accuracy, AccuracySum
 from beitzoo.factory import create_model
-from beitzoo.files import full_path, write_text
 from beitzoo.images.datasets import ImageSet
-from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split, write_split
+from beitzoo.images.splits import Split
 from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.saving import save_pretrained
-from beitzoo.training.data import Batch, LoadedImages, Order, Sample, load_batches, load_images, training_transform
-from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed
+from beitzoo.training.data import (
+    Batch,
+    LoadedImages,
+    Order,
+    Sample,
+    load_batches,
+    load_images,
+    split_images,
+    training_transform,
+)
 from beitzoo.training.generators import derive_seed, seed_generators
-from beitzoo.training.loop import Run, fit
 from beitzoo.training.optim import parameter_groups, spread_bias_tables
 from beitzoo.training.processes import Processes
-from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe
-from beitzoo.training.state import TrainState, restore_state, saved_states, start_state
+from beitzoo.training.recipe import Recipe, RecipeError
+from beitzoo.training.run import run
+from beitzoo.training.sections import Finetune
 from beitzoo.training.task import Metrics
 from beitzoo.zoo.checkpoints import Classify, Head, Labels
 from beitzoo.zoo.labels import accepts
@@ -38,44 +42,8 @@ _logger = logging.getLogger(__name__)
 
 
 def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
-    """Train a classifier and measure it once on the held-out images.
-
-    A run that was interrupted goes on where its last state was saved, if the folder and the recipe are the same.
-
-    Args:
-        recipe: The run.
-        directory: Receives `recipe.json`, `split.csv`, `log.csv`, `best/`, `last/` and, at the end, `metrics.json`.
-
-    Returns:
-        The content of `metrics.json`: `test_top1` and `test_top5` in per cent, of the best checkpoint. Empty on
-        all processes but the first.
-
-    Raises:
-        RunError: The folder holds a finished run, or one of another recipe or other images.
-        RecipeError: What the recipe asks for cannot be done. Nothing has been written then.
-        Interrupted: A signal asked the run to stop; its state was saved.
-        NonFiniteError: The loss is not finite any more.
-    """
-    directory = full_path(directory)
-    processes = Processes.join()
-    task, model = prepare(recipe, processes)
-    with claimed(directory, recipe, processes):
-        state = start_state(task, model, recipe.train, processes)
-        goes_on = restore_state(state, directory, processes, recipe.train.seed)
-        if goes_on and read_split(directory / SPLIT_FILE, task.images) != task.split:
-            raise RunError(f"The images are not those of the run in {directory}; choose another folder with --out.")
-        if processes.is_main:
-            print("\n".join(task.describe(state)), file=sys.stderr)
-            write_text(directory / RECIPE, dump_recipe(recipe))
-            write_split(directory / SPLIT_FILE, task.images, task.split)
-        fit(task, state, Run(directory, recipe.train, recipe.run, processes))
-        metrics = _measure(task, state, directory)
-        if not processes.is_main:
-            return {}
-        write_text(directory / METRICS, json.dumps(metrics, indent=2) + "\n")
-        for folder in saved_states(directory):
-            shutil.rmtree(folder)
-        return metrics
+    """Train a classifier and measure it once on the held-out images; see `run`."""
+    return run(recipe, directory, prepare)
 
 
 def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]:
@@ -84,22 +52,14 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]
     Raises:
         RecipeError: Says what cannot be done, and what to do.
     """
-    train = recipe.train
-    if train.batch_size % (processes.count * train.accumulation):
-        raise RecipeError(
-            f"{train.batch_size} images per update cannot be shared evenly by {processes.count} processes in "
-            f"{train.accumulation} parts each; change train.batch_size, train.accumulation or the number of processes."
-        )
-    if train.precision == "bf16" and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise RecipeError("This GPU has no bfloat16; set train.precision to fp16 or fp32.")
     images = load_images(recipe.data)
     if len(images.names) < 2:
         raise RecipeError(f"There is one class only, {images.names[0]}; a classifier needs at least two class folders.")
     odd = [name for name in images.names if not _is_text(name)]
     if odd:
         raise RecipeError(f"The name of the class folder {odd[0]!r} is not UTF-8, so no file could hold it; rename it.")
-    split = draw_split(images, recipe.data.val_fraction, recipe.data.test_fraction, recipe.data.split_seed)
-    seed_generators(derive_seed(train.seed, "weights"))
+    split = split_images(images, recipe.data, test_fraction=1 / 3, val_fraction=0.1)
+    seed_generators(derive_seed(recipe.train.seed, "weights"))
     model = _make_model(recipe, images.names)
     task = FinetuneTask(recipe, images, split, model, processes)
     task.check(model)
@@ -134,11 +94,13 @@ class FinetuneTask:
         self.log_names: tuple[str, ...] = ()
         # Of five classes, the right one is always among the five likeliest.
         top5 = ("val_top5",) * (len(self.images.names) > 5)
+        assert isinstance(self.recipe.task, Finetune)
+        self.section = self.recipe.task
         self.metric_names: tuple[str, ...] = ("val_top1", *top5, "val_loss")
         self.order = Order(self.split.train, self.recipe.train, self.processes)
         self.updates_per_epoch = self.order.updates_per_epoch
         self._shape = (self.model.config.in_chans, *self.model.config.img_size)
-        self._augment = training_transform(self.model, self.recipe.task.augment)
+        self._augment = training_transform(self.model, self.section.augment)
         self._prepare = create_transform(**resolve_data_config(self.model))
         self._reported: set[str] = set()
 
@@ -164,17 +126,12 @@ class FinetuneTask:
                 f"{len(self.images.names)} classes is needed; leave out model.overrides.global_pool."
             )
 
-    def describe(self, state: TrainState) -> list[str]:
-        """Say in lines what the run found and will do."""
-        split, train = self.split, self.recipe.train
-        epochs = f"{train.epochs} epochs of {self.updates_per_epoch} updates of {train.batch_size} images"
-        start = f"Going on after update {state.update:,}." if state.update else "Starting."
-        warning = "train.warmup_epochs is not shorter than the run: the learning rate never reaches train.lr."
+    def describe(self) -> list[str]:
+        """Say which images are for what."""
+        split = self.split
         return [
-            *([warning] if train.warmup_epochs >= train.epochs else []),
             *self.images.describe(),
             f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
-            f"{epochs}, in {train.precision} on {self.processes.count} x {self.processes.device.type}. {start}",
         ]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -195,7 +152,7 @@ class FinetuneTask:
         if not len(labels):
             return logits.float().sum(), 0, {}
         return (
-            F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.task.label_smoothing),
+            F.cross_entropy(logits.float(), labels, label_smoothing=self.section.label_smoothing),
             len(labels),
             {},
         )
@@ -215,6 +172,12 @@ class FinetuneTask:
         """Write a folder that `create_model('local-dir:...')` reads."""
         assert isinstance(model, Beit)
         save_pretrained(model, directory)
+
+    def measure_best(self, directory: Path) -> Metrics:
+        """Measure top-1, top-5 and loss on the held-out images."""
+        best = create_model(f"local-dir:{directory.absolute()}", pretrained=True, device=self.processes.device)
+        test = self.measure(best.eval(), self.split.test)
+        return {f"test_{name}": value for name, value in asdict(test).items()}
 
     def measure(self, model: nn.Module, indices: Sequence[int]) -> Accuracy:
         """Measure a model on some images; each process takes its share, and all get the same values."""
@@ -250,20 +213,6 @@ class FinetuneTask:
         return batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
 
 
-def _measure(task: FinetuneTask, state: TrainState, directory: Path) -> dict[str, Any]:
-    """Measure the best checkpoint, read back from its folder, on the held-out images."""
-    task.processes.wait()  # for the process that wrote it
-    best = create_model(f"local-dir:{(directory / BEST).absolute()}", pretrained=True, device=task.processes.device)
-    test = task.measure(best.eval(), task.split.test)
-    return {
-        **{f"test_{name}": value for name, value in asdict(test).items()},
-        **(state.best or {}),
-        "seed": task.recipe.train.seed,
-        "split_seed": task.recipe.data.split_seed,
-        "train_seconds": round(state.seconds, 3),
-    }
-
-
 def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     """Make the network to start from. Its head stays if it tells the same classes apart, else it is a fresh one."""
     section = recipe.model
@@ -274,6 +223,7 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
         model.reset_classifier(len(names))
     head = Classify(num_classes=len(names), labels=labels or names)
     model.pretrained = replace(model.pretrained, sources=(), tag=None, head=head)
+    assert isinstance(recipe.task, Finetune)
     if recipe.task.bias_init_std:
         spread_bias_tables(model, recipe.task.bias_init_std)
     return model

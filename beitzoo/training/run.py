@@ -1,0 +1,96 @@
+"""A run: from a recipe and a folder to the metrics of the best model; the same for every task."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from beitzoo.files import full_path, write_text
+from beitzoo.images.splits import SPLIT_FILE, read_split, write_split
+from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed
+from beitzoo.training.loop import Run, fit
+from beitzoo.training.processes import Processes
+from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe
+from beitzoo.training.state import TrainState, restore_state, saved_states, start_state
+from beitzoo.training.task import Task
+
+Prepare = Callable[[Recipe, Processes], tuple[Task, nn.Module]]
+
+
+def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
+    """Train by a recipe, and measure the best model once at the end.
+
+    A run that was interrupted goes on where its last state was saved, if the folder and the recipe are the same.
+
+    Args:
+        recipe: The run.
+        directory: Receives `recipe.json`, `split.csv`, `log.csv`, `best/`, `last/` and, at the end, `metrics.json`.
+        prepare: Makes the task and its model; all that can be known before a run is checked there.
+
+    Returns:
+        The content of `metrics.json`. Empty on all processes but the first.
+
+    Raises:
+        RunError: The folder holds a finished run, or one of another recipe or other images.
+        RecipeError: What the recipe asks for cannot be done. Nothing has been written then.
+        Interrupted: A signal asked the run to stop; its state was saved.
+        NonFiniteError: The loss is not finite any more.
+    """
+    directory = full_path(directory)
+    processes = Processes.join()
+    _check(recipe, processes)
+    task, model = prepare(recipe, processes)
+    with claimed(directory, recipe, processes):
+        state = start_state(task, model, recipe.train, processes)
+        goes_on = restore_state(state, directory, processes, recipe.train.seed)
+        if goes_on and read_split(directory / SPLIT_FILE, task.images) != task.split:
+            raise RunError(f"The images are not those of the run in {directory}; choose another folder with --out.")
+        if processes.is_main:
+            print("\n".join([*task.describe(), *_describe(recipe, task, state, processes)]), file=sys.stderr)
+            write_text(directory / RECIPE, dump_recipe(recipe))
+            write_split(directory / SPLIT_FILE, task.images, task.split)
+        fit(task, state, Run(directory, recipe.train, recipe.run, processes))
+        processes.wait()  # for the process that wrote the best model
+        measured = task.measure_best(directory / BEST)
+        if not processes.is_main:
+            return {}
+        metrics = {**measured, **(state.best or {}), **_facts(recipe, state)}
+        write_text(directory / METRICS, json.dumps(metrics, indent=2) + "\n")
+        for folder in saved_states(directory):
+            shutil.rmtree(folder)
+        return metrics
+
+
+def _check(recipe: Recipe, processes: Processes) -> None:
+    train = recipe.train
+    if train.batch_size % (processes.count * train.accumulation):
+        raise RecipeError(
+            f"{train.batch_size} images per update cannot be shared evenly by {processes.count} processes in "
+            f"{train.accumulation} parts each; change train.batch_size, train.accumulation or the number of processes."
+        )
+    if train.precision == "bf16" and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise RecipeError("This GPU has no bfloat16; set train.precision to fp16 or fp32.")
+
+
+def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processes) -> list[str]:
+    train = recipe.train
+    epochs = f"{train.epochs} epochs of {task.updates_per_epoch} updates of {train.batch_size} images"
+    start = f"Going on after update {state.update:,}." if state.update else "Starting."
+    warning = "train.warmup_epochs is not shorter than the run: the learning rate never reaches train.lr."
+    return [
+        *([warning] if train.warmup_epochs >= train.epochs else []),
+        f"{epochs}, in {train.precision} on {processes.count} x {processes.device.type}. {start}",
+    ]
+
+
+def _facts(recipe: Recipe, state: TrainState) -> dict[str, Any]:
+    return {
+        "seed": recipe.train.seed,
+        "split_seed": recipe.data.split_seed,
+        "train_seconds": round(state.seconds, 3),
+    }

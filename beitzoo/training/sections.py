@@ -1,0 +1,284 @@
+"""The sections of a recipe: what all tasks have, and one for each task. Closed: a misspelt key is an error."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from beitzoo.files import full_path
+from beitzoo.images.masks import MaskKind
+from beitzoo.zoo.checkpoints import HALF
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PartOfOne = Annotated[float, Field(gt=0, le=1)]
+# `~` is the home folder, and a run that goes on elsewhere means the same files.
+FullPath = Annotated[Path, AfterValidator(lambda path: full_path(path).absolute())]
+# Arguments of `create_model` that the recipe says elsewhere, or that make something else than a classifier.
+_NOT_OVERRIDES = {"model_name", "pretrained", "features_only", "checkpoint_path", "cache_dir", "device", "dtype"}
+
+
+class Section(BaseModel):
+    """A closed table of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """What is trained.
+
+    Attributes:
+        name: As in `create_model`.
+        pretrained: Start from the weights of that name rather than from random ones.
+        checkpoint: Start from this file of the same network instead.
+        overrides: Fields of `BeitConfig`; the number of classes comes from the data.
+    """
+
+    name: str
+    pretrained: bool = False
+    checkpoint: FullPath | None = None
+    overrides: dict[str, int | float | bool | str | list[int]] = {}
+
+    @field_validator("overrides")
+    @classmethod
+    def _check_overrides(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        if "num_classes" in overrides:
+            raise ValueError("the number of classes comes from the data; leave num_classes out")
+        for name in _NOT_OVERRIDES & overrides.keys():
+            raise ValueError(f"{name} is no field of the network; leave it out")
+        return overrides
+
+
+class DataSection(Section):
+    """What it is trained and measured on.
+
+    Attributes:
+        source: `digits`; `folder` for images in one subfolder per class; `images` for a folder of images without
+            labels, however deep; `parquet` for tables in the hub's form (columns `image` and perhaps `label`);
+            `webdataset` for tar files.
+        path: That folder, or one file of these.
+        test_path: Held-out images of the same form; without it they are drawn from `path`.
+        test_fraction: Share that is held out and used once, at the end; drawn evenly from all classes. A third if
+            none is given and a classifier is trained without `test_path`, else 0.
+        val_fraction: Share of the rest by which the best checkpoint is chosen. A tenth if none is given and a
+            classifier is trained, else 0.
+        train_per_class: Train on only this many images of each class; 0 for all.
+        split_seed: Draws all of these.
+    """
+
+    source: Literal["digits", "folder", "images", "parquet", "webdataset"]
+    path: FullPath | None = None
+    test_path: FullPath | None = None
+    test_fraction: Fraction | None = None
+    val_fraction: Fraction | None = None
+    train_per_class: Annotated[int, Field(ge=0)] = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class AffineAugment(Section):
+    """Small random shifts, turns and stretches of the whole image, for data that cropping would destroy.
+
+    Attributes:
+        kind: Names this kind.
+        rotate: Largest turn, degrees.
+        translate: Largest shift, as a share of the side.
+        scale: Largest change of size, as a share.
+        shear: Largest shear, degrees.
+    """
+
+    kind: Literal["affine"]
+    rotate: float = 0.0
+    translate: Fraction = 0.0
+    scale: Fraction = 0.0
+    shear: float = 0.0
+
+
+class CropAugment(Section):
+    """timm's training transform: random resized crops, flips, colour, RandAugment, erasing.
+
+    Attributes:
+        kind: Names this kind.
+        scale: Range of the crop's area, as shares of the image.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Strength of random brightness, contrast and saturation.
+        auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; empty for none.
+        re_prob: Probability of random erasing.
+    """
+
+    kind: Literal["crop"] = "crop"
+    scale: tuple[PartOfOne, PartOfOne] = (0.08, 1.0)
+    hflip: Fraction = 0.5
+    color_jitter: Annotated[float, Field(ge=0)] = 0.4
+    auto_augment: str = ""
+    re_prob: Fraction = 0.0
+
+
+class TrainSection(Section):
+    """How any task is trained.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images per update, of all processes together.
+        accumulation: Passes into which each process splits its share of an update; memory is for one of them.
+        lr: Peak learning rate of the head; see `layer_decay`.
+        min_lr: Learning rate at the end of the cosine.
+        warmup_epochs: Linear rise from 0 to `lr`.
+        warmup_updates: The same, counted in updates; instead of `warmup_epochs` if it is not 0.
+        weight_decay: Of matrices; what is not decayed is the model's to say (`no_weight_decay`), besides vectors.
+        weight_decay_end: Weight decay at the end of a cosine from `weight_decay`; constant if None.
+        betas: Of AdamW.
+        layer_decay: Factor on the learning rate per layer, from the head down.
+        clip_grad: Largest norm of the gradient; 0 does not clip.
+        bias_lr_scale: Factor on the learning rate of the relative position bias tables. Without absolute
+            positions a network that starts at zero tables sees a bag of patches until they have grown; 1 is
+            right for weights that have.
+        ema_decay: Of the moving average of the weights, which is then what is validated and saved; 0 for none.
+        precision: Of the forward pass.
+        grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Use `torch.compile`; it pays on GPUs, and takes a while to begin.
+        seed: Of weights, order, augmentation and stochastic depth.
+    """
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay_end: Annotated[float, Field(ge=0)] | None = None
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    clip_grad: Annotated[float, Field(ge=0)] = 0.0
+    bias_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Fraction = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    grad_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+
+
+class RunSection(Section):
+    """How the work is done. It changes nothing in the result, and may be another when a run goes on.
+
+    Attributes:
+        workers: Processes that load images, for each that trains; 0 loads them in the training process.
+        log_updates: Updates between two lines of the log.
+        save_epochs: Epochs between two saved states, from which an interrupted run goes on.
+        save_updates: Updates between two saved states, besides those at the end of epochs; 0 for none.
+    """
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    log_updates: Annotated[int, Field(ge=1)] = 10
+    save_epochs: Annotated[int, Field(ge=1)] = 1
+    save_updates: Annotated[int, Field(ge=0)] = 0
+
+
+class Finetune(Section):
+    """The task of training a classifier.
+
+    Attributes:
+        kind: Names this task.
+        augment: What is done to training images.
+        label_smoothing: Share of the target that is spread over all classes.
+        bias_init_std: Spread of the relative position bias tables before the first update; 0 leaves them as they are.
+    """
+
+    kind: Literal["finetune"] = "finetune"
+    augment: Annotated[AffineAugment | CropAugment, Field(discriminator="kind")] = CropAugment()
+    label_smoothing: Fraction = 0.0
+    bias_init_std: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ViewsSection(Section):
+    """How the two views of an image are drawn from one crop box; sizes are those of the network and the tokenizer.
+
+    Attributes:
+        scale: Range of the crop's area, as shares of the image.
+        ratio: Range of the crop's width by its height.
+        jitter: Strength of random brightness, contrast and saturation.
+        hflip: Probability of a horizontal flip.
+        mean: Of the network's view, per channel.
+        std: Of the network's view, per channel.
+        interpolation: Filter of the network's view; that of the other is the tokenizer's.
+    """
+
+    scale: tuple[PartOfOne, PartOfOne] = (0.08, 1.0)
+    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
+    jitter: Annotated[float, Field(ge=0)] = 0.4
+    hflip: Fraction = 0.5
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+
+
+class MaskSection(Section):
+    """Which patches are masked; see `images.masks.Masking`, whose grid is the network's."""
+
+    kind: MaskKind = "block"
+    count: Annotated[int, Field(ge=1)] = 75
+    exact: bool = False
+    min_block: Annotated[int, Field(ge=1)] = 16
+    max_block: Annotated[int, Field(ge=1)] | None = None
+    min_aspect: PartOfOne = 0.3
+
+
+class ProbeSection(Section):
+    """A small labelled set on which frozen features are probed while pretraining goes on.
+
+    Attributes:
+        data: The set; its `train` part fits the probes, its `test` part measures them.
+        epochs: Epochs between two probes.
+        neighbours: Of the kNN probe.
+    """
+
+    data: DataSection
+    epochs: Annotated[int, Field(ge=1)] = 10
+    neighbours: Annotated[int, Field(ge=1)] = 20
+
+
+class Pretrain(Section):
+    """The task of masked image modelling.
+
+    Attributes:
+        kind: Names this task.
+        tokenizer: Name or folder of the image tokenizer.
+        tokens: Folder that `beitzoo tokenize` wrote; views and visual tokens come from there, and no tokenizer runs.
+        views: How both views of an image are drawn.
+        mask: Which patches are masked.
+        bias_init_std: Spread of the relative position bias tables before the first update; 0 leaves them as they are.
+        picture_epochs: Epochs between two pictures of reconstructions; 0 for none.
+        probe: Labelled images for a linear and a kNN probe now and then.
+    """
+
+    kind: Literal["pretrain"]
+    tokenizer: str
+    tokens: FullPath | None = None
+    views: ViewsSection = ViewsSection()
+    mask: MaskSection = MaskSection()
+    bias_init_std: Annotated[float, Field(ge=0)] = 0.0
+    picture_epochs: Annotated[int, Field(ge=0)] = 1
+    probe: ProbeSection | None = None
+
+
+class TrainTokenizer(Section):
+    """The task of training a vector-quantised tokenizer (VQ-KD); the model section names the tokenizer.
+
+    Attributes:
+        kind: Names this task.
+        teacher: What the decoder predicts: `pixels`, or the patch features of a model, `timm:NAME`,
+            `transformers:NAME` or `local-dir:PATH`.
+        views: Crop, flip and jitter of the one view; mean and std are the tokenizer's own.
+        commitment: Weight of the distance from features to their codes.
+        codebook_decay: Of the moving average that codes are.
+        kmeans_init: Start the codebook from k-means on the first batch.
+        restart_codes: Replace a code that was not used in this many updates by a feature of the batch; 0 for never.
+    """
+
+    kind: Literal["tokenizer"]
+    teacher: str
+    views: ViewsSection = ViewsSection(jitter=0.0)
+    commitment: Annotated[float, Field(ge=0)] = 1.0
+    codebook_decay: Fraction = 0.99
+    kmeans_init: bool = True
+    restart_codes: Annotated[int, Field(ge=0)] = 0
