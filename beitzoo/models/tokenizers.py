@@ -10,6 +10,7 @@ Shapes: B batch, h w token grid, V codes of the codebook, D channels of a code.
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from torch.nn import functional as F
 
 from beitzoo.errors import check
 from beitzoo.models.beit import Beit
-from beitzoo.zoo.networks import DvaeConfig, Pair, VqkdConfig
+from beitzoo.models.quantizer import Quantizer
+from beitzoo.zoo.networks import BeitConfig, DvaeConfig, Pair, VqkdConfig
 
 # Pixels are squeezed into [EPSILON, 1 - EPSILON]: the logit-Laplace distribution has no mass at 0 and 1.
 EPSILON = 0.1
@@ -130,39 +132,26 @@ class Dvae(nn.Module):
         return ((means.sigmoid() - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
 
 
-class Codebook(nn.Module):
-    """Unit vectors that features are rounded to; they learn by moving averages, not by gradients.
+class Tokenized(NamedTuple):
+    """What a VQ-KD tokenizer makes of a batch while it is trained.
 
-    All tensors but `weight` are there for the original's checkpoints, which have them.
+    Attributes:
+        prediction: Of the targets of all patches, (B, h w, prediction_dim).
+        commitment: Mean squared distance from features to their codes, a scalar.
+        codes: The codes, (B, h w), int64.
+        features: What was rounded to them, unit vectors (B, h w, D).
     """
 
-    def __init__(self, codes: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(codes, dim)), requires_grad=False)
-        self.cluster_size = nn.Parameter(torch.zeros(codes), requires_grad=False)
-        self.embed_avg = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
-        self.register_buffer("initted", torch.ones(1))
-
-
-class Quantizer(nn.Module):
-    """The nearest code of each feature by the angle between them, which for unit vectors is the nearest by distance."""
-
-    def __init__(self, codes: int, dim: int) -> None:
-        super().__init__()
-        self.embedding = Codebook(codes, dim)
-        self.register_buffer("cluster_size", torch.zeros(codes))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features (..., D) of any length to codes (...), int64."""
-        # By distance, as in the original, not by product: codes are unit vectors to rounding only.
-        features = F.normalize(features, dim=-1)
-        weight = self.embedding.weight
-        squares = features.square().sum(-1, keepdim=True) + weight.square().sum(1)
-        return (squares - 2 * (features @ weight.t())).argmin(dim=-1)
+    prediction: Tensor
+    commitment: Tensor
+    codes: Tensor
+    features: Tensor
 
 
 class Vqkd(nn.Module):
     """BEiT v2's tokenizer: a BEiT whose patch tokens are rounded to codes; codes decode to features of a teacher.
+
+    With `target="pixels"` codes decode to the pixels of their patches: an autoencoder, which needs no teacher.
 
     Attributes:
         config: What was built.
@@ -175,11 +164,27 @@ class Vqkd(nn.Module):
         self.decoder = Beit(config.decoder)
         self.quantize = Quantizer(config.vocab_size, config.code_dim)
         self.encode_task_layer = _task_layer(config.encoder.embed_dim, config.code_dim)
-        self.decode_task_layer = _task_layer(config.decoder.embed_dim, config.teacher_dim)
+        self.decode_task_layer = _task_layer(config.decoder.embed_dim, config.prediction_dim)
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Map images (B, in_chans, *img_size) with values in [0, 1] to codes (B, h, w), int64.
+    def forward(self, images: Tensor) -> Tokenized:
+        """Encode and decode images (B, in_chans, *img_size) with values in [0, 1], as needed for training.
+
+        The decoder takes the codes; gradients pass through the rounding as if it were not there. Codes get none:
+        they learn by `quantize.learn`.
+
+        Raises:
+            InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
+        """
+        features = self.features(images)
+        codes = self.quantize(features)
+        features = F.normalize(features, dim=-1)
+        rounded = F.embedding(codes, self.quantize.embedding.weight)
+        commitment = F.mse_loss(features, rounded)
+        passed = features + (rounded - features).detach()
+        return Tokenized(self._predict(passed.unflatten(1, self.config.encoder.grid_size)), commitment, codes, features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map images (B, in_chans, *img_size) with values in [0, 1] to what is rounded to codes, (B, h w, D).
 
         What follows the encoder computes in float32 under any autocast, as in the original: a rounded feature may be
         nearer to another code.
@@ -191,15 +196,67 @@ class Vqkd(nn.Module):
         _check_images(images, encoder.in_chans, encoder.img_size)
         tokens = _patch_tokens(self.encoder, 2 * images - 1)
         with torch.autocast(images.device.type, enabled=False):
-            codes: Tensor = self.quantize(self.encode_task_layer(tokens.to(self.quantize.embedding.weight.dtype)))
-        return codes.unflatten(1, encoder.grid_size)
+            features: Tensor = self.encode_task_layer(tokens.to(self.quantize.embedding.weight.dtype))
+        return features
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images (B, in_chans, *img_size) with values in [0, 1] to codes (B, h, w), int64.
+
+        Raises:
+            InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
+        """
+        features = self.features(images)
+        with torch.autocast(images.device.type, enabled=False):
+            codes: Tensor = self.quantize(features)
+        return codes.unflatten(1, self.config.encoder.grid_size)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Map codes (B, h, w) to features of the teacher's patches, (B, h w, teacher_dim)."""
-        vectors = F.embedding(codes, self.quantize.embedding.weight).permute(0, 3, 1, 2)  # (B, D, h, w)
-        features: Tensor = self.decode_task_layer(_patch_tokens(self.decoder, vectors))
-        return features
+        """Map codes (B, h, w) to features of the teacher's patches, (B, h w, teacher_dim).
+
+        With `target="pixels"` map them to images (B, in_chans, *img_size) with values in [0, 1].
+        """
+        prediction = self._predict(F.embedding(codes, self.quantize.embedding.weight))
+        if self.config.target == "features":
+            return prediction
+        encoder = self.config.encoder
+        return ((_join_patches(prediction, encoder) + 1) / 2).clamp(0, 1)
+
+    def pixel_targets(self, images: Tensor) -> Tensor:
+        """Map images (B, in_chans, *img_size) with values in [0, 1] to what decodes to them, (B, h w, prediction_dim).
+
+        That is the pixels of each patch, in [-1, 1] as the encoder takes them.
+        """
+        return _cut_patches(2 * images - 1, self.config.encoder)
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that describe positions and class tokens; they are not decayed."""
+        networks = {"encoder": self.encoder, "decoder": self.decoder}
+        return {f"{name}.{key}" for name, network in networks.items() for key in network.no_weight_decay()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of both networks in the backward pass, or do not."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.set_grad_checkpointing(enable)
+
+    def _predict(self, vectors: Tensor) -> Tensor:
+        """Map codes as vectors (B, h, w, D) to the targets of all patches, (B, h w, prediction_dim)."""
+        prediction: Tensor = self.decode_task_layer(_patch_tokens(self.decoder, vectors.permute(0, 3, 1, 2)))
+        return prediction
+
+
+def _cut_patches(images: Tensor, network: BeitConfig) -> Tensor:
+    """Cut images (B, C, H, W) into the patches of a network, (B, h w, C * patch area)."""
+    height, width = network.patch_size
+    cut = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, h, height, w, width)
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def _join_patches(patches: Tensor, network: BeitConfig) -> Tensor:
+    """Join patches as `_cut_patches` cuts them to images (B, C, H, W)."""
+    joined = patches.unflatten(2, (network.in_chans, *network.patch_size)).unflatten(1, network.grid_size)
+    return joined.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def _patch_tokens(network: Beit, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Pair = tuple[int, int]
 CLASS_ROWS = 3  # of a bias table, for the class token: to a patch, from a patch, to itself
 GlobalPool = Literal["avg", "token", ""]
 ResizeRule = Literal["geometric_cubic", "geometric_linear", "bilinear"]
+Target = Literal["features", "pixels"]
 Record = TypeVar("Record")
 
 _FLAGS = (
@@ -216,6 +217,8 @@ class VqkdConfig:
         vocab_size: Codes.
         code_dim: Channels of a code.
         teacher_dim: Channels of the teacher's features.
+        target: What the decoder predicts: features of a teacher, or the pixels of the patches, for which there is no
+            teacher and `teacher_dim` means nothing.
     """
 
     encoder: BeitConfig
@@ -223,14 +226,25 @@ class VqkdConfig:
     vocab_size: int = 8192
     code_dim: int = 32
     teacher_dim: int = 512
+    target: Target = "features"
 
     def __post_init__(self) -> None:
+        check(
+            self.target in get_args(Target),
+            f"target={self.target!r}; a decoder predicts {' or '.join(map(repr, get_args(Target)))}.",
+        )
         grids = self.encoder.grid_size, self.decoder.grid_size
         check(
             grids[0] == grids[1] and self.decoder.in_chans == self.code_dim,
             f"The encoder makes {grids[0]} codes of {self.code_dim} channels, the decoder takes {grids[1]} of "
             f"{self.decoder.in_chans}; both must agree.",
         )
+
+    @property
+    def prediction_dim(self) -> int:
+        """Numbers that the decoder predicts for each patch."""
+        pixels = self.encoder.in_chans * math.prod(self.encoder.patch_size)
+        return pixels if self.target == "pixels" else self.teacher_dim
 
 
 def table_rows(grid: Pair) -> int:
