@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_CPU = torch.device("cpu")
+
 
 def derive_seed(*parts: int | str) -> int:
     """Mix numbers and words to a seed: equal parts give equal seeds, on every machine and in every process."""
@@ -26,13 +28,13 @@ def seed_generators(seed: int) -> None:
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
+def generators_kept(device: torch.device = _CPU) -> Iterator[None]:
     """Give the global generators back the state they had before, so that what is drawn inside moves nothing outside."""
-    kept = generator_states(torch.device("cpu"))
+    kept = generator_states(device)
     try:
         yield
     finally:
-        restore_generators(kept, torch.device("cpu"))
+        restore_generators(kept, device)
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from beitzoo.errors import UserError
+from beitzoo.training.folder import BEST, LAST
+from beitzoo.training.generators import generators_kept
 from beitzoo.training.log import Display, Log, Value
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import RunSection, TrainSection
 from beitzoo.training.signals import Interrupted, StopSignals
 from beitzoo.training.state import Means, TrainState, save_state
-from beitzoo.training.task import Task
+from beitzoo.training.task import EndsEpochs, Metrics, Task
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,7 +56,7 @@ def fit(task: Task, state: TrainState, run: Run) -> None:
         Interrupted: A signal asked the run to stop; its state was saved.
         NonFiniteError: A loss is not finite. Neither this model nor its state was saved.
     """
-    names = (*task.log_names, *task.metric_names)
+    names = (*task.log_names, *task.metric_names, *(task.epoch_names if isinstance(task, EndsEpochs) else ()))
     shown = run.processes.is_main
     log = Log(run.directory / "log.csv", names, state.update) if shown else None
     updates = run.train.epochs * task.updates_per_epoch
@@ -89,7 +91,7 @@ class _Fit:
     def to(self, updates: int) -> None:
         """Do the updates that are left."""
         state, settings = self.state, self.run.settings
-        model = self.run.processes.wrap(state.model).train()
+        model = self._trained_model()
         batches = self.task.batches(state.update)
         while state.update < updates:
             self._update(model, batches)
@@ -105,10 +107,16 @@ class _Fit:
             if number and state.update < updates:
                 raise Interrupted(f"Stopped after {state.update} of {updates} updates; the state is saved.", number)
 
+    def _trained_model(self) -> nn.Module:
+        """Return the model as the loss calls it; the one of the state is neither compiled nor wrapped."""
+        model = self.state.model.train()
+        compiled: Any = torch.compile(model) if self.run.train.compile else model  # annotated as any callable
+        return self.run.processes.wrap(compiled)
+
     def _update(self, model: nn.Module, batches: Iterator[Any]) -> None:
         """Take one step down the gradient of the mean loss over all items of all processes."""
         state, train, processes = self.state, self.run.train, self.run.processes
-        state.schedule.step_update(state.update)
+        state.schedule.set(state.optimizer, state.update)
         # The mean over all items is known only when all parts are done; until then each part counts for this many.
         share = train.batch_size / (processes.count * train.accumulation)
         sums = [self._add_gradients(model, next(batches), share, left) for left in reversed(range(train.accumulation))]
@@ -153,24 +161,35 @@ class _Fit:
         self.display.show(values)
 
     def _end_epoch(self) -> None:
-        """Validate, write the line of the epoch, and write the model as the last and perhaps the best."""
+        """Validate, and let the main process write down how the epoch went, and the model."""
         state, task = self.state, self.task
         state.model.eval()
         metrics = task.validate(state.evaluated)
-        state.model.train()
-        self._restart_clock()
-        values = {**self._line("epoch", state.epoch), **metrics}
-        state.epoch = Means()
         if not all(map(math.isfinite, metrics.values())) or not _is_finite(state.evaluated):
             raise self._non_finite("A validation metric or a weight", state.update)
-        better = state.best is None or task.better(metrics, state.best)
+        better = not metrics or state.best is None or task.better(metrics, state.best)
         state.best = metrics if better else state.best
-        if self.log is None:
-            return
+        if self.log is not None:
+            self._write_epoch(metrics, better)
+        state.epoch = Means()
+        state.model.train()
+        self._restart_clock()
+
+    def _write_epoch(self, metrics: Metrics, better: bool) -> None:
+        """Write the line of an epoch, and the model as the last and perhaps the best; without metrics they are one."""
+        state, task, directory = self.state, self.task, self.run.directory
+        assert self.log is not None
+        if isinstance(task, EndsEpochs):
+            with generators_kept(self.run.processes.device):
+                epoch = state.update // task.updates_per_epoch
+                metrics = {**metrics, **task.end_epoch(state.evaluated, epoch, directory)}
+        self._restart_clock()
+        values = {**self._line("epoch", state.epoch), **metrics}
         self.log.write(values)
         self.display.show_epoch(values, metrics)
-        for name in ("best", "last") if better else ("last",):
-            task.save(state.evaluated, self.run.directory / name)
+        kept = (BEST, LAST) if task.metric_names else (BEST,)
+        for name in kept if better else (LAST,):
+            task.save(state.evaluated, directory / name)
 
     def _line(self, kind: str, means: Means) -> dict[str, Value]:
         state = self.state
@@ -180,7 +199,7 @@ class _Fit:
             "line": kind,
             "epoch": epoch,
             "update": state.update,
-            "lr": self._rate(),
+            "lr": state.schedule.lr(state.update - 1),
             "seconds": round(state.seconds, 3),
             **values,
         }
@@ -219,21 +238,16 @@ class _Fit:
             return self.stop.number
         return self.run.processes.largest(self.stop.number) if agreed else 0
 
-    def _rate(self) -> float:
-        """Return the learning rate before the factors of layers and kinds of parameters."""
-        group = self.state.optimizer.param_groups[0]
-        return group["lr"] / group.get("lr_scale", 1.0)
-
     def _restart_clock(self) -> None:
         now = time.perf_counter()
         self.state.seconds += now - self.clock
         self.clock = now
 
     def _non_finite(self, what: str, update: int) -> NonFiniteError:
-        self.state.schedule.step_update(update - 1)
+        rate = self.state.schedule.lr(update - 1)
         return NonFiniteError(
             f"{what} is not finite any more at update {update} (epoch {-(-update // self.task.updates_per_epoch)}), "
-            f"with a learning rate of {self._rate():.3g}. Nothing of this was saved. In another folder, try a lower "
+            f"with a learning rate of {rate:.3g}. Nothing of this was saved. In another folder, try a lower "
             "train.lr, more train.warmup_epochs, train.clip_grad=1, or train.precision=fp32."
         )
 

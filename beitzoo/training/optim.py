@@ -1,10 +1,11 @@
-"""Which parameter learns how fast, and when; timm underneath."""
+"""Which parameter learns how fast, and when."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from beitzoo.training.sections import TrainSection
@@ -46,14 +47,52 @@ def spread_bias_tables(model: nn.Module, std: float) -> None:
             nn.init.normal_(parameter, std=std)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, updates_per_epoch: int) -> CosineLRScheduler:
-    """Rise linearly from 0, then fall along a cosine to `min_lr`, counted in updates."""
-    warmup = round(train.warmup_epochs * updates_per_epoch)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(train.epochs * updates_per_epoch - warmup, 2),  # of 1, timm says that it has no effect
-        lr_min=train.min_lr,
-        warmup_t=warmup,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay as pure functions of the update (the first is 0), as the originals' arrays.
+
+    `cosine_scheduler` of `utils.py` in BEiT and BEiT v2: the first update of the warm-up has a rate of 0, its last one
+    the peak, and so has the one after it.
+
+    Attributes:
+        train: Peak and end, and how long the warm-up takes.
+        updates_per_epoch: Updates in one pass over the training images.
+    """
+
+    train: TrainSection
+    updates_per_epoch: int
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return self.train.epochs * self.updates_per_epoch
+
+    @property
+    def warmup(self) -> int:
+        """Updates of the warm-up."""
+        return self.train.warmup_updates or round(self.train.warmup_epochs * self.updates_per_epoch)
+
+    def lr(self, update: int) -> float:
+        """Rise linearly from 0, then fall along a cosine to `min_lr`."""
+        train, warmup = self.train, self.warmup
+        if update < warmup:
+            return train.lr * update / max(warmup - 1, 1)
+        return _cosine(train.lr, train.min_lr, (update - warmup) / (self.updates - warmup))
+
+    def weight_decay(self, update: int) -> float:
+        """Go along a cosine to `weight_decay_end`, without a warm-up; constant if there is none."""
+        train = self.train
+        if train.weight_decay_end is None:
+            return train.weight_decay
+        return _cosine(train.weight_decay, train.weight_decay_end, update / self.updates)
+
+    def set(self, optimizer: torch.optim.Optimizer, update: int) -> None:
+        """Prepare an optimizer for an update; groups that are not decayed stay so."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(update) * group.get("lr_scale", 1.0)
+            if group["weight_decay"] and self.train.weight_decay_end is not None:
+                group["weight_decay"] = self.weight_decay(update)
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))

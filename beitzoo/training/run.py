@@ -30,6 +30,7 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
     Args:
         recipe: The run.
         directory: Receives `recipe.json`, `split.csv`, `log.csv`, `best/`, `last/` and, at the end, `metrics.json`.
+            Without a validation there is no `last/`: the last model is the best one.
         prepare: Makes the task and its model; all that can be known before a run is checked there.
 
     Returns:
@@ -45,6 +46,8 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
     processes = Processes.join()
     _check(recipe, processes)
     task, model = prepare(recipe, processes)
+    if recipe.train.grad_checkpointing:
+        _checkpoint(model)
     with claimed(directory, recipe, processes):
         state = start_state(task, model, recipe.train, processes)
         goes_on = restore_state(state, directory, processes, recipe.train.seed)
@@ -77,13 +80,23 @@ def _check(recipe: Recipe, processes: Processes) -> None:
         raise RecipeError("This GPU has no bfloat16; set train.precision to fp16 or fp32.")
 
 
+def _checkpoint(model: nn.Module) -> None:
+    enable: Any = getattr(model, "set_grad_checkpointing", None)
+    if enable is None:
+        name = type(model).__name__
+        raise RecipeError(f"The network ({name}) has no gradient checkpointing; leave out train.grad_checkpointing.")
+    enable()
+
+
 def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processes) -> list[str]:
     train = recipe.train
     epochs = f"{train.epochs} epochs of {task.updates_per_epoch} updates of {train.batch_size} images"
     start = f"Going on after update {state.update:,}." if state.update else "Starting."
-    warning = "train.warmup_epochs is not shorter than the run: the learning rate never reaches train.lr."
+    warning = "The warm-up is not shorter than the run: the learning rate never falls from train.lr."
+    slow = "train.compile: the first update takes a minute or more, while the network is compiled."
     return [
-        *([warning] if train.warmup_epochs >= train.epochs else []),
+        *([warning] if state.schedule.warmup >= state.schedule.updates else []),
+        *([slow] if train.compile else []),
         f"{epochs}, in {train.precision} on {processes.count} x {processes.device.type}. {start}",
     ]
 

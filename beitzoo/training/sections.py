@@ -1,9 +1,9 @@
 """The sections of a recipe: what all tasks have, and one for each task. Closed: a misspelt key is an error."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from beitzoo.files import full_path
 from beitzoo.images.masks import MaskKind
@@ -121,10 +121,10 @@ class TrainSection(Section):
         accumulation: Passes into which each process splits its share of an update; memory is for one of them.
         lr: Peak learning rate of the head; see `layer_decay`.
         min_lr: Learning rate at the end of the cosine.
-        warmup_epochs: Linear rise from 0 to `lr`.
+        warmup_epochs: Of a linear rise from 0, which ends at `lr`.
         warmup_updates: The same, counted in updates; instead of `warmup_epochs` if it is not 0.
         weight_decay: Of matrices; what is not decayed is the model's to say (`no_weight_decay`), besides vectors.
-        weight_decay_end: Weight decay at the end of a cosine from `weight_decay`; constant if None.
+        weight_decay_end: Weight decay at the end of a cosine from `weight_decay`, update by update; constant if None.
         betas: Of AdamW.
         layer_decay: Factor on the learning rate per layer, from the head down.
         clip_grad: Largest norm of the gradient; 0 does not clip.
@@ -156,6 +156,12 @@ class TrainSection(Section):
     grad_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_weight_decay(self) -> Self:
+        if self.weight_decay_end and not self.weight_decay:
+            raise ValueError("weight_decay_end needs a weight_decay above 0 to go on from")
+        return self
 
 
 class RunSection(Section):

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from beitzoo.errors import UserError
 from beitzoo.files import read_text, write_folder, write_text
 from beitzoo.training.generators import derive_seed, generator_states, restore_generators, seed_generators
-from beitzoo.training.optim import make_optimizer, make_schedule
+from beitzoo.training.optim import Schedule, make_optimizer
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import TrainSection
 from beitzoo.training.task import Metrics, Task
@@ -55,7 +54,7 @@ class TrainState:
     Attributes:
         model: The network, not wrapped for several processes.
         optimizer: Over the parameters of the model.
-        schedule: Sets its learning rates from the number of the update.
+        schedule: Of its learning rates and weight decays.
         scaler: Of the loss, for fp16; otherwise it does nothing.
         ema: Moving average of the weights, if the recipe wants one.
         update: Updates done.
@@ -67,7 +66,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: Scheduler
+    schedule: Schedule
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None = None
     update: int = 0
@@ -90,7 +89,7 @@ def start_state(task: Task, model: nn.Module, train: TrainSection, processes: Pr
     return TrainState(
         model=model,
         optimizer=optimizer,
-        schedule=make_schedule(optimizer, train, task.updates_per_epoch),
+        schedule=Schedule(train, task.updates_per_epoch),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=train.precision == "fp16"),
         ema=ModelEmaV3(model, decay=train.ema_decay) if train.ema_decay else None,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ class Task(Protocol):
         split: Which are for what.
         updates_per_epoch: Updates in one pass over the training data.
         log_names: What `loss` returns besides the loss.
-        metric_names: What `validate` returns.
+        metric_names: What `validate` returns. Without any, the best model is the last one.
     """
 
     images: ImageSet
@@ -61,3 +61,28 @@ class Task(Protocol):
 
     def measure_best(self, directory: Path) -> Metrics:
         """Measure the best model, read back from its folder, once at the end; all processes call this."""
+
+
+@runtime_checkable
+class EndsEpochs(Protocol):
+    """A task that looks at its model after each epoch: pictures, probes, how many codes are in use.
+
+    Attributes:
+        epoch_names: What `end_epoch` returns, and the log has columns for.
+    """
+
+    epoch_names: tuple[str, ...]
+
+    def end_epoch(self, model: nn.Module, epoch: int, directory: Path) -> Metrics:
+        """Look at the model that is saved, in evaluation mode, once `validate` has; only the main process calls this.
+
+        What is drawn from global generators here changes nothing in the run.
+
+        Args:
+            model: Not wrapped, nor compiled.
+            epoch: Counted from 1.
+            directory: The folder of the run, for files.
+
+        Returns:
+            What goes into the epoch's line of the log. A name that is not due in this epoch is left out.
+        """

@@ -86,7 +86,7 @@ def test_losses_of_lines_make_the_loss_of_their_epoch(tmp_path: Path) -> None:
     assert [line["update"] for line in lines] == ["1", "2", "3"]
     assert float(epoch["loss"]) == pytest.approx(sum(float(line["loss"]) for line in lines) / 3)
     rates = [float(line["lr"]) for line in lines]
-    assert rates == pytest.approx([0, 2e-3 / 3, 4e-3 / 3])
+    assert rates == pytest.approx([0, 1e-3, 2e-3])
 
 
 def test_a_trained_model_knows_its_classes(run: Path) -> None:
