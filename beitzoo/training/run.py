@@ -12,6 +12,7 @@ from torch import nn
 
 from beitzoo.files import full_path, write_text
 from beitzoo.images.splits import SPLIT_FILE, read_split, write_split
+from beitzoo.results import environment
 from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed
 from beitzoo.training.loop import Run, fit
 from beitzoo.training.processes import Processes
@@ -62,7 +63,7 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
         measured = task.measure_best(directory / BEST)
         if not processes.is_main:
             return {}
-        metrics = {**measured, **(state.best or {}), **_facts(recipe, state)}
+        metrics = {**measured, **(state.best or {}), **_facts(recipe, task, state, processes)}
         write_text(directory / METRICS, json.dumps(metrics, indent=2) + "\n")
         for folder in saved_states(directory):
             shutil.rmtree(folder)
@@ -101,9 +102,14 @@ def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processe
     ]
 
 
-def _facts(recipe: Recipe, state: TrainState) -> dict[str, Any]:
+def _facts(recipe: Recipe, task: Task, state: TrainState, processes: Processes) -> dict[str, Any]:
+    """Say what the run took, and what it was trained with."""
     return {
         "seed": recipe.train.seed,
         "split_seed": recipe.data.split_seed,
+        "train_images": len(task.split.train),
+        "updates": state.update,
         "train_seconds": round(state.seconds, 3),
+        "processes": processes.count,
+        **environment(processes.device),
     }

@@ -67,6 +67,8 @@ def test_a_run_leaves_what_it_promises(run: Path, colours: Path) -> None:
     assert metrics["test_top1"] > 90
     assert metrics["seed"] == metrics["split_seed"] == 0
     lines = log_of(run)
+    assert (metrics["train_images"], str(metrics["updates"]), metrics["processes"]) == (18, lines[-1]["update"], 1)
+    assert (metrics["torch"], metrics["threads"]) == (torch.__version__, torch.get_num_threads())
     epochs = [line for line in lines if line["line"] == "epoch"]
     assert [line["epoch"] for line in epochs] == ["1", "2", "3", "4", "5"]
     assert [line["update"] for line in lines if line["line"] == "updates"][:4] == ["2", "3", "4", "6"]

@@ -34,7 +34,7 @@ def outcome(out: Path) -> dict[str, object]:
     with (out / "log.csv").open() as file:
         log = [{name: cell for name, cell in row.items() if name not in _OF_TIME} for row in csv.DictReader(file)]
     metrics = json.loads((out / "metrics.json").read_text())
-    del metrics["train_seconds"]
+    del metrics["train_seconds"], metrics["date"]
     files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
     names = [name for name in files if name.startswith(("best", "last", "recipe", "split"))]
     assert len(names) == 6
