@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from beitzoo.errors import check
 from beitzoo.images.transforms import resolve_data_config
@@ -160,16 +160,16 @@ def classification(model: Beit, read: Callable[[Tensor], Sequence[Outcome]], nam
 
 
 @contextmanager
-def eval_mode(models: Iterable[Beit]) -> Iterator[None]:
-    """Switch dropout and stochastic depth off for a while."""
-    training = [model for model in models if model.training]
-    for model in training:
-        model.eval()
+def eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch dropout and stochastic depth off for a while; afterwards every module is in the mode it was in."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for model in training:
-            model.train()
+        for module in training:
+            module.training = True
 
 
 def _answers(model: Beit, topk: int) -> Callable[[Tensor], list[tuple[Answer, ...]]]:

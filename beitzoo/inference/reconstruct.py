@@ -1,0 +1,367 @@
+"""What a masked image model makes of masked patches, as pictures: its predictions beside what the tokenizer keeps.
+
+BEiT (https://arxiv.org/abs/2106.08254), figure 1: visual tokens are decoded to pixels where the tokenizer can. Where
+it decodes to a teacher's features (BEiT v2), the tokens themselves are shown as a map of codes in colour.
+
+Shapes: B batch, h w patch grid, V visual tokens, C channels.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beitzoo.errors import check
+from beitzoo.files import write_atomically
+from beitzoo.images import pictures
+from beitzoo.images.files import ImageError, as_image
+from beitzoo.images.masks import Masking, draw_mask, sample_generator
+from beitzoo.images.pictures import Array
+from beitzoo.images.transforms import Transform, create_transform, prepare, resolve_data_config
+from beitzoo.inference.classify import eval_mode
+from beitzoo.inference.pipeline import Failure
+from beitzoo.models.mim import MaskedImageModel
+from beitzoo.models.tokenizers import Vqkd
+from beitzoo.zoo.checkpoints import Interpolation
+from beitzoo.zoo.networks import Pair
+
+_BATCH = 16  # images per forward pass
+_HEAT = "loss of masked patches, nats"
+_TITLES = {
+    "pixels": ("image", "masked image", "decoded: predicted tokens", "decoded: the image's tokens", _HEAT),
+    "features": ("image", "masked image", "codes: predicted", "codes: the image's own", _HEAT),
+}
+
+
+class ImageTokenizer(Protocol):
+    """A network from images to visual tokens, and back to what it `decodes_to`."""
+
+    @property
+    def img_size(self) -> Pair:
+        """Height and width of its images in pixels."""
+
+    @property
+    def in_chans(self) -> int:
+        """Colour channels of its images."""
+
+    @property
+    def grid_size(self) -> Pair:
+        """Rows and columns of codes."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Codes to tell apart."""
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """Filter by which images are brought to its size."""
+
+    @property
+    def decodes_to(self) -> Literal["pixels", "features"]:
+        """What `decode` returns."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images (B, in_chans, *img_size) with values in [0, 1] to codes (B, h, w), int64."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Map codes (B, h, w) to images (B, in_chans, height, width) in [0, 1], or to features."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the model and the tokenizer made of one image.
+
+    Attributes:
+        name: What the image is called.
+        image: As the network sees it.
+        mask: (h, w), True where a patch is masked.
+        ids: Visual tokens of the whole image by the tokenizer, (h, w).
+        predicted: The model's likeliest tokens where masked, the tokenizer's elsewhere, (h, w).
+        losses: Cross-entropy of each masked patch, nats, (h, w); NaN elsewhere. With patch aggregation it is that of
+            the last block alone.
+        decoded: Both kinds of tokens made visible, the predicted and the image's own: decoded pixels, or one colour
+            for each code.
+        colours: Of all codes, (V, 3), where tokens are not decoded to pixels.
+        vocab_size: Codes that the model chooses from.
+    """
+
+    name: str
+    image: Image.Image
+    mask: Array
+    ids: Array
+    predicted: Array
+    losses: Array
+    decoded: tuple[Image.Image, Image.Image]
+    colours: Array | None
+    vocab_size: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the masked patches, nats."""
+        return float(np.nanmean(self.losses))
+
+    def describe(self) -> str:
+        """Say in a line how much was masked and how well it was predicted."""
+        count, right = int(self.mask.sum()), int((self.predicted == self.ids)[self.mask].sum())
+        return (
+            f"{self.name}: {count} of {self.mask.size} patches masked, mean loss {self.loss:.2f} nats, "
+            f"right tokens: {right} ({100 * right / count:.0f} %)"
+        )
+
+
+def default_masking(grid: Pair) -> Masking:
+    """Return BEiT's masking for any grid: 75 of 196 patches, and no fewer, in blocks of 16 or more; in proportion."""
+    patches = grid[0] * grid[1]
+    return Masking(
+        grid=grid,
+        count=max(1, round(patches * 75 / 196)),
+        exact=True,
+        min_block=max(1, round(patches * 16 / 196)),
+    )
+
+
+def reconstruct(
+    model: MaskedImageModel,
+    tokenizer: ImageTokenizer,
+    images: Sequence[Any],
+    masking: Masking | None = None,
+    *,
+    seed: int = 0,
+) -> list[Reconstruction | Failure]:
+    """Mask images, predict the visual tokens of masked patches, and compare them with the tokenizer's.
+
+    Nothing is drawn from global generators, and both networks are afterwards in the mode they were in.
+
+    Args:
+        model: The masked image model.
+        tokenizer: The tokenizer whose codes it predicts, on the model's device.
+        images: Whatever `as_image` takes: paths, PIL images, bytes as arrays.
+        masking: How patches are masked; `default_masking` if None.
+        seed: Of the masks; that of an image depends on its place too.
+
+    Returns:
+        An outcome for each image, in order; a failure is one that cannot be read.
+
+    Raises:
+        InvalidValueError: The grids, or the codes, of the model, the tokenizer and the masking do not agree.
+    """
+    masking = default_masking(model.backbone.config.grid_size) if masking is None else masking
+    _check_pair(model, tokenizer, masking)
+    compare = _Comparison(model, tokenizer)
+    outcomes: list[Reconstruction | Failure] = []
+    modules = [module for module in (model, tokenizer) if isinstance(module, nn.Module)]
+    with eval_mode(modules), torch.no_grad():
+        for start in range(0, len(images), _BATCH):
+            sources = enumerate(images[start : start + _BATCH], start)
+            looks = [compare.look(source, place, masking, seed) for place, source in sources]
+            compared = iter(compare([look for look in looks if not isinstance(look, Failure)]))
+            outcomes += [look if isinstance(look, Failure) else next(compared) for look in looks]
+    return outcomes
+
+
+def picture(records: Sequence[Reconstruction], caption: str = "") -> Image.Image:
+    """Draw a row of panels for each image; the last is a heat map, whose one scale for all images stands below.
+
+    Where tokens are not decoded to pixels, patches of the images that have the same code stand below that.
+
+    Args:
+        records: At least one; all by the same model and tokenizer.
+        caption: What is to be said of all, such as the name of the model.
+    """
+    check(bool(records), "There is nothing to draw; give at least one image that can be read.")
+    first = records[0]
+    size = pictures.panel_size(first.image)
+    most = max(float(np.nanmax(record.losses)) for record in records)
+    titles = _TITLES["pixels" if first.colours is None else "features"]
+    parts = [pictures.beside([pictures.text(title, size[0], 16) for title in titles])]
+    width = parts[0].width
+    for record in records:
+        panels = pictures.beside(_panels(record, size, most))
+        parts.append(pictures.stack([pictures.text(record.describe(), width, 14, pictures.FAINT), panels], gap=4))
+    left = pictures.text(caption, width - size[0] - 8, 14, pictures.FAINT)
+    parts.append(pictures.beside([left, _scale(most, size[0], first.vocab_size)]))
+    if first.colours is not None:
+        parts += _same_codes(records, size, first.colours, width)
+    return pictures.framed(pictures.stack(parts, gap=14))
+
+
+def write_reconstructions(
+    model: MaskedImageModel, tokenizer: ImageTokenizer, images: Sequence[Any], path: Path, seed: int = 0
+) -> None:
+    """Draw what the model makes of a few images into a PNG file, which is written atomically.
+
+    It is a forward pass of each network, on the devices where they are. Neither their mode nor a global generator
+    is changed. Nothing is written if no image can be read.
+
+    Args:
+        model: As in `reconstruct`.
+        tokenizer: As in `reconstruct`.
+        images: As in `reconstruct`; four to eight are enough to see how training goes.
+        path: The file.
+        seed: Of the masks.
+    """
+    outcomes = reconstruct(model, tokenizer, images, seed=seed)
+    records = [outcome for outcome in outcomes if isinstance(outcome, Reconstruction)]
+    if records:
+        write_picture(picture(records), path)
+
+
+def write_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG file atomically."""
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+# ---- networks ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One image before the networks: the network's view (C, H, W), normalised, the tokenizer's, and the mask (h, w)."""
+
+    name: str
+    patch_view: Tensor
+    token_view: Tensor
+    mask: Tensor
+
+
+class _Comparison:
+    """The model and the tokenizer with the transforms of their views, which show the same part of an image."""
+
+    def __init__(self, model: MaskedImageModel, tokenizer: ImageTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.device = model.lm_head.weight.device
+        data = resolve_data_config(model)
+        channels = tokenizer.in_chans
+        self.mean, self.std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
+        self.patch_transform = create_transform(**data)
+        self.token_transform = create_transform(
+            **{
+                **data,
+                "input_size": (channels, *tokenizer.img_size),
+                "interpolation": tokenizer.interpolation,
+                "mean": (0.0,) * channels,
+                "std": (1.0,) * channels,
+            }
+        )
+
+    def look(self, source: Any, place: int, masking: Masking, seed: int) -> _Look | Failure:
+        """Open an image for both networks and draw its mask."""
+        name = Path(source).name if isinstance(source, str | Path) else f"image {place + 1}"
+        try:
+            patch_view = self._view(source, self.model.backbone.in_chans, self.patch_transform)
+            token_view = self._view(source, self.tokenizer.in_chans, self.token_transform)
+        except ImageError as error:
+            return Failure(str(error))
+        return _Look(name, patch_view, token_view, draw_mask(masking, sample_generator(seed, 0, place)))
+
+    def _view(self, source: Any, channels: int, transform: Transform) -> Tensor:
+        return prepare(as_image(source, channels), transform)
+
+    def __call__(self, looks: Sequence[_Look]) -> list[Reconstruction]:
+        """Run both networks on a batch."""
+        if not looks:
+            return []
+        patch_views = torch.stack([look.patch_view for look in looks]).to(self.device, self.model.lm_head.weight.dtype)
+        masks = torch.stack([look.mask for look in looks])
+        ids = self._encode(torch.stack([look.token_view for look in looks]))
+        logits = self.model(patch_views, masks.to(self.device))
+        of_masked = (logits if isinstance(logits, Tensor) else logits[0]).float().cpu()  # the last block's
+        predicted, losses = ids.clone(), torch.full(ids.shape, math.nan)
+        predicted[masks] = of_masked.argmax(dim=-1)
+        losses[masks] = F.cross_entropy(of_masked, ids[masks], reduction="none")
+        colours = self._colours()
+        decoded = [self._decode(one, colours) for one in (predicted, ids)]
+        return [
+            Reconstruction(
+                name=look.name,
+                image=_image(look.patch_view * self.std + self.mean),
+                mask=look.mask.numpy(),
+                ids=ids[place].numpy(),
+                predicted=predicted[place].numpy(),
+                losses=losses[place].numpy(),
+                decoded=(decoded[0][place], decoded[1][place]),
+                colours=colours,
+                vocab_size=self.tokenizer.vocab_size,
+            )
+            for place, look in enumerate(looks)
+        ]
+
+    def _encode(self, token_views: Tensor) -> Tensor:
+        return self.tokenizer.encode(token_views.to(self.device)).cpu()
+
+    def _decode(self, ids: Tensor, colours: Array | None) -> list[Image.Image]:
+        """Make codes (B, h, w) visible: as pixels, or in their colours."""
+        if colours is None:
+            return [_image(one) for one in self.tokenizer.decode(ids.to(self.device)).float().cpu()]
+        return [Image.fromarray(colours[one.numpy()]) for one in ids]
+
+    def _colours(self) -> Array | None:
+        if self.tokenizer.decodes_to == "pixels":
+            return None
+        return pictures.code_colours(_code_vectors(self.tokenizer).double().numpy(force=True))
+
+
+def _code_vectors(tokenizer: ImageTokenizer) -> Tensor:
+    """Return the codebook, (V, D)."""
+    assert isinstance(tokenizer, Vqkd)
+    return tokenizer.quantize.embedding.weight
+
+
+def _check_pair(model: MaskedImageModel, tokenizer: ImageTokenizer, masking: Masking) -> None:
+    grid = model.backbone.config.grid_size
+    check(
+        grid == tokenizer.grid_size,
+        f"The model has {grid[0]} x {grid[1]} patches, and the tokenizer makes {tokenizer.grid_size[0]} x "
+        f"{tokenizer.grid_size[1]} tokens of an image; they must be as many. Choose the tokenizer of its pretraining.",
+    )
+    check(
+        model.config.vocab_size == tokenizer.vocab_size,
+        f"The model predicts {model.config.vocab_size:,} visual tokens, and the tokenizer has "
+        f"{tokenizer.vocab_size:,}; they must be the same. Choose the tokenizer of its pretraining.",
+    )
+    check(
+        masking.grid == grid,
+        f"The mask is one of {masking.grid[0]} x {masking.grid[1]} patches, and the model has {grid[0]} x {grid[1]}; "
+        "give Masking(grid=model.backbone.config.grid_size).",
+    )
+    for name, channels in (("model", model.backbone.in_chans), ("tokenizer", tokenizer.in_chans)):
+        check(channels in (1, 3), f"The {name} takes {channels} channels; image files have 1 (grey) or 3 (RGB).")
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------
+
+
+def _panels(record: Reconstruction, size: Pair, most: float) -> list[Image.Image]:
+    image = pictures.fit(record.image, size)
+    return [
+        image,
+        pictures.masked(image, record.mask),
+        *(pictures.fit(decoded, size) for decoded in record.decoded),
+        pictures.heat_map(image, record.losses, most),
+    ]
+
+
+def _scale(most: float, width: int, vocab_size: int) -> Image.Image:
+    """Draw the scale of the heat maps, and say what a guess would cost."""
+    guess = pictures.text(f"a uniform guess: {math.log(vocab_size):.2f} nats", width, 13, pictures.FAINT)
+    return pictures.stack([pictures.heat_scale(most, width), guess], gap=2)
+
+
+def _same_codes(records: Sequence[Reconstruction], size: Pair, colours: Array, width: int) -> list[Image.Image]:
+    """Show patches that have the same code: what the codes stand for."""
+    panels = [pictures.fit(record.image, size) for record in records]
+    strips = pictures.code_patches(panels, [record.ids for record in records], colours, width)
+    return [pictures.text("patches of these images that have the same code", width, 16), *strips] if strips else []
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    """Turn pixels (1 or 3, height, width) in [0, 1] into an image."""
+    levels = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
