@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beitzoo.errors import UserError as UserError
     from beitzoo.factory import create_model as create_model
+    from beitzoo.factory import create_tokenizer as create_tokenizer
     from beitzoo.images.files import open_image as open_image
     from beitzoo.images.transforms import create_transform as create_transform
     from beitzoo.images.transforms import resolve_data_config as resolve_data_config
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from beitzoo.models.beit import Beit as Beit
     from beitzoo.models.optimize import optimize as optimize
     from beitzoo.saving import save_pretrained as save_pretrained
+    from beitzoo.saving import save_tokenizer as save_tokenizer
     from beitzoo.saving import save_transformers as save_transformers
     from beitzoo.saving import save_unilm as save_unilm
     from beitzoo.weights.checkpoint import CheckpointError as CheckpointError
@@ -40,6 +42,7 @@ _HOMES = {
     "UnknownModelError": "beitzoo.zoo.registry",
     "UserError": "beitzoo.errors",
     "create_model": "beitzoo.factory",
+    "create_tokenizer": "beitzoo.factory",
     "create_transform": "beitzoo.images.transforms",
     "get_pretrained_cfg": "beitzoo.zoo.registry",
     "is_model": "beitzoo.zoo.registry",
@@ -50,6 +53,7 @@ _HOMES = {
     "predict": "beitzoo.inference.classify",
     "resolve_data_config": "beitzoo.images.transforms",
     "save_pretrained": "beitzoo.saving",
+    "save_tokenizer": "beitzoo.saving",
     "save_transformers": "beitzoo.saving",
     "save_unilm": "beitzoo.saving",
 }

@@ -6,17 +6,20 @@ from typing import Any, Literal, overload
 
 import torch
 
-from beitzoo.errors import InvalidOptionError
+from beitzoo.errors import InvalidOptionError, UnsupportedError
 from beitzoo.files import full_path
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.models.mim import MaskedImageModel
+from beitzoo.models.random_tokenizer import RandomTokenizer
+from beitzoo.models.tokenizers import Dvae, Vqkd
 from beitzoo.weights import adapt, checkpoint
 from beitzoo.weights.adapt import Plan, State
 from beitzoo.weights.names import find_weights, look_elsewhere
-from beitzoo.zoo.checkpoints import Classify, LocalFile, PretrainedConfig
-from beitzoo.zoo.networks import BeitConfig, MimConfig
+from beitzoo.zoo.checkpoints import Classify, LocalFile, Mim, PretrainedConfig
+from beitzoo.zoo.networks import BeitConfig, DvaeConfig, MimConfig, Pair, RandomConfig, VqkdConfig
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
+from beitzoo.zoo.tokenizers import TokenizerConfig, TokenizerEntry, TokenizerFile, find_tokenizer, override_tokenizer
 
 # `sources` (the hub's client) is imported by the function that needs it: it costs as much time as all the rest of
 # beitzoo, and a model is often made without it.
@@ -24,6 +27,8 @@ from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
 _FEATURE_OPTIONS = ("out_indices", "norm", "output_fmt", "pyramid")
 # Switches of timm's `create_model` for networks of other kinds; off, they change nothing.
 _SWITCHES = ("scriptable", "exportable", "no_jit")
+
+Tokenizer = Dvae | Vqkd | RandomTokenizer
 
 
 @overload
@@ -85,6 +90,9 @@ def create_model(
             A checkpoint of masked image modelling is a `MaskedImageModel`, with the fields of `MimConfig` too; with
             `num_classes=0` it is the network as pretrained, and with N classes it is prepared for fine-tuning as
             unilm does (shared bias table copied to the blocks, fresh `fc_norm` and head).
+            `head="mim"` makes a `MaskedImageModel` to pretrain of any architecture: with the fields and the head of
+            its released checkpoint of masked image modelling, if there is one (BEiT v2's has patch aggregation), else
+            with BEiT's.
 
     Raises:
         UnknownModelError: The name is unknown; the closest are named.
@@ -98,9 +106,16 @@ def create_model(
     use_ema = _check_use_ema(overrides.pop("use_ema", None))
     overrides = {name: value for name, value in overrides.items() if name not in _SWITCHES or value}
     options = _take_feature_options(overrides) if features_only else {}
-    entry = look_up(model_name, directory)
+    head = _check_head(overrides.pop("head", None))
+    entry = look_up(model_name, directory, head)
     known = entry.pretrained or _untrained(entry)
-    plan = adapt.make_plan(entry.name, entry.config, known.head, overrides)
+    plan = adapt.make_plan(entry.name, entry.config, known.head, overrides, head)
+    if pretrained and not checkpoint_path and plan.mim is not None and not isinstance(known.head, Mim):
+        raise UnsupportedError(
+            f"{entry.name} was not trained to predict visual tokens: its head, mask token and shared bias table would "
+            "be new, and each of its blocks has a bias table of its own. Give pretrained=False to start from random "
+            "values, or name a checkpoint of masked image modelling (`beitzoo list --pretrained '*mim*'`)."
+        )
     if not (checkpoint_path or pretrained):
         model = _initialise(plan, device)
         model.backbone.pretrained = known.without_weights(plan.head if plan.mim else model.backbone.pretrained.head)
@@ -117,13 +132,14 @@ def create_model(
     return result.to(device=device, dtype=dtype)
 
 
-def look_up(name: str | Path, cache_dir: Path | None = None) -> Entry:
+def look_up(name: str | Path, cache_dir: Path | None = None, head: type[Mim] | None = None) -> Entry:
     """Say what a name stands for, wherever it points: the one way from a name to an entry.
 
     Args:
         name: `architecture`, `architecture.tag`, or a repository that a row of the table has as a source
             (`microsoft/beit-base-patch16-224`); else a path or `hf-hub:owner/name@revision`, see `look_elsewhere`.
         cache_dir: Where downloads are kept; the hub's own cache if None.
+        head: Of the checkpoint that an architecture alone stands for; its first one if None.
 
     Raises:
         UnknownModelError: The name is unknown; the closest are named.
@@ -133,12 +149,18 @@ def look_up(name: str | Path, cache_dir: Path | None = None) -> Entry:
         raise InvalidOptionError(f"Got {name!r} as a model; give a name such as {DEFAULT_MODEL!r}, or a path.")
     name = str(name)
     try:
-        return find(name)
+        return find(name, head)
     except UnknownModelError:
         entry = look_elsewhere(name, cache_dir)
         if entry is None:
             raise
         return entry
+
+
+def _check_head(head: object) -> type[Mim] | None:
+    if head not in (None, "mim"):
+        raise InvalidOptionError(f"head={head!r}; it must be 'mim' (to predict visual tokens) or be left out.")
+    return None if head is None else Mim
 
 
 def _check_use_ema(use_ema: object) -> bool | None:
@@ -221,3 +243,99 @@ def _fit(model: Beit, wanted: BeitConfig) -> None:
         model.set_global_pool(wanted.global_pool)
     if wanted.num_classes != model.config.num_classes:
         model.reset_classifier(wanted.num_classes)
+
+
+@torch.inference_mode(False)
+def create_tokenizer(
+    name: str | Path,
+    pretrained: bool = False,
+    *,
+    checkpoint_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> Tokenizer:
+    """Create an image tokenizer, with random values or those of a checkpoint, in evaluation mode.
+
+    Args:
+        name: A name of the table (`vqkd_encoder_base_decoder_3x768x12.clip`), a folder that `save_tokenizer` made, or
+            that of a run of `beitzoo train-tokenizer`, whose best checkpoint is meant.
+        pretrained: Load the weights; downloads are verified and kept. A random tokenizer has none: its values follow
+            from its seed.
+        checkpoint_path: Load this file of the same tokenizer instead, in our form or the original's.
+        cache_dir: Where downloads are kept; the hub's own cache if None.
+        device: Where the parameters live; PyTorch's default device if None.
+        dtype: Of the parameters; that of the weights, or float32, if None.
+        **overrides: Fields of its record: `img_size`, `in_chans`, `vocab_size`, `code_dim`, `teacher_dim`, ….
+            Loaded weights are fitted to another `img_size`; all else must be as in the file.
+
+    Raises:
+        UnknownModelError: The name is unknown, or there are no weights of it.
+        InvalidOptionError: An override is unknown.
+        InvalidValueError: An override is out of range.
+        CheckpointError: The weights are of another tokenizer.
+        DownloadError: The weights cannot be had.
+    """
+    from beitzoo.weights import tokenizers
+
+    entry = look_up_tokenizer(name)
+    device = torch.get_default_device() if device is None else device
+    wanted = override_tokenizer(entry.config, overrides)
+    if not checkpoint_path and (not pretrained or (isinstance(wanted, RandomConfig) and not entry.files)):
+        return _build_tokenizer(wanted).eval().to(device=device, dtype=dtype)
+    if checkpoint_path:
+        files: tuple[TokenizerFile, ...] = (
+            TokenizerFile(sources=(LocalFile(find_weights(full_path(checkpoint_path))),)),
+        )
+    elif not entry.files:
+        raise UnknownModelError(
+            f"{entry.name!r} has no pretrained weights: train it with `beitzoo train-tokenizer` and name the folder of "
+            "that run, or create it with pretrained=False."
+        )
+    else:
+        files = entry.files
+    # Weights are loaded at the size that they are of, and fitted then; a VQ-KD has positions.
+    stored = override_tokenizer(wanted, {"img_size": _img_size(entry.config)})
+    with torch.device("meta"):
+        model = _build_tokenizer(stored)
+    tensors = tokenizers.read(files, None if cache_dir is None else full_path(cache_dir))
+    checkpoint.load(model, tensors, str(checkpoint_path or entry.name))
+    model.set_input_size(_img_size(wanted))
+    return model.eval().to(device=device, dtype=dtype)
+
+
+def look_up_tokenizer(name: str | Path) -> TokenizerEntry:
+    """Say what the name of a tokenizer stands for: an entry of the table, a folder, or the folder of a run.
+
+    Raises:
+        UnknownModelError: The name is unknown; the closest are named.
+        UserError: The folder holds no tokenizer.
+    """
+    if not isinstance(name, str | Path) or not str(name):
+        raise InvalidOptionError(
+            f"Got {name!r} as a tokenizer; give a name such as 'dvae_patch8_112.dalle', or a path."
+        )
+    try:
+        return find_tokenizer(str(name))
+    except UnknownModelError:
+        path = full_path(str(name).removeprefix("local-dir:"))
+        if not path.is_dir():
+            raise
+    from beitzoo.weights import tokenizers
+
+    return tokenizers.read_folder(path)
+
+
+def _build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    match config:
+        case DvaeConfig():
+            return Dvae(config)
+        case VqkdConfig():
+            return Vqkd(config)
+        case RandomConfig():
+            return RandomTokenizer(config)
+
+
+def _img_size(config: TokenizerConfig) -> Pair:
+    return config.encoder.img_size if isinstance(config, VqkdConfig) else config.img_size

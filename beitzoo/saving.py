@@ -13,6 +13,8 @@ from beitzoo.files import write_text
 from beitzoo.models.beit import Beit
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.position import relative_position_index
+from beitzoo.models.random_tokenizer import RandomTokenizer
+from beitzoo.models.tokenizers import Dvae, Vqkd
 from beitzoo.weights import checkpoint, layouts
 from beitzoo.zoo.checkpoints import Classify, Mim, PretrainedConfig
 from beitzoo.zoo.networks import BeitConfig
@@ -41,6 +43,24 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     config = folder.timm_form.dump(whole.config, whole.pretrained)
     checkpoint.save(whole.state, Path(directory) / folder.WEIGHTS[0])
     write_text(Path(directory) / folder.CONFIG, config)
+
+
+def save_tokenizer(tokenizer: nn.Module, directory: str | Path) -> None:
+    """Save an image tokenizer to a folder that `create_tokenizer` reads.
+
+    Args:
+        tokenizer: A `Dvae`, `Vqkd` or `RandomTokenizer`, alone or wrapped as in `save_pretrained`.
+        directory: Receives `model.safetensors` and `config.json`.
+
+    Raises:
+        UserError: It is no tokenizer, or the files cannot be written.
+    """
+    from beitzoo.weights import tokenizers
+
+    inner = _unwrapped(tokenizer, Vqkd, Dvae, RandomTokenizer)
+    assert isinstance(inner, Vqkd | Dvae | RandomTokenizer)
+    checkpoint.save(inner.state_dict(), Path(directory) / tokenizers.WEIGHTS)
+    write_text(Path(directory) / tokenizers.CONFIG, tokenizers.dump(inner.config))
 
 
 def save_transformers(model: nn.Module, directory: str | Path) -> None:
@@ -99,12 +119,15 @@ def _describe(model: nn.Module) -> _Whole:
         InvalidOptionError: There is no BEiT in the model.
         InvalidValueError: The BEiT was changed; says what differs and what to do.
     """
-    inner = _unwrapped(model)
+    inner = _unwrapped(model, Beit, MaskedImageModel)
+    assert isinstance(inner, Beit | MaskedImageModel)
     beit = inner.backbone
     config, pretrained, state = beit.config, beit.pretrained, layouts.strip_backbone(inner.state_dict())
     mim = inner.config if isinstance(inner, MaskedImageModel) else None
     if mim is not None or isinstance(pretrained.head, Mim):  # the backbone may be saved alone
-        pretrained = replace(pretrained, head=Classify(num_classes=0) if mim is None else Mim(network=mim))
+        tokenizer = pretrained.head.tokenizer if isinstance(pretrained.head, Mim) else None
+        head = Classify(num_classes=0) if mim is None else Mim(network=mim, tokenizer=tokenizer)
+        pretrained = replace(pretrained, head=head)
     classes = _classes(beit.head, config)
     if classes != config.num_classes:
         _logger.info("The head was replaced by hand; saved with %s classes, not %s.", classes, config.num_classes)
@@ -121,17 +144,18 @@ def _describe(model: nn.Module) -> _Whole:
     return _Whole(config, pretrained, state)
 
 
-def _unwrapped(model: nn.Module) -> Beit | MaskedImageModel:
-    """Find the BEiT inside DistributedDataParallel, DataParallel, `torch.compile` and moving averages."""
+def _unwrapped(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
+    """Find the network inside DistributedDataParallel, DataParallel, `torch.compile` and moving averages."""
     inner: object = model
-    while not isinstance(inner, Beit | MaskedImageModel):
+    while not isinstance(inner, kinds):
         outer = inner
         inner = getattr(outer, "_orig_mod", None) or getattr(outer, "module", None)
         if not isinstance(inner, nn.Module):
             merge = " Merge its adapters first (merge_and_unload())." if hasattr(outer, "merge_and_unload") else ""
             raise InvalidOptionError(
-                f"Got a {type(outer).__name__}; a Beit can be saved, alone or inside DistributedDataParallel, "
-                f"torch.compile, AveragedModel or ModelEmaV3.{merge or ' Save the Beit inside.'}"
+                f"Got a {type(outer).__name__}; a {kinds[0].__name__} can be saved, alone or inside "
+                f"DistributedDataParallel, torch.compile, AveragedModel or ModelEmaV3."
+                f"{merge or f' Save the {kinds[0].__name__} inside.'}"
             )
     return inner
 

@@ -1,5 +1,6 @@
 """Masked image models by name: from every format, back out to it, and on to other uses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from oracles import randomise, relative_error
 
 import beitzoo
+from beitzoo import create_model, save_pretrained
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.zoo.checkpoints import Classify, Mim
 from beitzoo.zoo.pretrained import PRETRAINED
@@ -135,3 +137,40 @@ def test_another_size_and_vocabulary() -> None:
 def test_decay_is_the_originals() -> None:
     model = build("beit_base_patch16_224.mim_in1k_800e")
     assert model.no_weight_decay() == {"backbone.cls_token", "backbone.pos_embed"}
+
+
+def test_any_architecture_can_be_made_for_pretraining() -> None:
+    model = create_model("beit_nano_patch4_32", head="mim", vocab_size=512, in_chans=3)
+    assert isinstance(model, MaskedImageModel)
+    config = model.backbone.config
+    assert (config.use_shared_rel_pos_bias, config.use_rel_pos_bias, config.use_mask_token) == (True, False, True)
+    assert not config.norm_after_pooling
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[:, 2:5, 2:5] = True
+    assert model(torch.rand(2, 3, 32, 32), mask).shape == (18, 512)
+    as_released = create_model("beitv2_large_patch16_224", head="mim", device="meta")
+    assert as_released.config.early_layers == 21
+    absolute = {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": 0.0}
+    names = create_model("test_beit", head="mim", early_layers=1, head_layers=1, **absolute).state_dict()
+    assert {"backbone.pos_embed", "cls_pt_layers.0.norm1.weight"} <= names.keys()
+    assert not [name for name in names if "table" in name or "gamma" in name]
+
+
+def test_a_classifier_is_no_start_of_pretraining() -> None:
+    with pytest.raises(NotImplementedError, match="was not trained to predict visual tokens"):
+        create_model("beit_nano_patch4_32", pretrained=True, head="mim")
+    with pytest.raises(TypeError, match="exclude each other"):
+        create_model("test_beit", head="mim", num_classes=3)
+    with pytest.raises(TypeError, match="head='mae'; it must be 'mim'"):
+        create_model("test_beit", head="mae")
+
+
+def test_a_saved_model_knows_its_tokenizer(tmp_path: Path) -> None:
+    model = create_model("test_beit", head="mim", vocab_size=64)
+    head = replace(model.pretrained.head, tokenizer="test_vqkd")
+    model.backbone.pretrained = replace(model.pretrained, head=head)
+    save_pretrained(model, tmp_path)
+    assert create_model(tmp_path, pretrained=True).pretrained.head == head
+    assert create_model("beit_base_patch16_224.mim_in22k", device="meta").pretrained.head.tokenizer == (
+        "dvae_patch8_112.dalle"
+    )

@@ -10,7 +10,8 @@ Shapes: B batch, h w token grid, V codes of the codebook, D channels of a code.
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from beitzoo.errors import check
 from beitzoo.models.beit import Beit
 from beitzoo.models.quantizer import Quantizer
-from beitzoo.zoo.networks import BeitConfig, DvaeConfig, Pair, VqkdConfig
+from beitzoo.zoo.networks import BeitConfig, DvaeConfig, Pair, Target, VqkdConfig
 
 # Pixels are squeezed into [EPSILON, 1 - EPSILON]: the logit-Laplace distribution has no mass at 0 and 1.
 EPSILON = 0.1
@@ -104,13 +105,46 @@ class Dvae(nn.Module):
 
     Attributes:
         config: What was built.
+        interpolation: Filter by which images are brought to its size, as in BEiT's pretraining.
+        decodes_to: What `decode` returns.
     """
+
+    interpolation: Final = "lanczos"
+    decodes_to: Final = "pixels"
 
     def __init__(self, config: DvaeConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = DvaeEncoder(config)
         self.decoder = DvaeDecoder(config)
+
+    @property
+    def img_size(self) -> Pair:
+        """Height and width of its images in pixels."""
+        return self.config.img_size
+
+    @property
+    def in_chans(self) -> int:
+        """Colour channels of its images."""
+        return self.config.in_chans
+
+    @property
+    def grid_size(self) -> Pair:
+        """Rows and columns of codes."""
+        return self.config.img_size[0] // 8, self.config.img_size[1] // 8
+
+    @property
+    def vocab_size(self) -> int:
+        """Codes to tell apart."""
+        return self.config.vocab_size
+
+    def set_input_size(self, img_size: Pair) -> None:
+        """Take images of another size; a convolution knows no positions.
+
+        Raises:
+            InvalidValueError: It is not a multiple of 8.
+        """
+        self.config = replace(self.config, img_size=img_size)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -119,7 +153,7 @@ class Dvae(nn.Module):
         Raises:
             InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
         """
-        _check_images(images, self.config.in_chans, self.config.img_size)
+        check_images(images, self.config.in_chans, self.config.img_size)
         logits: Tensor = self.encoder((1 - 2 * EPSILON) * images + EPSILON)
         return logits.argmax(dim=1)
 
@@ -155,7 +189,10 @@ class Vqkd(nn.Module):
 
     Attributes:
         config: What was built.
+        interpolation: Filter by which images are brought to its size, as in BEiT v2's pretraining.
     """
+
+    interpolation: Final = "bicubic"
 
     def __init__(self, config: VqkdConfig) -> None:
         super().__init__()
@@ -165,6 +202,43 @@ class Vqkd(nn.Module):
         self.quantize = Quantizer(config.vocab_size, config.code_dim)
         self.encode_task_layer = _task_layer(config.encoder.embed_dim, config.code_dim)
         self.decode_task_layer = _task_layer(config.decoder.embed_dim, config.prediction_dim)
+
+    @property
+    def img_size(self) -> Pair:
+        """Height and width of its images in pixels."""
+        return self.config.encoder.img_size
+
+    @property
+    def in_chans(self) -> int:
+        """Colour channels of its images."""
+        return self.config.encoder.in_chans
+
+    @property
+    def grid_size(self) -> Pair:
+        """Rows and columns of codes."""
+        return self.config.encoder.grid_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Codes to tell apart."""
+        return self.config.vocab_size
+
+    @property
+    def decodes_to(self) -> Target:
+        """What `decode` returns."""
+        return self.config.target
+
+    def set_input_size(self, img_size: Pair) -> None:
+        """Take images of another size: positions of encoder and decoder are fitted to it, see `Beit.set_input_size`.
+
+        Raises:
+            InvalidValueError: It is no whole number of patches.
+        """
+        if img_size == self.img_size:
+            return
+        self.encoder.set_input_size(img_size)
+        self.decoder.set_input_size(self.encoder.config.grid_size)
+        self.config = replace(self.config, encoder=self.encoder.config, decoder=self.decoder.config)
 
     def forward(self, images: Tensor) -> Tokenized:
         """Encode and decode images (B, in_chans, *img_size) with values in [0, 1], as needed for training.
@@ -193,7 +267,7 @@ class Vqkd(nn.Module):
             InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
         """
         encoder = self.config.encoder
-        _check_images(images, encoder.in_chans, encoder.img_size)
+        check_images(images, encoder.in_chans, encoder.img_size)
         tokens = _patch_tokens(self.encoder, 2 * images - 1)
         with torch.autocast(images.device.type, enabled=False):
             features: Tensor = self.encode_task_layer(tokens.to(self.quantize.embedding.weight.dtype))
@@ -293,7 +367,12 @@ def _groups(
         yield f"group_{number}", nn.Sequential(layers)
 
 
-def _check_images(images: Tensor, in_chans: int, img_size: Pair) -> None:
+def check_images(images: Tensor, in_chans: int, img_size: Pair) -> None:
+    """Refuse images that would give another grid of codes than the tokenizer's.
+
+    Raises:
+        InvalidValueError: They are of another size, channel count or type.
+    """
     expected = ("batch", in_chans, *img_size)
     check(
         images.ndim == 4 and tuple(images.shape[1:]) == expected[1:],

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from beitzoo.errors import UnsupportedError
+from beitzoo.errors import InvalidOptionError, UnsupportedError
 from beitzoo.weights import layouts
 from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment, Tokenizer
 from beitzoo.zoo.networks import BeitConfig, MimConfig, override, plain
@@ -71,13 +71,17 @@ class Plan:
     def head(self) -> Head:
         """The head of the loaded network: that of the checkpoint with its labels, if it is the same."""
         if self.mim is not None:
-            return Mim(network=self.mim)
+            trained = self.trained if isinstance(self.trained, Mim) else Mim()
+            same = self.mim.vocab_size == trained.network.vocab_size
+            return Mim(network=self.mim, tokenizer=trained.tokenizer if same else None)
         if isinstance(self.trained, Classify) and self.trained.num_classes == self.stored.num_classes:
             return self.trained
         return Classify(num_classes=self.stored.num_classes)
 
 
-def make_plan(name: str, config: BeitConfig, trained: Head, overrides: Mapping[str, Any]) -> Plan:
+def make_plan(
+    name: str, config: BeitConfig, trained: Head, overrides: Mapping[str, Any], head: type[Mim] | None = None
+) -> Plan:
     """Look up how a checkpoint becomes what is asked for.
 
     Args:
@@ -85,13 +89,16 @@ def make_plan(name: str, config: BeitConfig, trained: Head, overrides: Mapping[s
         config: Its network.
         trained: Its head.
         overrides: Fields of the wanted network, in timm's spellings; without `num_classes`, the checkpoint's head.
+        head: The wanted head, if it is to be another than that of the checkpoint.
 
     Raises:
         UnsupportedError: There is no row for the two heads.
         UserError: An override is unknown or out of range.
     """
     classes = overrides.get("num_classes")
-    wanted = type(trained) if classes is None else Classify if classes else None
+    if head is not None and classes is not None:
+        raise InvalidOptionError(f"num_classes={classes} and head='mim' exclude each other; give one of them.")
+    wanted = head or (type(trained) if classes is None else Classify if classes else None)
     adaptation = ADAPTATIONS.get((type(trained), wanted))
     if adaptation is None:
         raise UnsupportedError(
@@ -100,11 +107,11 @@ def make_plan(name: str, config: BeitConfig, trained: Head, overrides: Mapping[s
         )
     stored = adaptation.config(config)
     mim = None
-    if isinstance(trained, Mim) and wanted is Mim:
+    if wanted is Mim:
         fields = {name: overrides[name] for name in MimConfig.__dataclass_fields__.keys() & overrides.keys()}
         overrides = {name: value for name, value in overrides.items() if name not in fields}
         given = {name: plain(value) for name, value in fields.items() if value is not None}
-        mim = replace(trained.network, **given)
+        mim = replace(trained.network if isinstance(trained, Mim) else MimConfig(), **given)
     return Plan(stored, overrides, trained, mim, lambda state: adaptation.state(state, stored))
 
 
@@ -152,6 +159,19 @@ def _for_finetuning(config: BeitConfig) -> BeitConfig:
     )
 
 
+def _for_pretraining(config: BeitConfig) -> BeitConfig:
+    """Give all blocks one table and put the last norm on the tokens, as unilm does to pretrain."""
+    return replace(
+        config,
+        num_classes=0,
+        use_rel_pos_bias=False,
+        use_shared_rel_pos_bias=True,
+        global_pool="avg",
+        use_fc_norm=False,
+        use_mask_token=True,
+    )
+
+
 def _for_finetuning_state(state: State, config: BeitConfig) -> State:
     """Copy the shared table to every block, leave out mask token and norm; the norm behind the pooling is fresh."""
     shared = f"rel_pos_bias.{_TABLE}"
@@ -192,6 +212,7 @@ _JOBS: dict[type[Head], str] = {Mim: "visual tokens", Segment: "segmentation", T
 ADAPTATIONS: dict[tuple[type[Head], Wanted], Adaptation] = {
     (Classify, Classify): Adaptation(config=_as_it_is, state=_all_of_it),
     (Classify, None): Adaptation(config=_as_it_is, state=_all_of_it),
+    (Classify, Mim): Adaptation(config=_for_pretraining, state=_with_mim_head),
     (Mim, Mim): Adaptation(config=_as_it_is, state=_with_mim_head),
     (Mim, None): Adaptation(config=_as_it_is, state=_without_mim_head),
     (Mim, Classify): Adaptation(config=_for_finetuning, state=_for_finetuning_state),

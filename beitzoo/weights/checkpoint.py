@@ -70,6 +70,29 @@ def read(path: Path, *, map_file: bool = False, use_ema: bool | None = None) -> 
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def read_tensors(path: Path, *, map_file: bool = False) -> dict[str, Tensor]:
+    """Read a state dict as it is, whatever network it is of; that of a PyTorch file may be under the key `model`.
+
+    Args:
+        path: The file, in either of the formats of `read`.
+        map_file: As in `read`.
+
+    Raises:
+        CheckpointError: Names the file and why it is no state dict.
+    """
+    try:
+        document, size = _read_document(path, map_file)
+        state = document.get("model", document) if isinstance(document, Mapping) else document
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            raise LayoutError("it holds no tensors by name.")
+        _check_tensors(state, size)
+        return _own(state)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no checkpoint {error.filename or path}; name a file that exists.") from error
+    except (LayoutError, InvalidValueError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], Layout]:
     """Read the shapes of a checkpoint's tensors, under our names, and whose names they have in the file.
 
@@ -199,7 +222,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
             raise LayoutError(f"{name!r} has numbers that are not finite.")
 
 
-def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str, config: BeitConfig) -> None:
+def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str, config: BeitConfig | None = None) -> None:
     """Give every parameter of the model the tensor of its name; all or nothing.
 
     Tensors are taken over, not copied, so a model on the meta device becomes real without ever being filled
@@ -209,14 +232,14 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor], origin: str, config
         model: Left unchanged if anything does not fit.
         state_dict: Tensors by parameter name.
         origin: What to call the tensors in an error.
-        config: The network that the model is; an error says which one the tensors are of.
+        config: The BEiT that the model is; an error says which one the tensors are of.
 
     Raises:
         CheckpointError: Lists missing names with a minus, unexpected ones with a plus, and other shapes.
     """
     lines = compare(model.state_dict(), state_dict)
     if lines:
-        hint = explain(shapes_of(strip_backbone(state_dict)), config)
+        hint = config and explain(shapes_of(strip_backbone(state_dict)), config)
         raise CheckpointError(
             f"{origin} is not a checkpoint of this network (- missing, + unexpected, ~ different):\n"
             + "\n".join(lines)

@@ -57,7 +57,7 @@ def parse(name: str, config: bytes, preprocessor: bytes | None, sources: tuple[S
     form = transformers_form if needs_preprocessor(config) else timm_form
     try:
         network, pretrained = form.parse(config, preprocessor)
-        _check_bounds(network)
+        check_bounds(network)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{name}/{CONFIG}: {error}") from error
     return Entry(name, network, replace(pretrained, sources=sources))
@@ -83,7 +83,7 @@ def read_json(path: Path) -> bytes:
         raise FileAccessError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
 
 
-def _check_bounds(config: BeitConfig) -> None:
+def check_bounds(config: BeitConfig) -> None:
     """Refuse what would take all memory before the first tensor is read; released models are a tenth of it."""
     weights = config.depth * config.embed_dim**2 * (4 + 2 * config.mlp_ratio)
     bounds = {

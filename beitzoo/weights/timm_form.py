@@ -33,6 +33,7 @@ _NOT_FOR_TIMM = "beit_with_what_timm_lacks"
 _OWN_KEY = "beitzoo"
 _REDUCES = "reduce_zero_label"
 _ACTIVATION = "activation"
+_TOKENIZER = "tokenizer"
 _OWN_FIELDS = ("use_mask_token", "dynamic_img_size", "dynamic_img_pad", "resize_rule", "norm_eps")
 
 _logger = logging.getLogger(__name__)
@@ -123,7 +124,10 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     data = form.pretrained_cfg
     own: dict[str, Any] = dict(form.beitzoo)
     reduces, activation = own.pop(_REDUCES, False), own.pop(_ACTIVATION, "softmax")
+    tokenizer = own.pop(_TOKENIZER, None)
     mim = {name: own.pop(name) for name in MimConfig.__dataclass_fields__.keys() & own.keys()}
+    if not isinstance(tokenizer, str | None):
+        raise InvalidValueError(f"its tokenizer is {tokenizer!r}; it must be a name.")
     if activation not in get_args(Activation):
         raise InvalidValueError(f"its activation is {activation!r}; there are {', '.join(get_args(Activation))}.")
     # What timm builds where the arguments do not say it.
@@ -138,7 +142,7 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     labels = _labels(form.label_names or data.label_names, config.num_classes)
     classify = Classify(num_classes=config.num_classes, labels=labels, activation=activation)
     return config, PretrainedConfig(
-        head=Mim(network=MimConfig(**mim)) if mim else classify,
+        head=Mim(network=MimConfig(**mim), tokenizer=tokenizer) if mim else classify,
         data=replace(_data(data), reduce_zero_label=reduces),
         license=data.license,
         architecture=architecture_of(config) or name,
@@ -168,6 +172,8 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
         document[_OWN_KEY][_REDUCES] = True
     if isinstance(pretrained.head, Mim):
         document[_OWN_KEY] |= asdict(pretrained.head.network)
+        if pretrained.head.tokenizer is not None:
+            document[_OWN_KEY][_TOKENIZER] = pretrained.head.tokenizer
     if isinstance(pretrained.head, Classify) and pretrained.head.activation != "softmax":
         document[_OWN_KEY][_ACTIVATION] = pretrained.head.activation
     names = label_names(pretrained.head)

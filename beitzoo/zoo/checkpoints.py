@@ -133,9 +133,11 @@ class Mim:
 
     Attributes:
         network: The head, and with BEiT v2 the blocks of patch aggregation.
+        tokenizer: Name of the tokenizer whose codes it predicts; None if that is not known.
     """
 
     network: MimConfig = field(default_factory=MimConfig)
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,8 +97,7 @@ class BeitConfig:
     head_init_scale: float = 0.001
 
     def __post_init__(self) -> None:
-        for name in ("img_size", "patch_size"):
-            check(_is_pair(getattr(self, name)), f"{name}={getattr(self, name)!r}; it must be a pair (height, width).")
+        _check_sizes(self, "img_size", "patch_size")
         for name, least in (("in_chans", 1), ("num_classes", 0), ("embed_dim", 1), ("depth", 1), ("num_heads", 1)):
             value = getattr(self, name)
             check(_is_whole(value) and value >= least, f"{name}={value!r}; it must be a whole number from {least} up.")
@@ -203,8 +202,37 @@ class DvaeConfig:
     blocks_per_group: int = 2
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "img_size")
+        _check_counts(self, "in_chans", "vocab_size", "hidden_dim", "decoder_dim", "blocks_per_group")
         check_divisible(self.img_size, (8, 8))
         check(self.hidden_dim % 4 == 0, f"hidden_dim={self.hidden_dim}; it must be a multiple of 4.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig:
+    """A tokenizer that learned nothing: random projections of patches, and the nearest of random codes.
+
+    Attributes:
+        img_size: Height and width of its images in pixels.
+        patch_size: Height and width of the patch that becomes one code.
+        in_chans: Colour channels.
+        vocab_size: Codes.
+        code_dim: Channels of a code; BEST-RQ has 16.
+        seed: Of the projection and the codes.
+    """
+
+    img_size: Pair = (224, 224)
+    patch_size: Pair = (16, 16)
+    in_chans: int = 3
+    vocab_size: int = 8192
+    code_dim: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "img_size", "patch_size")
+        _check_counts(self, "in_chans", "vocab_size", "code_dim")
+        check(_is_whole(self.seed) and self.seed >= 0, f"seed={self.seed!r}; it must be a whole number from 0 up.")
+        check_divisible(self.img_size, self.patch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +261,7 @@ class VqkdConfig:
             self.target in get_args(Target),
             f"target={self.target!r}; a decoder predicts {' or '.join(map(repr, get_args(Target)))}.",
         )
+        _check_counts(self, "vocab_size", "code_dim", "teacher_dim")
         grids = self.encoder.grid_size, self.decoder.grid_size
         check(
             grids[0] == grids[1] and self.decoder.in_chans == self.code_dim,
@@ -278,6 +307,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(plain, value))
     return value.item() if hasattr(value, "item") else value
+
+
+def _check_sizes(record: object, *names: str) -> None:
+    for name in names:
+        check(_is_pair(getattr(record, name)), f"{name}={getattr(record, name)!r}; it must be a pair (height, width).")
+
+
+def _check_counts(record: object, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        check(_is_whole(value) and value >= 1, f"{name}={value!r}; it must be a whole number from 1 up.")
 
 
 def _is_whole(value: object) -> bool:

@@ -54,7 +54,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-base-patch16-224-pt22k"),
             ReleaseFile("v1.0", "beit_base_patch16_224_pt22k.pth"),
         ),
-        head=Mim(),
+        head=Mim(tokenizer="dvae_patch8_112.dalle"),
         data=DataConfig(),
         overrides={
             "use_rel_pos_bias": False,
@@ -67,7 +67,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beit_base_patch16_224.mim_in1k_800e": PretrainedConfig(
         sources=(ReleaseFile("v1.0", "beit_base_patch16_224_pt1k_800ep.pth"),),
-        head=Mim(),
+        head=Mim(tokenizer="dvae_patch8_112.dalle"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -138,7 +138,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-patch16-224-pt22k"),
             ReleaseFile("v1.0", "beit_large_patch16_224_pt22k.pth"),
         ),
-        head=Mim(),
+        head=Mim(tokenizer="dvae_patch8_112.dalle"),
         data=DataConfig(),
         overrides={
             "use_rel_pos_bias": False,
@@ -224,7 +224,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_224.mim_in1k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k.pth"),),
-        head=Mim(network=MimConfig(early_layers=9)),
+        head=Mim(network=MimConfig(early_layers=9), tokenizer="vqkd_encoder_base_decoder_3x768x12.clip"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -237,7 +237,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_224.mim_in1k_300e": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_300e.pth"),),
-        head=Mim(network=MimConfig(early_layers=9)),
+        head=Mim(network=MimConfig(early_layers=9), tokenizer="vqkd_encoder_base_decoder_3x768x12.clip"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -305,7 +305,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_224.mim_in1k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k.pth"),),
-        head=Mim(network=MimConfig(early_layers=21)),
+        head=Mim(network=MimConfig(early_layers=21), tokenizer="vqkd_encoder_base_decoder_3x768x12.clip"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,
@@ -318,7 +318,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_224.mim_in1k_300e": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_300e.pth"),),
-        head=Mim(network=MimConfig(early_layers=21)),
+        head=Mim(network=MimConfig(early_layers=21), tokenizer="vqkd_encoder_base_decoder_3x768x12.clip"),
         data=DataConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
         overrides={
             "use_rel_pos_bias": False,

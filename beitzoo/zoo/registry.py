@@ -8,7 +8,7 @@ from functools import cache
 
 from beitzoo.errors import UserError, closest
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.checkpoints import Classify, HubFile, PretrainedConfig
+from beitzoo.zoo.checkpoints import Classify, Head, HubFile, PretrainedConfig
 from beitzoo.zoo.networks import BeitConfig, override
 from beitzoo.zoo.pretrained import PRETRAINED
 
@@ -42,10 +42,14 @@ def split_name(name: str) -> tuple[str, str]:
     return architecture, tag
 
 
-def find(name: str) -> Entry:
+def find(name: str, head: type[Head] | None = None) -> Entry:
     """Look up a model by its name, or by a repository on the hub that holds its weights.
 
     An architecture alone stands for its default checkpoint.
+
+    Args:
+        name: The name.
+        head: Of the checkpoint that an architecture alone stands for: its first one with such a head, or none.
 
     Raises:
         UnknownModelError: No such architecture or no such tag; the closest names or all its tags are named.
@@ -58,6 +62,8 @@ def find(name: str) -> Entry:
         )
     config = ARCHITECTURES[architecture]
     tags = _tags(architecture)
+    if not tag and head is not None:
+        tags = [tag for tag in tags if isinstance(PRETRAINED[f"{architecture}.{tag}"].head, head)]
     if not tag and not tags:
         return Entry(architecture, config, None)
     if tag and tag not in tags:

@@ -1,0 +1,94 @@
+"""Tokenizers in and out of folders: config.json and model.safetensors."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from beitzoo.errors import InvalidValueError, MissingFileError, check, describe_invalid
+from beitzoo.weights import checkpoint
+from beitzoo.weights.checkpoint import CheckpointError
+from beitzoo.weights.folder import CONFIG, check_bounds, model_folder, read_json
+from beitzoo.zoo.checkpoints import LocalFile
+from beitzoo.zoo.networks import BeitConfig, DvaeConfig, RandomConfig, VqkdConfig
+from beitzoo.zoo.tokenizers import TokenizerConfig, TokenizerEntry, TokenizerFile
+
+WEIGHTS = "model.safetensors"
+
+_KINDS: dict[str, type[TokenizerConfig]] = {"dvae": DvaeConfig, "vqkd": VqkdConfig, "random": RandomConfig}
+# Released ones have 8,192 codes of 32 channels.
+_MOST = {"vocab_size": 2**20, "code_dim": 2**14, "teacher_dim": 2**14, "hidden_dim": 2**14, "decoder_dim": 2**14}
+_MOST |= {"blocks_per_group": 64, "in_chans": 1024}
+
+
+class _Form(BaseModel):
+    """config.json of a tokenizer. The key `tokenizer` tells it from that of a model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokenizer: Literal["dvae", "vqkd", "random"]
+    config: dict[str, Any]
+
+
+def read_folder(directory: Path) -> TokenizerEntry:
+    """Read what a folder, or the best checkpoint of a run, says about its tokenizer.
+
+    Raises:
+        MissingFileError: No such folder, or no config.json in it.
+        CheckpointError: The JSON describes no tokenizer, or one beyond all bounds.
+    """
+    directory = model_folder(directory)
+    path = directory / CONFIG
+    if not path.is_file():
+        raise MissingFileError(f"There is no {path}; the folder of a tokenizer has a {CONFIG} and a {WEIGHTS}.")
+    try:
+        form = _Form.model_validate_json(read_json(path))
+        kind = _KINDS[form.tokenizer]
+        config = TypeAdapter(kind).validate_python(form.config, extra="forbid")
+        _check_bounds(config)
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is not the config of a tokenizer: {describe_invalid(error)}") from error
+    except InvalidValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    files = (TokenizerFile(sources=(LocalFile(directory / WEIGHTS),)),)
+    return TokenizerEntry(config=config, files=files, name=str(directory))
+
+
+def read(files: Sequence[TokenizerFile], cache_dir: Path | None = None) -> dict[str, Tensor]:
+    """Fetch the files of a tokenizer and read their tensors, under our names.
+
+    Raises:
+        DownloadError: A file cannot be had.
+        CheckpointError: A file holds no tensors.
+    """
+    from beitzoo.weights.sources import fetch
+
+    state: dict[str, Tensor] = {}
+    for file in files:
+        tensors = checkpoint.read_tensors(fetch(file.sources, cache_dir))
+        state |= {file.prefix + name: tensor for name, tensor in tensors.items()}
+    return state
+
+
+def dump(config: TokenizerConfig) -> str:
+    """Write the config.json that `read_folder` reads."""
+    kind = next(kind for kind, record in _KINDS.items() if isinstance(config, record))
+    return json.dumps({"tokenizer": kind, "config": asdict(config)}, indent=2) + "\n"
+
+
+def _check_bounds(config: TokenizerConfig) -> None:
+    """Refuse what would take all memory before the first tensor is read."""
+    for record in (getattr(config, name) for name in ("encoder", "decoder") if hasattr(config, name)):
+        assert isinstance(record, BeitConfig)
+        check_bounds(record)
+    for name, most in _MOST.items():
+        value = getattr(config, name, 1)
+        check(value <= most, f"{name} is {value}; a tokenizer of more than {most} is not built from a file's word.")
+    sides = getattr(config, "img_size", (1, 1))
+    check(
+        max(sides) <= 2**14, f"img_size is {sides}; a tokenizer of more than {2**14} is not built from a file's word."
+    )
