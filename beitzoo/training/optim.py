@@ -40,6 +40,27 @@ def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, An
     return split
 
 
+def groups_without_layers(model: nn.Module, train: TrainSection) -> list[dict[str, Any]]:
+    """Group parameters by weight decay, all layers alike, as the originals do in pretraining.
+
+    Vectors and what the model names are not decayed. Bias tables get a group of their own, for `bias_lr_scale`.
+    """
+    kept = model.no_weight_decay()  # type: ignore[operator]
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and name not in kept
+            groups.setdefault((decayed, name.endswith(_TABLE)), []).append(parameter)
+    return [
+        {
+            "params": members,
+            "weight_decay": train.weight_decay if decayed else 0.0,
+            "lr_scale": train.bias_lr_scale if is_table else 1.0,
+        }
+        for (decayed, is_table), members in groups.items()
+    ]
+
+
 def spread_bias_tables(model: nn.Module, std: float) -> None:
     """Start the relative position bias tables from normal noise."""
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from beitzoo import cli
 from beitzoo.cli import app, main
 from beitzoo.errors import InvalidValueError
 
-COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "finetune", "benchmark", "report"]
+COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "finetune", "pretrain", "benchmark", "report"]
 
 
 def beitzoo_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -214,6 +214,7 @@ def test_the_options_are_frozen() -> None:
         "download": ["cache_dir", "models"],
         "verify": ["as_json", "cache_dir", "models"],
         "finetune": ["checkpoint", "out", "recipe", "settings"],
+        "pretrain": ["out", "recipe", "settings"],
         "evaluate": [
             "as_json",
             "batch_size",

@@ -1,0 +1,72 @@
+"""The samples of masked image modelling: two views of an image and a mask of patches.
+
+All that is drawn for an image is a pure function of the seed, the epoch and the image: the mask first, then the views,
+so that an image keeps its mask whatever its size is and wherever its visual tokens come from.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from beitzoo.images.augment import TwoViews
+from beitzoo.images.datasets import ImageSet
+from beitzoo.images.files import ImageError, as_image
+from beitzoo.images.masks import Masking, draw_mask, sample_generator
+from beitzoo.training.data import Sample
+
+# Stands for the epoch where nothing may change from epoch to epoch: images to validate on.
+FIXED = -1
+
+
+class MaskedBatch(NamedTuple):
+    """Images with their masks; B may be 0.
+
+    Attributes:
+        images: What the network sees, (B, C, H, W), normalised.
+        token_images: What the tokenizer sees, (B, C, H', W') with values in [0, 1].
+        masks: (B, h, w), True where a patch is masked.
+        unreadable: Which images could not be read, and why.
+    """
+
+    images: Tensor
+    token_images: Tensor
+    masks: Tensor
+    unreadable: list[tuple[str, str]]
+
+
+class MaskedImages(Dataset[MaskedBatch]):
+    """The images of a set in two views and masked, a batch at a time.
+
+    One that cannot be read is left out of its batch; no other takes its place.
+    """
+
+    def __init__(self, images: ImageSet, views: TwoViews, masking: Masking, seed: int) -> None:
+        self.images = images
+        self.views = views
+        self.masking = masking
+        self.seed = seed
+        self._channels = len(views.mean)
+
+    def __getitems__(self, samples: list[Sample]) -> MaskedBatch:
+        loaded, unreadable = [], []
+        for sample in samples:
+            try:
+                loaded.append(self._load(sample))
+            except ImageError as error:
+                unreadable.append((self.images.identity(sample.image)[0], str(error)))
+        if not loaded:
+            channels, masking = self._channels, self.masking
+            sizes = (channels, *self.views.patch_size), (channels, *self.views.token_size)
+            images, token_images = (torch.empty(0, *size) for size in sizes)
+            return MaskedBatch(images, token_images, torch.empty(0, *masking.grid, dtype=torch.bool), unreadable)
+        images, token_images, masks = (torch.stack(tensors) for tensors in zip(*loaded, strict=True))
+        return MaskedBatch(images, token_images, masks, unreadable)
+
+    def _load(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+        image = as_image(self.images.images[sample.image], self._channels)
+        epoch = FIXED if sample.epoch is None else sample.epoch
+        generator = sample_generator(self.seed, epoch, sample.image)
+        mask = draw_mask(self.masking, generator)
+        return *self.views(image, generator), mask

@@ -1,0 +1,267 @@
+"""Pretraining by masked image modelling: BEiT and BEiT v2, from a recipe to a network that can be fine-tuned.
+
+BEiT (https://arxiv.org/abs/2106.08254), section 2; BEiT v2 (https://arxiv.org/abs/2208.06366), section 2.3;
+`engine_for_pretraining.py` of both.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beitzoo.errors import InvalidValueError
+from beitzoo.factory import Tokenizer, create_model, create_tokenizer
+from beitzoo.images.augment import TwoViews
+from beitzoo.images.datasets import ImageSet
+from beitzoo.images.masks import Masking
+from beitzoo.images.splits import Split
+from beitzoo.models.mim import MaskedImageModel, mim_loss
+from beitzoo.saving import save_pretrained
+from beitzoo.training.data import Order, Sample, load_batches, load_images, split_images
+from beitzoo.training.generators import derive_seed, seed_generators
+from beitzoo.training.masked_images import MaskedBatch, MaskedImages
+from beitzoo.training.optim import groups_without_layers, spread_bias_tables
+from beitzoo.training.processes import Processes
+from beitzoo.training.recipe import Recipe, RecipeError
+from beitzoo.training.run import run
+from beitzoo.training.sections import Pretrain
+from beitzoo.training.task import Metrics
+from beitzoo.training.unreadable import Unreadable
+from beitzoo.zoo.checkpoints import DataConfig, Mim
+from beitzoo.zoo.networks import BeitConfig, MimConfig
+
+# Logged besides the sum of the losses; of patch aggregation both heads are.
+_ONE_HEAD = ("token_accuracy",)
+_TWO_HEADS = ("token_accuracy", "token_loss", "aggregation_accuracy", "aggregation_loss")
+
+
+def pretrain(recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """Pretrain a network on images without labels; see `run`."""
+    return run(recipe, directory, prepare)
+
+
+def prepare(recipe: Recipe, processes: Processes) -> tuple["PretrainTask", MaskedImageModel]:
+    """Make the task of a recipe and its model; all that can be known before a run is checked here.
+
+    Raises:
+        RecipeError: Says what cannot be done, and what to do.
+    """
+    assert isinstance(recipe.task, Pretrain)
+    images = load_images(recipe.data)
+    split = split_images(images, recipe.data, test_fraction=0.0, val_fraction=0.0)
+    _check_counts(recipe, split)
+    tokenizer = create_tokenizer(recipe.task.tokenizer, pretrained=True, device=processes.device)
+    seed_generators(derive_seed(recipe.train.seed, "weights"))
+    model = _make_model(recipe, tokenizer)
+    task = PretrainTask(recipe, images, split, model.backbone.config, model.config, tokenizer, processes)
+    task.check(model)
+    return task, model
+
+
+@dataclass
+class PretrainTask:
+    """Cross-entropy of the visual tokens of masked patches; of two models the better predicts validation images better.
+
+    The items of a loss are masked patches: images may have more or fewer of them (BEiT's blocks end short now and
+    then), and however an update is shared out, each patch weighs the same. Accuracies are per cent.
+
+    Attributes:
+        recipe: The run.
+        images: All images; labels are not used.
+        split: Which are for what.
+        network: The backbone that is trained.
+        head: What predicts visual tokens from it.
+        tokenizer: Gives the targets. It computes in the precision of the run, as the network does.
+        processes: Those that train together.
+    """
+
+    recipe: Recipe
+    images: ImageSet
+    split: Split
+    network: BeitConfig
+    head: MimConfig
+    tokenizer: Tokenizer
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.recipe.task, Pretrain)
+        self.section = self.recipe.task
+        self.log_names: tuple[str, ...] = _TWO_HEADS if self.head.early_layers else _ONE_HEAD
+        self.metric_names: tuple[str, ...] = (
+            tuple(f"val_{name}" for name in ("loss", *self.log_names)) if self.split.val else ()
+        )
+        self.order = Order(self.split.train, self.recipe.train, self.processes)
+        self.updates_per_epoch = self.order.updates_per_epoch
+        self.unreadable = Unreadable(self.processes)
+        self.tokenizer.to(self.processes.device).eval().requires_grad_(False)
+        self._samples = MaskedImages(self.images, self._views(), self._masking(), self.recipe.train.seed)
+
+    def check(self, model: MaskedImageModel) -> None:
+        """Take one made-up image through tokenizer and network, so that what cannot work fails before the run."""
+        device = self.processes.device
+        views = self._samples.views
+        with torch.inference_mode():
+            codes = self.tokenizer.encode(torch.zeros(1, self.network.in_chans, *views.token_size, device=device))
+            mask = torch.ones(1, *self.network.grid_size, dtype=torch.bool)
+            logits = model.eval()(torch.zeros(1, self.network.in_chans, *self.network.img_size), mask)
+        shapes = [tuple(one.shape) for one in ([logits] if isinstance(logits, Tensor) else logits)]
+        expected = (codes.numel(), self.tokenizer.vocab_size)
+        if any(shape != expected for shape in shapes):
+            raise RecipeError(f"The network gives logits of {shapes}, the tokenizer needs {expected}.")
+
+    def describe(self) -> list[str]:
+        """Say which images are for what."""
+        split, grid, mask = self.split, self.network.grid_size, self.section.mask
+        return [
+            *self.images.describe(),
+            f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
+            f"{mask.count} of {grid[0]} x {grid[1]} patches are masked; {self.tokenizer.vocab_size:,} visual tokens of "
+            f"{self.section.tokenizer}.",
+        ]
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Group parameters by weight decay, as the originals do."""
+        return groups_without_layers(model, self.recipe.train)
+
+    def batches(self, update: int) -> Iterator[MaskedBatch]:
+        """Yield images in two views with masks."""
+        for batch in load_batches(self._samples, self.order.parts(update), self.recipe.run.workers):
+            self.unreadable.add(batch.unreadable)
+            yield batch
+
+    def loss(self, model: nn.Module, batch: MaskedBatch) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """Return the cross-entropy of the visual tokens of masked patches; with patch aggregation, that of both heads.
+
+        A batch without a masked patch, since no image could be read, gives a loss of 0 that depends on all parameters.
+        """
+        device = self.processes.device
+        count = int(batch.masks.sum())
+        images, token_images, masks = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
+        if not count:
+            logits = model(images[:0], masks[:0], all_patches=True)
+            nothing = torch.stack([one.float().sum() for one in _heads(logits)]).sum()
+            return nothing, 0, {name: nothing.detach() for name in self.log_names}
+        targets = self.tokenizer.encode(token_images)[masks]
+        logits = _heads(model(images, masks))
+        losses = [mim_loss(one, targets) for one in logits]
+        accuracies = [100 * (one.detach().argmax(-1) == targets).float().mean() for one in logits]
+        values = [value for pair in zip(accuracies, losses, strict=True) for value in pair]
+        return torch.stack(losses).sum(), count, dict(zip(self.log_names, values, strict=False))
+
+    def validate(self, model: nn.Module) -> Metrics:
+        """Measure the loss and the accuracy on the validation images, whose views and masks never change."""
+        self.unreadable.report()
+        return self.measure(model, self.split.val, "val_") if self.split.val else {}
+
+    def better(self, metrics: Metrics, best: Metrics) -> bool:
+        """Tell whether the loss on the validation images is lower."""
+        return metrics["val_loss"] < best["val_loss"]
+
+    def save(self, model: nn.Module, directory: Path) -> None:
+        """Write a folder that `create_model` reads, to go on with, to probe or to fine-tune."""
+        save_pretrained(model, directory)
+
+    def measure_best(self, directory: Path) -> Metrics:
+        """Measure loss and accuracy on the held-out images, if there are any."""
+        if not self.split.test:
+            return {}
+        best = create_model(directory.absolute(), pretrained=True, device=self.processes.device)
+        return self.measure(best.eval(), self.split.test, "test_")
+
+    @torch.inference_mode()
+    def measure(self, model: nn.Module, indices: Sequence[int], prefix: str) -> Metrics:
+        """Return the loss and what is logged besides, over all masked patches of some images.
+
+        Each process takes its share of the images, and all get the same values.
+        """
+        share = indices[self.processes.rank :: self.processes.count]
+        size = max(self.recipe.train.batch_size // self.processes.count, 1)
+        parts = [[Sample(None, i) for i in share[start : start + size]] for start in range(0, len(share), size)]
+        names = ("loss", *self.log_names)
+        totals = torch.zeros(1 + len(names), dtype=torch.float64)
+        for batch in load_batches(self._samples, parts, self.recipe.run.workers):
+            self.unreadable.add(batch.unreadable)
+            loss, count, logs = self.loss(model, batch)
+            means = torch.stack([loss, *(logs[name] for name in self.log_names)]).double().cpu()
+            totals += count * torch.cat([torch.ones(1, dtype=torch.float64), means])
+        items, *sums = torch.stack(self.processes.gather(totals)).sum(0).tolist()
+        return {prefix + name: value / max(items, 1.0) for name, value in zip(names, sums, strict=True)}
+
+    def _views(self) -> TwoViews:
+        views = self.section.views
+        data = _data_config(self.recipe, self.network)
+        return TwoViews(
+            patch_size=self.network.img_size,
+            token_size=self.tokenizer.img_size,
+            mean=data.mean,
+            std=data.std,
+            scale=views.scale,
+            ratio=views.ratio,
+            jitter=views.jitter,
+            hflip=views.hflip,
+            patch_interpolation=views.interpolation,
+            token_interpolation=self.tokenizer.interpolation,
+        )
+
+    def _masking(self) -> Masking:
+        try:
+            return Masking(grid=self.network.grid_size, **self.section.mask.model_dump())
+        except InvalidValueError as error:
+            raise RecipeError(f"task.mask.{error}") from error
+
+
+def _heads(logits: Tensor | tuple[Tensor, Tensor]) -> list[Tensor]:
+    return [logits] if isinstance(logits, Tensor) else list(logits)
+
+
+def _check_counts(recipe: Recipe, split: Split) -> None:
+    train = recipe.train
+    if len(split.train) < train.batch_size:
+        raise RecipeError(
+            f"There are {len(split.train):,} images to train on, less than one update of {train.batch_size:,}; lower "
+            "train.batch_size, or give more images."
+        )
+    if train.layer_decay != 1:
+        raise RecipeError("All layers learn equally fast in pretraining; leave train.layer_decay out.")
+
+
+def _make_model(recipe: Recipe, tokenizer: Tokenizer) -> MaskedImageModel:
+    """Make the network to start from, with a head for the codes of a tokenizer."""
+    section = recipe.model
+    assert isinstance(recipe.task, Pretrain)
+    if "vocab_size" in section.overrides:
+        raise RecipeError("model.overrides.vocab_size comes from task.tokenizer; leave it out.")
+    options: dict[str, Any] = {**section.overrides, "head": "mim", "vocab_size": tokenizer.vocab_size}
+    model: object = create_model(section.name, section.pretrained, checkpoint_path=section.checkpoint, **options)
+    assert isinstance(model, MaskedImageModel)
+    network = model.backbone.config
+    for what, ours, theirs in (
+        ("patches", network.grid_size, tokenizer.grid_size),
+        ("channels", network.in_chans, tokenizer.in_chans),
+        ("visual tokens", model.config.vocab_size, tokenizer.vocab_size),
+    ):
+        if ours != theirs:
+            raise RecipeError(
+                f"The network has {what}: {ours}, and the tokenizer {recipe.task.tokenizer} has {theirs}. There must "
+                "be one visual token for each patch; choose another task.tokenizer, model.name or "
+                "model.overrides.img_size."
+            )
+    head = Mim(network=model.config, tokenizer=recipe.task.tokenizer)
+    model.backbone.pretrained = replace(
+        model.pretrained, sources=(), tag=None, head=head, data=_data_config(recipe, network)
+    )
+    if recipe.task.bias_init_std:
+        spread_bias_tables(model, recipe.task.bias_init_std)
+    return model
+
+
+def _data_config(recipe: Recipe, network: BeitConfig) -> DataConfig:
+    """Say how images are prepared for the network: as its view in pretraining, but for what is random."""
+    assert isinstance(recipe.task, Pretrain)
+    views = recipe.task.views
+    size = (len(views.mean), *network.img_size)
+    data = DataConfig(input_size=size, mean=views.mean, std=views.std, interpolation=views.interpolation)
+    return data.fitted_to(network)
