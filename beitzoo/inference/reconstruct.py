@@ -10,15 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from beitzoo.errors import check
+from beitzoo.factory import Tokenizer
 from beitzoo.files import write_atomically
 from beitzoo.images import pictures
 from beitzoo.images.files import ImageError, as_image
@@ -28,8 +29,8 @@ from beitzoo.images.transforms import Transform, create_transform, prepare, reso
 from beitzoo.inference.classify import eval_mode
 from beitzoo.inference.pipeline import Failure
 from beitzoo.models.mim import MaskedImageModel
+from beitzoo.models.random_tokenizer import RandomTokenizer
 from beitzoo.models.tokenizers import Vqkd
-from beitzoo.zoo.checkpoints import Interpolation
 from beitzoo.zoo.networks import Pair
 
 _BATCH = 16  # images per forward pass
@@ -38,40 +39,6 @@ _TITLES = {
     "pixels": ("image", "masked image", "decoded: predicted tokens", "decoded: the image's tokens", _HEAT),
     "features": ("image", "masked image", "codes: predicted", "codes: the image's own", _HEAT),
 }
-
-
-class ImageTokenizer(Protocol):
-    """A network from images to visual tokens, and back to what it `decodes_to`."""
-
-    @property
-    def img_size(self) -> Pair:
-        """Height and width of its images in pixels."""
-
-    @property
-    def in_chans(self) -> int:
-        """Colour channels of its images."""
-
-    @property
-    def grid_size(self) -> Pair:
-        """Rows and columns of codes."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Codes to tell apart."""
-
-    @property
-    def interpolation(self) -> Interpolation:
-        """Filter by which images are brought to its size."""
-
-    @property
-    def decodes_to(self) -> Literal["pixels", "features"]:
-        """What `decode` returns."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Map images (B, in_chans, *img_size) with values in [0, 1] to codes (B, h, w), int64."""
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Map codes (B, h, w) to images (B, in_chans, height, width) in [0, 1], or to features."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +96,7 @@ def default_masking(grid: Pair) -> Masking:
 
 def reconstruct(
     model: MaskedImageModel,
-    tokenizer: ImageTokenizer,
+    tokenizer: Tokenizer,
     images: Sequence[Any],
     masking: Masking | None = None,
     *,
@@ -156,8 +123,7 @@ def reconstruct(
     _check_pair(model, tokenizer, masking)
     compare = _Comparison(model, tokenizer)
     outcomes: list[Reconstruction | Failure] = []
-    modules = [module for module in (model, tokenizer) if isinstance(module, nn.Module)]
-    with eval_mode(modules), torch.no_grad():
+    with eval_mode([model, tokenizer]), torch.no_grad():
         for start in range(0, len(images), _BATCH):
             sources = enumerate(images[start : start + _BATCH], start)
             looks = [compare.look(source, place, masking, seed) for place, source in sources]
@@ -193,7 +159,12 @@ def picture(records: Sequence[Reconstruction], caption: str = "") -> Image.Image
 
 
 def write_reconstructions(
-    model: MaskedImageModel, tokenizer: ImageTokenizer, images: Sequence[Any], path: Path, seed: int = 0
+    model: MaskedImageModel,
+    tokenizer: Tokenizer,
+    images: Sequence[Any],
+    path: Path,
+    seed: int = 0,
+    masking: Masking | None = None,
 ) -> None:
     """Draw what the model makes of a few images into a PNG file, which is written atomically.
 
@@ -206,8 +177,9 @@ def write_reconstructions(
         images: As in `reconstruct`; four to eight are enough to see how training goes.
         path: The file.
         seed: Of the masks.
+        masking: As in `reconstruct`; that of the training shows what is trained.
     """
-    outcomes = reconstruct(model, tokenizer, images, seed=seed)
+    outcomes = reconstruct(model, tokenizer, images, masking, seed=seed)
     records = [outcome for outcome in outcomes if isinstance(outcome, Reconstruction)]
     if records:
         write_picture(picture(records), path)
@@ -234,7 +206,7 @@ class _Look:
 class _Comparison:
     """The model and the tokenizer with the transforms of their views, which show the same part of an image."""
 
-    def __init__(self, model: MaskedImageModel, tokenizer: ImageTokenizer) -> None:
+    def __init__(self, model: MaskedImageModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.device = model.lm_head.weight.device
         data = resolve_data_config(model)
@@ -308,13 +280,13 @@ class _Comparison:
         return pictures.code_colours(_code_vectors(self.tokenizer).double().numpy(force=True))
 
 
-def _code_vectors(tokenizer: ImageTokenizer) -> Tensor:
+def _code_vectors(tokenizer: Tokenizer) -> Tensor:
     """Return the codebook, (V, D)."""
-    assert isinstance(tokenizer, Vqkd)
-    return tokenizer.quantize.embedding.weight
+    assert isinstance(tokenizer, Vqkd | RandomTokenizer)
+    return tokenizer.quantize.embedding.weight if isinstance(tokenizer, Vqkd) else tokenizer.codes
 
 
-def _check_pair(model: MaskedImageModel, tokenizer: ImageTokenizer, masking: Masking) -> None:
+def _check_pair(model: MaskedImageModel, tokenizer: Tokenizer, masking: Masking) -> None:
     grid = model.backbone.config.grid_size
     check(
         grid == tokenizer.grid_size,

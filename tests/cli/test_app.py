@@ -228,4 +228,5 @@ def test_the_options_are_frozen() -> None:
         ],
         "benchmark": [],
         "report": ["out", "results"],
+        "reconstruct": ["device", "images", "mask_ratio", "masked", "model", "out", "seed", "tokenizer"],
     }

@@ -26,7 +26,6 @@ from beitzoo.inference.reconstruct import (
 )
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.tokenizers import Vqkd
-from beitzoo.zoo.networks import BeitConfig, VqkdConfig
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}
 PHOTOS = [SAMPLES / "chelsea.jpg", SAMPLES / "coffee.jpg"]
@@ -127,27 +126,15 @@ def test_every_panel_of_the_picture_is_in_its_place(model: MaskedImageModel) -> 
     assert tuple(middle) == (253, 231, 37)  # the scale ends at the largest loss of all
 
 
-class Codes(Vqkd):
-    """A tokenizer whose codes have no pixels."""
-
-    img_size: Final = (64, 64)
-    in_chans: Final = 3
-    grid_size: Final = (4, 4)
-    vocab_size: Final = 40
-    interpolation: Final = "bicubic"
-    decodes_to: Final = "features"
-
-
-def test_codes_without_pixels_are_drawn_in_colour(model: MaskedImageModel) -> None:
-    plain = {"num_classes": 0, "use_abs_pos_emb": True, "use_rel_pos_bias": False, "init_values": 0.0}
-    small = BeitConfig(**plain, embed_dim=48, depth=1, num_heads=3, img_size=(64, 64))
-    decoder = BeitConfig(**plain, embed_dim=48, depth=1, num_heads=3, img_size=(4, 4), patch_size=(1, 1), in_chans=8)
-    tokenizer = Codes(VqkdConfig(encoder=small, decoder=decoder, vocab_size=40, code_dim=8))
+@pytest.mark.parametrize("name", ["test_vqkd", "random_patch4_32"])
+def test_codes_without_pixels_are_drawn_in_colour(name: str, model: MaskedImageModel) -> None:
+    tokenizer = beitzoo.create_tokenizer(name, img_size=64 if name == "test_vqkd" else 16, vocab_size=40)
     randomise(tokenizer)
     found = records(model, tokenizer)
     whole = picture(found)
     drawn = panels(whole, rows=2, side=256)
-    colours = pictures.code_colours(tokenizer.quantize.embedding.weight.double().numpy())
+    codebook = tokenizer.quantize.embedding.weight if isinstance(tokenizer, Vqkd) else tokenizer.codes
+    colours = pictures.code_colours(codebook.double().numpy())
     for record, row in zip(found, drawn, strict=True):
         for panel, codes in zip(row[2:4], (record.predicted, record.ids), strict=True):
             assert (panel == colours[codes].repeat(64, axis=0).repeat(64, axis=1)).all()
