@@ -31,7 +31,7 @@ _MOST_LISTED = 20
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model names, or folders of models.")],
     data: Annotated[
-        str, typer.Option(help="'digits', or a folder of class folders; images a run was trained on are left out.")
+        str, typer.Option(help="'digits', class folders, or tables; images a run was trained on are left out.")
     ],
     split_seed: Annotated[
         int | None, typer.Option(help="Use the third of the digits that this seed holds out.")

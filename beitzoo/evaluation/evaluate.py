@@ -11,7 +11,8 @@ from beitzoo.errors import check
 from beitzoo.evaluation.metrics import Accuracy, AccuracySum
 from beitzoo.factory import look_up
 from beitzoo.files import full_path
-from beitzoo.images.datasets import ImageSet, digits, labelled_folder
+from beitzoo.images.datasets import find_images, guess_source
+from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split
 from beitzoo.images.transforms import resolve_data_config
 from beitzoo.inference.classify import classification, eval_mode
@@ -75,8 +76,15 @@ class Evaluation:
 
 
 def load_data(data: str) -> ImageSet:
-    """Find the images that are measured on: `digits`, or a folder of class folders."""
-    return digits() if data == "digits" else labelled_folder(Path(data))
+    """Find the images that are measured on: `digits`, a folder of class folders, or Parquet files.
+
+    Raises:
+        InvalidValueError: The images have no classes.
+    """
+    path = None if data == "digits" else full_path(data)
+    images = find_images("digits" if path is None else guess_source(path), path)
+    check(images.labels is not None, f"The images of {data} have no classes, so no answer is right; give others.")
+    return images
 
 
 def evaluate(
@@ -102,6 +110,7 @@ def evaluate(
             f"{subject.name} tells {subject.model.num_classes:,} classes apart, the data has {len(outputs):,} of them; "
             "all its outputs compete, as in timm."
         )
+    assert images.labels is not None
     labels = {index: outputs[images.labels[index]] for index in indices}
     accuracy, failures = measure(subject.model, images, labels, loading or Loading())
     row = {**_facts(subject), **_scores(accuracy), "data": data, "split_seed": split_seed}
@@ -174,14 +183,19 @@ def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -
     own = _split_of_run(subject, images)
     seen = set() if own is None else {*own.train, *own.val}
     if split_seed is None and (own is not None or images.root is not None):
-        unseen = [index for index in range(len(images.labels)) if index not in seen]
+        shown = images.held_out
+        unseen = [index for index in shown if index not in seen]
         check(
             bool(unseen),
-            f"{subject.name} was trained on all {len(images.labels):,} images; evaluate it on others.",
+            f"{subject.name} was trained on all {len(shown):,} images; evaluate it on others.",
         )
-        total = f"{len(seen):,} of {len(images.labels):,}"
-        note = f"Left out {total} images, which {subject.name} was trained on or chosen by."
-        return unseen, [note] if seen else []
+        notes = []
+        if len(shown) < len(images.images):
+            notes.append(f"The data has parts; only the {len(shown):,} images that are held out by their names count.")
+        if left_out := len(shown) - len(unseen):
+            total = f"{left_out:,} of {len(shown):,}"
+            notes.append(f"Left out {total} images, which {subject.name} was trained on or chosen by.")
+        return unseen, notes
     held_out = _split_of_digits(images, split_seed or 0).test
     check(
         not seen & set(held_out),

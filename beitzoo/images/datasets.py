@@ -1,56 +1,58 @@
-"""Data sets of labelled images: the digits, and folders with a subfolder per class."""
+"""Data sets of images in their forms: the digits, folders, and, from rooms of their own, tables and tars."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
-from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, UnsupportedError
+from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, UnsupportedError, check
 from beitzoo.files import full_path
 from beitzoo.images.folders import EMPTY_CLASSES, OUTSIDE, LeftOut, images_below, why_not
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.shards import PARTS
+from beitzoo.images.tables import find_tables
+
+Source = Literal["digits", "folder", "images", "parquet", "webdataset"]
 
 # Names of folders that are parts of a data set.
-_TRAIN, _HELD_OUT = {"train", "training"}, {"val", "valid", "validation", "dev", "test", "testing"}
+_TRAIN = set(PARTS["train"])
+_HELD_OUT = {*PARTS["validation"], *PARTS["test"]}
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """All images of a data set with their classes, before they are split and transformed.
+def find_images(source: Source, path: Path | None = None) -> ImageSet:
+    """Find the images of a data set.
 
-    Attributes:
-        images: The images themselves, or the files they are in.
-        labels: Class of each.
-        names: Names of the classes.
-        root: The folder that all files are in; None where the images are not files.
-        left_out: What else was found in the folder, and why it was not taken.
+    Args:
+        source: In which form it is: `digits`; `folder`, with a subfolder per class; `images`, a folder of images
+            without classes; `parquet`, tables in the hub's form.
+        path: Where it is. Of tables a folder, one file or a pattern. The digits are nowhere.
+
+    Raises:
+        MissingFileError: There are no images.
+        FileAccessError: A folder or file cannot be read.
+        InvalidValueError: It is not a data set of this form.
     """
+    if source == "digits":
+        return digits()
+    check(path is not None, f"The source {source!r} needs a path; say where the images are.")
+    assert path is not None
+    match source:
+        case "folder":
+            return labelled_folder(path)
+        case "images":
+            return folder_of_images(path)
+        case "parquet":
+            return find_tables(path)
+        case _:
+            raise UnsupportedError(f"The source {source!r} is not read.")
 
-    images: Sequence[Image.Image | Path]
-    labels: Sequence[int]
-    names: tuple[str, ...]
-    root: Path | None = None
-    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
 
-    def describe(self) -> list[str]:
-        """Say what was found and what was left out, in a few lines."""
-        sizes = Counter(self.labels)
-        fewest, most = (min(sizes, key=lambda c: (sizes[c], c)), max(sizes.values())) if sizes else (0, 0)
-        where = "" if self.root is None else f" in {self.root}"
-        even = f"{most:,} of each" if sizes[fewest] == most else f"{sizes[fewest]:,} ({self.names[fewest]}) to {most:,}"
-        return [f"{len(self.labels):,} images of {len(self.names):,} classes{where}: {even}", *self.left_out.describe()]
-
-    def identity(self, index: int) -> tuple[str, str]:
-        """Say which image it is wherever the data set lies: path below the root, or `digits:INDEX`, and bytes."""
-        image = self.images[index]
-        if not isinstance(image, Path):
-            return f"digits:{index}", ""
-        try:
-            size = str(image.stat().st_size)
-        except OSError:  # it is found to be unreadable when it is opened
-            size = ""
-        return (image if self.root is None else image.relative_to(self.root)).as_posix(), size
+def guess_source(path: Path) -> Source:
+    """Tell by their names whether what lies there are tables of images or images in class folders."""
+    if path.suffix.lower() == ".parquet" or any(path.glob("*.parquet")):
+        return "parquet"
+    return "folder"
 
 
 def digits() -> ImageSet:
@@ -95,29 +97,51 @@ def labelled_folder(root: Path) -> ImageSet:
     return ImageSet(images, labels, names, root, left_out)
 
 
-def _class_folders(root: Path, left_out: LeftOut) -> list[str]:
+def folder_of_images(root: Path) -> ImageSet:
+    """Return all images below a folder, however deep, without classes.
+
+    Raises:
+        MissingFileError: No such folder, or no images in it.
+        FileAccessError: The folder cannot be listed.
+        InvalidValueError: It holds a part to train on beside one that is held out.
+    """
+    root = full_path(root)
+    _refuse_parts(root, [name for name, is_folder in _entries(root, "it") if is_folder], all_alone=False)
+    left_out = LeftOut()
+    images = list(images_below(root, left_out))
+    if not images:
+        raise MissingFileError(". ".join([f"No images below {root}; give another folder", *left_out.describe()]))
+    return ImageSet(images, None, (), root, left_out)
+
+
+def _entries(root: Path, form: str) -> list[tuple[str, bool]]:
+    """Return the names in a folder, and whether each is of a folder itself."""
     try:
-        entries = sorted((path.name, path.is_dir()) for path in root.iterdir())
+        return sorted((path.name, path.is_dir()) for path in root.iterdir())
     except FileNotFoundError as error:
-        raise MissingFileError(f"There is no folder {root}; expected one with images in {root}/CLASS/IMAGE.") from error
+        raise MissingFileError(f"There is no folder {root}; expected one with images in {form}.") from error
     except OSError as error:
         raise FileAccessError(f"The folder {root} cannot be listed: {error.strerror}. Give another one.") from error
+
+
+def _class_folders(root: Path, left_out: LeftOut) -> list[str]:
+    entries = _entries(root, f"{root}/CLASS/IMAGE")
     for name, is_folder in entries:
         if reason := why_not(name, is_folder) or (None if is_folder else OUTSIDE):
             left_out.add(reason, name)
     names = [name for name, is_folder in entries if is_folder and why_not(name, is_folder) is None]
-    _refuse_parts(root, names)
+    _refuse_parts(root, names, all_alone=True)
     return names
 
 
-def _refuse_parts(root: Path, names: Sequence[str]) -> None:
+def _refuse_parts(root: Path, names: Sequence[str], all_alone: bool) -> None:
     """Refuse a root whose subfolders are train and val: a classifier of the two is not what anyone wants.
 
     "train" is also something to ride on, so the name alone says nothing where it is one class of several.
     """
     parts = [name for name in names if name.lower() in _TRAIN | _HELD_OUT]
     both = any(name.lower() in _TRAIN for name in parts) and any(name.lower() in _HELD_OUT for name in parts)
-    if parts and (len(parts) == len(names) or both):
+    if both or (all_alone and parts and len(parts) == len(names)):
         raise InvalidValueError(
             f"{root} has {', '.join(parts)}, which are parts of a data set and not classes. Give one of them, such as "
             f"{root / parts[0]}, or rename them if they are classes."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beitzoo.errors import InvalidOptionError, InvalidValueError
-from beitzoo.images.files import open_image, opened
+from beitzoo.images.files import Encoded, as_image, opened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +29,7 @@ _FLIPPED_ROWS = (3, 4, 7, 8)
 _FLIPPED_COLUMNS = (2, 3, 6, 7)
 
 
-def open_tensor(path: Path, in_chans: int = 3) -> Tensor:
+def open_tensor(source: Path | Encoded, in_chans: int = 3) -> Tensor:
     """Decode an image upright to uint8, (in_chans, height, width); a colour JPEG by simplejpeg, if it is installed.
 
     Raises:
@@ -37,13 +37,14 @@ def open_tensor(path: Path, in_chans: int = 3) -> Tensor:
     """
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    with opened(path) as image:
+    with opened(source) as image:
         if image.format == "JPEG" and image.mode == "RGB" and in_chans == 3 and find_spec("simplejpeg"):
             import simplejpeg
 
-            pixels = simplejpeg.decode_jpeg(path.read_bytes(), "RGB")
+            content = source.read() if isinstance(source, Encoded) else source.read_bytes()
+            pixels = simplejpeg.decode_jpeg(content, "RGB")
             return _upright(torch.from_numpy(pixels).permute(2, 0, 1), image.getexif().get(_ORIENTATION))
-    return pil_to_tensor(open_image(path, in_chans))
+    return pil_to_tensor(as_image(source, in_chans))
 
 
 def _upright(pixels: Tensor, orientation: int | None) -> Tensor:

@@ -3,10 +3,12 @@
 import logging
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps, features
 
@@ -34,6 +36,34 @@ class ImageError(UserError, ValueError):
     """A file that is not an image, or not one we open."""
 
 
+class Encoded(ABC):
+    """An image file that lies within another file, such as a table or a tar, and is read when it is opened.
+
+    It pickles to a few bytes, so it costs little to send to another process.
+
+    Attributes:
+        container: The file that it lies in.
+        place: Where in it: the number of a row, or the name of a member.
+    """
+
+    container: Path
+    place: int | str
+
+    @property
+    @abstractmethod
+    def size(self) -> int | None:
+        """How many bytes it has, without reading them; None if it is not there."""
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """Return the bytes of the image file.
+
+        Raises:
+            ImageError: There are none.
+            OSError: The container cannot be read.
+        """
+
+
 def open_image(path: str | Path, in_chans: int = 3) -> Image.Image:
     """Decode an image upright, as grey for one channel and RGB otherwise, as all commands do.
 
@@ -53,17 +83,21 @@ def open_image(path: str | Path, in_chans: int = 3) -> Image.Image:
             f"open_image takes a path, and this is {_what(path)}; convert decoded images to PIL with Image.fromarray."
         )
     path = Path(path if "\0" in str(path) or os.path.lexists(path) else os.path.expanduser(path))
-    with opened(path) as image:
+    return _decoded(path, str(path), in_chans)
+
+
+def _decoded(source: Path | Encoded, name: str, in_chans: int) -> Image.Image:
+    with opened(source) as image:
         image.load()
-        return _converted(_upright(image, str(path), in_place=True), in_chans)
+        return _converted(_upright(image, name, in_place=True), in_chans)
 
 
 def as_image(source: Any, in_chans: int = 3) -> Image.Image:
-    """Return what `open_image` does, of a path or of an image that is decoded already.
+    """Return what `open_image` does, of a path, of a file within a file, or of an image that is decoded already.
 
     Args:
-        source: A path, a PIL image, or unsigned bytes as an array (H, W) or (H, W, 1 or 3 or 4) or as a tensor
-            (1 or 3 or 4, H, W).
+        source: A path, a file in a table or a tar (`Encoded`), a PIL image, or unsigned bytes as an array (H, W) or
+            (H, W, 1 or 3 or 4) or as a tensor (1 or 3 or 4, H, W).
         in_chans: 1 for grey, else RGB.
 
     Raises:
@@ -72,6 +106,8 @@ def as_image(source: Any, in_chans: int = 3) -> Image.Image:
     """
     if isinstance(source, str | Path):
         return open_image(source, in_chans)
+    if isinstance(source, Encoded):
+        return _decoded(source, f"{source.container}:{source.place}", in_chans)
     if isinstance(source, Image.Image):
         try:
             source.load()  # Pillow may read the file behind it only now
@@ -105,25 +141,37 @@ def _converted(image: Image.Image, in_chans: int) -> Image.Image:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(source: Path | Encoded) -> Iterator[Image.Image]:
     """Open a file whose header is acceptable; no pixel is decoded yet. All that fails inside is an `ImageError`."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device could be waited for without end
-            raise ImageError("a folder, not an image" if path.is_dir() else "not a regular file")
-        if not status.st_size:
-            raise ImageError("the file is empty")
-        # By the file and not by its name: Pillow maps some named files into memory, which ends the process where they
-        # are cut short meanwhile, and scrambles the pixels of a turned TIFF (13.0).
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            _check_cost(image, path)
-            yield image
+        with _bytes_of(source) as file:
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    _check_cost(image, file)
+                    yield image
+            except Image.UnidentifiedImageError as error:
+                raise ImageError(_foreign(file)) from error
     except ImageError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(_foreign(path)) from error
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         raise ImageError(_reason(error)) from error
+
+
+def _bytes_of(source: Path | Encoded) -> BinaryIO:
+    """Open what is not empty."""
+    if isinstance(source, Encoded):
+        content = source.read()
+        if not content:
+            raise ImageError("it is empty")
+        return BytesIO(content)
+    status = source.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device could be waited for without end
+        raise ImageError("a folder, not an image" if source.is_dir() else "not a regular file")
+    if not status.st_size:
+        raise ImageError("the file is empty")
+    # By the file and not by its name: Pillow maps some named files into memory, which ends the process where they are
+    # cut short meanwhile, and scrambles the pixels of a turned TIFF (13.0).
+    return source.open("rb")
 
 
 def _reason(error: Exception) -> str:
@@ -138,10 +186,10 @@ def _reason(error: Exception) -> str:
             return f"damaged or unreadable: {error or type(error).__name__}"
 
 
-def _foreign(path: Path) -> str:
+def _foreign(file: BinaryIO) -> str:
     """Say what a file is that no decoder takes; phones write HEIC, which Pillow does not decode."""
-    with path.open("rb") as file:
-        start = file.read(12)
+    file.seek(0)
+    start = file.read(12)
     brand = start[8:] if start[4:8] == b"ftyp" else b""
     if brand in (b"avif", b"avis"):
         return "an AVIF image, which Pillow does not decode here; convert it to JPEG or PNG"
@@ -150,7 +198,7 @@ def _foreign(path: Path) -> str:
     return f"not an image that can be read ({', '.join(FORMATS)})"
 
 
-def _check_cost(image: Image.Image, path: Path) -> None:
+def _check_cost(image: Image.Image, file: BinaryIO) -> None:
     """Refuse by its header what would take too much memory or time to decode."""
     pixels = image.width * image.height
     progressive = "progressive" in image.info
@@ -161,16 +209,17 @@ def _check_cost(image: Image.Image, path: Path) -> None:
             f"too large: {image.width} x {image.height} are {pixels:,} pixels, and {most:,} of this kind are decoded "
             "at most; make it smaller"
         )
-    if progressive and _has_more_scans(path, _MAX_SCANNED_PIXELS // pixels):
+    if progressive and _has_more_scans(file, _MAX_SCANNED_PIXELS // pixels):
         raise ImageError("too slow: a progressive JPEG with a great many scans; save it again")
 
 
-def _has_more_scans(path: Path, most: int) -> bool:
+def _has_more_scans(file: BinaryIO, most: int) -> bool:
     """Tell whether a JPEG file has more scans than that, by their markers, which cannot be in the data of a scan."""
-    scans = 0
-    with path.open("rb") as file:
-        while scans <= most and (part := file.read(2**20)):
-            scans += part.count(b"\xff\xda")
+    scans, place = 0, file.tell()
+    file.seek(0)
+    while scans <= most and (part := file.read(2**20)):
+        scans += part.count(b"\xff\xda")
+    file.seek(place)
     return scans > most
 
 

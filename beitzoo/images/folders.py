@@ -43,6 +43,13 @@ class LeftOut:
         if len(examples) < _EXAMPLES:
             examples.append(name)
 
+    def take(self, other: "LeftOut") -> None:
+        """Count all that another counted."""
+        self.counts.update(other.counts)
+        for reason, examples in other.examples.items():
+            own = self.examples.setdefault(reason, [])
+            own += examples[: _EXAMPLES - len(own)]
+
     def describe(self) -> list[str]:
         """Say what was left out and why, in a line for each reason."""
         return [

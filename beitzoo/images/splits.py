@@ -2,13 +2,15 @@
 
 import csv
 import io
+import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from beitzoo.errors import FileAccessError, InvalidValueError, UnsupportedError
+from beitzoo.errors import FileAccessError, InvalidValueError, UnsupportedError, check
 from beitzoo.files import read_text, write_text
-from beitzoo.images.datasets import ImageSet
+from beitzoo.images.image_set import ImageSet
 
 # The name of the file, beside the checkpoints of a run.
 SPLIT_FILE = "split.csv"
@@ -30,31 +32,39 @@ class Split:
     test: list[int]
 
 
-def draw_split(images: ImageSet, val_fraction: float, test_fraction: float, seed: int) -> Split:
-    """Draw the held-out images, then the validation images from the rest, evenly from all classes.
+def draw_split(
+    images: ImageSet, val_fraction: float, test_fraction: float, seed: int, indices: Sequence[int] | None = None
+) -> Split:
+    """Draw the held-out images, then the validation images from the rest, evenly from all classes if there are any.
 
     Args:
         images: All images.
         val_fraction: Share of the images that are not held out.
         test_fraction: Share of all images.
         seed: The same images, fractions and seed give the same split.
+        indices: Draw from these images only.
 
     Raises:
         InvalidValueError: A class has too few images for these fractions.
     """
-    rest, test = _draw(range(len(images.labels)), images.labels, test_fraction, seed)
-    train, val = _draw(rest, images.labels, val_fraction, seed)
+    labels = images.labels
+    rest, test = _draw(range(len(images.images)) if indices is None else indices, labels, test_fraction, seed)
+    train, val = _draw(rest, labels, val_fraction, seed)
     return Split(train, val, test)
 
 
-def _draw(indices: Sequence[int], labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def _draw(
+    indices: Sequence[int], labels: Sequence[int] | None, fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    if not fraction:
+        return list(indices), []
     try:
         from sklearn.model_selection import train_test_split  # only drawing needs it, reading a split does not
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             "Drawing a split needs scikit-learn; install it with: pip install 'beitzoo[train]'"
         ) from error
-    classes = [labels[index] for index in indices]
+    classes = None if labels is None else [labels[index] for index in indices]
     count = round(len(indices) * fraction)
     try:
         kept, drawn = train_test_split(list(indices), test_size=count, stratify=classes, random_state=seed)
@@ -66,10 +76,35 @@ def _draw(indices: Sequence[int], labels: Sequence[int], fraction: float, seed: 
     return kept, drawn
 
 
+def choose_per_class(images: ImageSet, indices: Sequence[int], count: int, seed: int) -> list[int]:
+    """Choose the same number of images of each class; a larger number chooses those of a smaller one and more.
+
+    Raises:
+        InvalidValueError: A class has fewer, or there are no classes.
+    """
+    labels = images.labels
+    if labels is None:
+        raise InvalidValueError(f"{count} images of each class cannot be chosen from images without classes.")
+    shuffled = random.Random(seed).sample(list(indices), len(indices))
+    seen: Counter[int] = Counter()
+    chosen = set()
+    for index in shuffled:
+        if seen[labels[index]] < count:
+            seen[labels[index]] += 1
+            chosen.add(index)
+    fewest = min(range(len(images.names)), key=lambda label: seen[label])
+    check(
+        seen[fewest] == count,
+        f"There are not {count} images of each class to train on: {images.names[fewest]} has {seen[fewest]}.",
+    )
+    return [index for index in indices if index in chosen]
+
+
 def write_split(path: Path, images: ImageSet, split: Split) -> None:
     """Write which image is in which part, a row for each, in the order of the split.
 
-    An image is identified by `ImageSet.identity`: its path within the data set, and the size of its file.
+    An image is identified by `ImageSet.identity`: its place within the data set, and the size of its file. Images
+    without classes have an empty class.
     """
     text = io.StringIO()
     # All fields are quoted: a file name may hold any character, line ends too.
@@ -77,7 +112,8 @@ def write_split(path: Path, images: ImageSet, split: Split) -> None:
     writer.writerow(_COLUMNS)
     for part in fields(split):
         for index in getattr(split, part.name):
-            writer.writerow((*images.identity(index), images.names[images.labels[index]], part.name))
+            name = "" if images.labels is None else images.names[images.labels[index]]
+            writer.writerow((*images.identity(index), name, part.name))
     write_text(path, text.getvalue())
 
 

@@ -4,34 +4,30 @@ Order and augmentation are pure functions of the seed, the epoch and the image. 
 processes nor a restart changes them, and an update needs nothing but its number.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from beitzoo.images.datasets import ImageSet, digits, labelled_folder
-from beitzoo.images.files import ImageError, as_image
-from beitzoo.images.splits import Split, draw_split
+from beitzoo.errors import InvalidValueError
+from beitzoo.images.datasets import find_images
+from beitzoo.images.files import as_image
+from beitzoo.images.image_set import ImageSet, with_held_out
+from beitzoo.images.loading import Sample, Unreadable, load_each
+from beitzoo.images.loading import load_batches as load_batches  # what the tasks use of it
+from beitzoo.images.splits import Split, choose_per_class, draw_split
 from beitzoo.images.transforms import Transform, create_transform, prepare, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.training.generators import derive_seed, generators_kept, seed_generators
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import RecipeError
 from beitzoo.training.sections import AffineAugment, CropAugment, DataSection, TrainSection
-from beitzoo.training.signals import ignore_signals
 
-AnyBatch = TypeVar("AnyBatch")
-
-
-class Sample(NamedTuple):
-    """One look at an image; `epoch` is None where nothing is drawn."""
-
-    epoch: int | None
-    image: int
+_logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -39,23 +35,66 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    unreadable: list[tuple[str, str]]
+    unreadable: Unreadable
 
 
 def load_images(data: DataSection) -> ImageSet:
-    """Find the images of a recipe."""
+    """Find the images of a recipe; those of `test_path` become the part `test` of the set.
+
+    Raises:
+        RecipeError: The recipe does not say where they are, or has images both to train on and to hold out.
+    """
     if data.source == "digits":
-        return digits()
+        if data.path is not None or data.test_path is not None:
+            raise RecipeError("The digits are in no place; leave out data.path and data.test_path, or set data.source.")
+        return find_images(data.source)
     if data.path is None:
-        raise RecipeError("data.source is 'folder', but data.path is missing; name the folder of class folders.")
-    return labelled_folder(data.path)
+        raise RecipeError(f"data.source is {data.source!r}, but data.path is missing; say where the images are.")
+    images = find_images(data.source, data.path)
+    if data.test_path is None:
+        return images
+    try:
+        return with_held_out(images, find_images(data.source, data.test_path))
+    except InvalidValueError as error:
+        raise RecipeError(f"data.test_path does not fit data.path: {error}") from error
 
 
 def split_images(images: ImageSet, data: DataSection, test_fraction: float, val_fraction: float) -> Split:
-    """Draw the split of a recipe; the fractions hold where it gives none."""
-    test = test_fraction if data.test_fraction is None else data.test_fraction
-    val = val_fraction if data.val_fraction is None else data.val_fraction
-    return draw_split(images, val, test, data.split_seed)
+    """Make the split of a recipe: parts that the images come in are kept, and the others drawn.
+
+    Where there are own parts, only `train` is trained on, `test` is held out, and `validation` chooses; without a
+    `test`, `validation` is what is held out.
+
+    Args:
+        images: As `load_images` returns them.
+        data: Its fractions and its seed.
+        test_fraction: Where the recipe gives none.
+        val_fraction: Where the recipe gives none.
+
+    Raises:
+        RecipeError: It gives a fraction of a part that is there.
+        InvalidValueError: A class has too few images.
+    """
+    own = {name: list(part) for name, part in images.parts.items()}
+    train = own.pop("train", None)
+    test = own.pop("test", None) or own.pop("validation", None)
+    val = own.pop("validation", None)
+    for name, part, fraction in (("test", test, data.test_fraction), ("val", val, data.val_fraction)):
+        if part is not None and fraction:
+            raise RecipeError(
+                f"data.{name}_fraction is {fraction}, but the images come in parts of which one is for that already "
+                f"({', '.join(images.parts)}); leave it out, or give data.path the files of one part."
+            )
+    drawn = draw_split(
+        images,
+        0 if val is not None else val_fraction if data.val_fraction is None else data.val_fraction,
+        0 if test is not None else test_fraction if data.test_fraction is None else data.test_fraction,
+        data.split_seed,
+        train,
+    )
+    few = data.train_per_class
+    chosen = choose_per_class(images, drawn.train, few, data.split_seed) if few else drawn.train
+    return Split(chosen, drawn.val if val is None else val, drawn.test if test is None else test)
 
 
 @dataclass(frozen=True)
@@ -96,26 +135,24 @@ class Order:
         return [self.indices[place] for place in torch.randperm(len(self.indices), generator=generator).tolist()]
 
 
-class LoadedImages(Dataset[Batch]):
+class LoadedImages:
     """The images of a set, opened and transformed, a batch at a time."""
 
     def __init__(self, images: ImageSet, transform: Transform, shape: tuple[int, int, int], seed: int) -> None:
+        assert images.labels is not None
         self.images = images
+        self.labels = images.labels
         self.transform = transform
         self.shape = shape
         self.seed = seed
 
     def __getitems__(self, samples: list[Sample]) -> Batch:
-        images, labels, unreadable = [], [], []
         with generators_kept():
-            for sample in samples:
-                try:
-                    images.append(self._load(sample))
-                    labels.append(self.images.labels[sample.image])
-                except ImageError as error:
-                    unreadable.append((self.images.identity(sample.image)[0], str(error)))
+            loaded, unreadable = load_each(self.images, samples, self._load)
+        images = [image for _, image in loaded]
         stacked = torch.stack(images) if images else torch.empty(0, *self.shape)
-        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), unreadable)
+        labels = torch.tensor([self.labels[sample.image] for sample, _ in loaded], dtype=torch.int64)
+        return Batch(stacked, labels, unreadable)
 
     def _load(self, sample: Sample) -> Tensor:
         image = as_image(self.images.images[sample.image], self.shape[0])
@@ -124,30 +161,30 @@ class LoadedImages(Dataset[Batch]):
         return prepare(image, self.transform)
 
 
-class _Parts:
-    """What a loader asks for the samples of its batches, each time it is gone through."""
+class UnreadableImages:
+    """The images of a run that could not be read so far, with the reasons; each is named once.
 
-    def __init__(self, parts: Sequence[list[Sample]] | Iterator[list[Sample]]) -> None:
-        self._parts = parts
+    Args:
+        processes: Those that train together; each notes what it meets.
+    """
 
-    def __iter__(self) -> Iterator[list[Sample]]:
-        return iter(self._parts)
+    def __init__(self, processes: Processes) -> None:
+        self.found: dict[str, str] = {}
+        self._processes = processes
+        self._reported: set[str] = set()
 
+    def add(self, unreadable: Unreadable) -> None:
+        """Note those of a batch."""
+        self.found.update(unreadable)
 
-def load_batches(
-    dataset: Dataset[AnyBatch], parts: Sequence[list[Sample]] | Iterator[list[Sample]], workers: int
-) -> Iterable[AnyBatch]:
-    """Load one batch after the other, ahead of their use where there are workers."""
-    as_it_is: Any = _as_it_is  # PyTorch's annotation knows lists of samples only
-    return DataLoader(
-        dataset,
-        batch_sampler=_Parts(parts),
-        collate_fn=as_it_is,
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else starting to load would draw from the generator of stochastic depth
-    )
+    def report(self) -> None:
+        """Name those that are new, of all processes; all of them call this."""
+        for found in self._processes.gather(self.found):
+            self.found |= found
+        for path in sorted(self.found.keys() - self._reported):
+            if self._processes.is_main:
+                _logger.warning("Left out %s: %s.", path, self.found[path])
+        self._reported |= self.found.keys()
 
 
 def training_transform(model: Beit, augment: AffineAugment | CropAugment) -> Transform:
@@ -177,7 +214,3 @@ def training_transform(model: Beit, augment: AffineAugment | CropAugment) -> Tra
     evaluation: Any = create_transform(**config)
     resize, *crop_and_normalise = evaluation.transforms
     return v2.Compose([resize, affine, *crop_and_normalise])
-
-
-def _as_it_is(batch: AnyBatch) -> AnyBatch:
-    return batch

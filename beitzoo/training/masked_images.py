@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from beitzoo.images.augment import TwoViews
-from beitzoo.images.datasets import ImageSet
-from beitzoo.images.files import ImageError, as_image
+from beitzoo.images.files import as_image
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.loading import Sample, Unreadable, load_each
 from beitzoo.images.masks import Masking, draw_mask, sample_generator
-from beitzoo.training.data import Sample
 
 # Stands for the epoch where nothing may change from epoch to epoch: images to validate on.
 FIXED = -1
@@ -33,10 +32,10 @@ class MaskedBatch(NamedTuple):
     images: Tensor
     token_images: Tensor
     masks: Tensor
-    unreadable: list[tuple[str, str]]
+    unreadable: Unreadable
 
 
-class MaskedImages(Dataset[MaskedBatch]):
+class MaskedImages:
     """The images of a set in two views and masked, a batch at a time.
 
     One that cannot be read is left out of its batch; no other takes its place.
@@ -50,18 +49,15 @@ class MaskedImages(Dataset[MaskedBatch]):
         self._channels = len(views.mean)
 
     def __getitems__(self, samples: list[Sample]) -> MaskedBatch:
-        loaded, unreadable = [], []
-        for sample in samples:
-            try:
-                loaded.append(self._load(sample))
-            except ImageError as error:
-                unreadable.append((self.images.identity(sample.image)[0], str(error)))
+        loaded, unreadable = load_each(self.images, samples, self._load)
         if not loaded:
             channels, masking = self._channels, self.masking
             sizes = (channels, *self.views.patch_size), (channels, *self.views.token_size)
             images, token_images = (torch.empty(0, *size) for size in sizes)
             return MaskedBatch(images, token_images, torch.empty(0, *masking.grid, dtype=torch.bool), unreadable)
-        images, token_images, masks = (torch.stack(tensors) for tensors in zip(*loaded, strict=True))
+        images, token_images, masks = (
+            torch.stack(tensors) for tensors in zip(*(one for _, one in loaded), strict=True)
+        )
         return MaskedBatch(images, token_images, masks, unreadable)
 
     def _load(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,9 +39,3 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
-
-
-def ignore_signals(worker: int) -> None:
-    """Leave stopping to the training process: a signal to the whole group must not end those that load its images."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

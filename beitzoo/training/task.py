@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from beitzoo.images.datasets import ImageSet
+from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
 
 Metrics = dict[str, float]

@@ -11,7 +11,8 @@ from PIL import Image
 
 import beitzoo
 from beitzoo.images.datasets import labelled_folder
-from beitzoo.training.data import LoadedImages, Order, Sample, load_batches, load_images, training_transform
+from beitzoo.images.loading import Sample, load_batches
+from beitzoo.training.data import LoadedImages, Order, load_images, training_transform
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import RecipeError
 from beitzoo.training.sections import AffineAugment, CropAugment, DataSection, TrainSection

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from beitzoo.evaluation.metrics import Accuracy, AccuracySum
 from beitzoo.factory import create_model
-from beitzoo.images.datasets import ImageSet
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.loading import Sample, load_batches
 from beitzoo.images.splits import Split
 from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
@@ -21,8 +22,7 @@ from beitzoo.training.data import (
     Batch,
     LoadedImages,
     Order,
-    Sample,
-    load_batches,
+    UnreadableImages,
     load_images,
     split_images,
     training_transform,
@@ -34,7 +34,6 @@ from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
 from beitzoo.training.sections import Finetune
 from beitzoo.training.task import Metrics
-from beitzoo.training.unreadable import Unreadable
 from beitzoo.zoo.checkpoints import Classify, Head, Labels
 from beitzoo.zoo.labels import accepts
 
@@ -51,12 +50,19 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]
         RecipeError: Says what cannot be done, and what to do.
     """
     images = load_images(recipe.data)
+    if images.labels is None:
+        raise RecipeError("The images have no classes; a classifier needs images of at least two.")
     if len(images.names) < 2:
         raise RecipeError(f"There is one class only, {images.names[0]}; a classifier needs at least two class folders.")
     odd = [name for name in images.names if not _is_text(name)]
     if odd:
         raise RecipeError(f"The name of the class folder {odd[0]!r} is not UTF-8, so no file could hold it; rename it.")
     split = split_images(images, recipe.data, test_fraction=1 / 3, val_fraction=0.1)
+    if not split.val or not split.test:
+        raise RecipeError(
+            f"There are {len(split.val)} images to choose the best model by and {len(split.test)} held out to measure "
+            "it; raise data.val_fraction and data.test_fraction, or name held-out images with data.test_path."
+        )
     seed_generators(derive_seed(recipe.train.seed, "weights"))
     model = _make_model(recipe, images.names)
     task = FinetuneTask(recipe, images, split, model, processes)
@@ -98,7 +104,7 @@ class FinetuneTask:
         self._shape = (self.model.config.in_chans, *self.model.config.img_size)
         self._augment = training_transform(self.model, self.section.augment)
         self._prepare = create_transform(**resolve_data_config(self.model))
-        self.unreadable = Unreadable(self.processes)
+        self._unreadable = UnreadableImages(self.processes)
 
     def check(self, model: Beit) -> None:
         """Take one made-up image through augmentation and network, so that what cannot work fails before the run."""
@@ -138,7 +144,7 @@ class FinetuneTask:
         """Yield augmented images."""
         dataset = LoadedImages(self.images, self._augment, self._shape, self.recipe.train.seed)
         for batch in load_batches(dataset, self.order.parts(update), self.recipe.run.workers):
-            self.unreadable.add(batch.unreadable)
+            self._unreadable.add(batch.unreadable)
             yield batch
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
@@ -156,7 +162,7 @@ class FinetuneTask:
     def validate(self, model: nn.Module) -> Metrics:
         """Measure top-1, top-5 and loss on the validation images."""
         accuracy = self.measure(model, self.split.val)
-        self.unreadable.report()
+        self._unreadable.report()
         values = {name: getattr(accuracy, name.removeprefix("val_")) for name in self.metric_names}
         return {name: float(value) for name, value in values.items()}
 
@@ -188,7 +194,7 @@ class FinetuneTask:
         dataset = LoadedImages(self.images, self._prepare, self._shape, seed=0)
         sums = AccuracySum(len(self.images.names))
         for batch in load_batches(dataset, parts, self.recipe.run.workers):
-            self.unreadable.add(batch.unreadable)
+            self._unreadable.add(batch.unreadable)
             sums.add_failures(len(batch.unreadable))
             if len(batch.labels):
                 images, labels = self._on_device(batch)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from beitzoo.errors import InvalidValueError
 from beitzoo.factory import Tokenizer, create_model, create_tokenizer
 from beitzoo.images.augment import TwoViews
-from beitzoo.images.datasets import ImageSet
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.loading import Sample, load_batches
 from beitzoo.images.masks import Masking
 from beitzoo.images.splits import Split
 from beitzoo.models.mim import MaskedImageModel, mim_loss
 from beitzoo.saving import save_pretrained
-from beitzoo.training.data import Order, Sample, load_batches, load_images, split_images
+from beitzoo.training.data import Order, UnreadableImages, load_images, split_images
 from beitzoo.training.generators import derive_seed, seed_generators
 from beitzoo.training.masked_images import MaskedBatch, MaskedImages
 from beitzoo.training.optim import groups_without_layers, spread_bias_tables
@@ -29,7 +30,6 @@ from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
 from beitzoo.training.sections import Pretrain
 from beitzoo.training.task import Metrics
-from beitzoo.training.unreadable import Unreadable
 from beitzoo.zoo.checkpoints import DataConfig, Mim
 from beitzoo.zoo.networks import BeitConfig, MimConfig
 
@@ -95,7 +95,7 @@ class PretrainTask:
         )
         self.order = Order(self.split.train, self.recipe.train, self.processes)
         self.updates_per_epoch = self.order.updates_per_epoch
-        self.unreadable = Unreadable(self.processes)
+        self._unreadable = UnreadableImages(self.processes)
         self.tokenizer.to(self.processes.device).eval().requires_grad_(False)
         self._samples = MaskedImages(self.images, self._views(), self._masking(), self.recipe.train.seed)
 
@@ -129,7 +129,7 @@ class PretrainTask:
     def batches(self, update: int) -> Iterator[MaskedBatch]:
         """Yield images in two views with masks."""
         for batch in load_batches(self._samples, self.order.parts(update), self.recipe.run.workers):
-            self.unreadable.add(batch.unreadable)
+            self._unreadable.add(batch.unreadable)
             yield batch
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> tuple[Tensor, int, dict[str, Tensor]]:
@@ -153,7 +153,7 @@ class PretrainTask:
 
     def validate(self, model: nn.Module) -> Metrics:
         """Measure the loss and the accuracy on the validation images, whose views and masks never change."""
-        self.unreadable.report()
+        self._unreadable.report()
         return self.measure(model, self.split.val, "val_") if self.split.val else {}
 
     def better(self, metrics: Metrics, best: Metrics) -> bool:
@@ -183,7 +183,7 @@ class PretrainTask:
         names = ("loss", *self.log_names)
         totals = torch.zeros(1 + len(names), dtype=torch.float64)
         for batch in load_batches(self._samples, parts, self.recipe.run.workers):
-            self.unreadable.add(batch.unreadable)
+            self._unreadable.add(batch.unreadable)
             loss, count, logs = self.loss(model, batch)
             means = torch.stack([loss, *(logs[name] for name in self.log_names)]).double().cpu()
             totals += count * torch.cat([torch.ones(1, dtype=torch.float64), means])

@@ -1,0 +1,143 @@
+"""The record of a data set of images, whatever it was made of."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from beitzoo.errors import InvalidValueError
+from beitzoo.images.files import Encoded
+from beitzoo.images.folders import LeftOut
+
+# What stands before the names of images that are held out in a place of their own.
+_HELD_OUT = "held out:"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """All images of a data set with their classes, before they are split and transformed.
+
+    Attributes:
+        images: The images themselves, the files they are in, or files within files; the same type throughout.
+        labels: Class of each; None where the images have no classes.
+        names: Names of the classes; none where there are no labels.
+        root: The folder that all files are in; None where the images are not files.
+        left_out: What else was found there, and why it was not taken.
+        parts: Where the data set comes in parts of its own, the indices of each: `train`, and `validation`, `test` or
+            both. Only `train` is for training. Images in no part are not used.
+        test_root: The folder of the part `test`, where it is another than `root`.
+    """
+
+    images: Sequence[Image.Image | Path | Encoded]
+    labels: Sequence[int] | None
+    names: tuple[str, ...]
+    root: Path | None = None
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    parts: Mapping[str, range] = field(default_factory=dict)
+    test_root: Path | None = None
+
+    @property
+    def held_out(self) -> Sequence[int]:
+        """Indices of the images that a network may be measured on: all, or those in parts that are not for training."""
+        held_out = [part for name, part in self.parts.items() if name != "train"]
+        return [index for part in held_out for index in part] if self.parts else range(len(self.images))
+
+    def describe(self) -> list[str]:
+        """Say what was found and what was left out, in a few lines."""
+        where = "" if self.root is None else f" in {self.root}"
+        parts = ", ".join(f"{len(part):,} {name}" for name, part in self.parts.items())
+        return [
+            f"{len(self.images):,} images {self._classes(where)}",
+            *([f"Parts of its own: {parts}; only train is for training."] if parts else []),
+            *self.left_out.describe(),
+        ]
+
+    def _classes(self, where: str) -> str:
+        if self.labels is None:
+            return f"without classes{where}"
+        sizes = Counter(self.labels)
+        fewest, most = (min(sizes, key=lambda c: (sizes[c], c)), max(sizes.values())) if sizes else (0, 0)
+        even = f"{most:,} of each" if sizes[fewest] == most else f"{sizes[fewest]:,} ({self.names[fewest]}) to {most:,}"
+        return f"of {len(self.names):,} classes{where}: {even}"
+
+    def identity(self, index: int) -> tuple[str, str]:
+        """Say which image it is wherever the data set lies, and how many bytes its file has.
+
+        An image file is named by its path below the root, one in a table by `TABLE:ROW`, one in a tar by `TAR:MEMBER`,
+        and a digit by `digits:INDEX`.
+        """
+        image = self.images[index]
+        if isinstance(image, Image.Image):
+            return f"digits:{index}", ""
+        is_held_out = self.test_root is not None and index in self.parts["test"]
+        root = self.test_root if is_held_out else self.root
+        file, place = (image.container, f":{image.place}") if isinstance(image, Encoded) else (image, "")
+        name = (file if root is None else file.relative_to(root)).as_posix()
+        return f"{_HELD_OUT * is_held_out}{name}{place}", _size(image)
+
+
+def _size(image: Path | Encoded) -> str:
+    try:
+        size = image.size if isinstance(image, Encoded) else image.stat().st_size
+    except OSError:  # it is found to be unreadable when it is opened
+        size = None
+    return "" if size is None else str(size)
+
+
+def with_held_out(images: ImageSet, held_out: ImageSet) -> ImageSet:
+    """Return a set of both, of which the second is the part `test`; a part of that name in the first is not used.
+
+    Raises:
+        InvalidValueError: One has classes and the other not, or others; or an image is in both.
+    """
+    if "train" in held_out.parts:
+        raise InvalidValueError(f"{held_out.root} has a part to train on as well; give the files that are held out.")
+    if (images.labels is None) != (held_out.labels is None):
+        raise InvalidValueError(f"Only one of {images.root} and {held_out.root} has classes; give two of a kind.")
+    foreign = [name for name in held_out.names if name not in images.names]
+    if foreign:
+        raise InvalidValueError(
+            f"{foreign[0]} is a class of {held_out.root}, but none of {images.root}; both must have the same classes."
+        )
+    twice = _places(images) & _places(held_out)
+    if twice:
+        raise InvalidValueError(f"{min(twice)} would be both trained on and held out; give other files.")
+    count = len(images.images)
+    parts = {**(images.parts or {"train": range(count)}), "test": range(count, count + len(held_out.images))}
+    labels = None
+    if images.labels is not None and held_out.labels is not None:
+        number = [images.names.index(name) for name in held_out.names]
+        labels = [*images.labels, *(number[label] for label in held_out.labels)]
+    left_out = LeftOut()
+    for found in (images.left_out, held_out.left_out):
+        left_out.take(found)
+    both = Joined(images.images, held_out.images)
+    return ImageSet(both, labels, images.names, images.root, left_out, parts, held_out.root)
+
+
+class Joined(Sequence[Any]):
+    """Two sequences, one behind the other."""
+
+    def __init__(self, first: Sequence[Any], second: Sequence[Any]) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
+
+
+def _places(images: ImageSet) -> set[Path]:
+    """Return the files that the images are in."""
+    return {
+        image.container if isinstance(image, Encoded) else image
+        for image in images.images
+        if not isinstance(image, Image.Image)
+    }

@@ -1,0 +1,379 @@
+"""Parquet files of images, in the form that data sets have on the Hugging Face hub: columns `image` and `label`."""
+
+import hashlib
+import json
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock
+
+from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, UnsupportedError
+from beitzoo.files import read_text, write_atomically
+from beitzoo.images.files import Encoded, ImageError
+from beitzoo.images.folders import LeftOut
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.shards import Shards, find_shards
+
+_logger = logging.getLogger(__name__)
+
+WITHOUT_CLASS = "rows without one of the classes"
+CLASSES_FILE = "classes.txt"
+
+# Columns that are looked for before those that the hub's notes in a file call images and classes.
+_IMAGE_NAMES = ("image", "img")
+_LABEL_NAME = "label"
+# Bytes of a data set that are kept in memory at most; each process may have to keep its own.
+_MOST_IN_MEMORY = 2**30
+_ROWS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What the schema of a Parquet file says.
+
+    Attributes:
+        image: Column of the images.
+        in_struct: Whether that holds their bytes in a field `bytes`.
+        label: Column of the classes, if there is one.
+        names: Of the classes, as the hub notes them.
+    """
+
+    image: str
+    in_struct: bool
+    label: str | None
+    names: tuple[str, ...] | None
+
+
+class Table:
+    """The image files in one Parquet file, by row.
+
+    Parquet is compressed in groups of rows, and a row cannot be read without its group. So the images are kept in
+    memory, or copied once to an Arrow file that is mapped into memory. Processes that are forked share either; to
+    others only the names of the files are sent.
+
+    Attributes:
+        path: The Parquet file.
+        copy: The Arrow file; None keeps the images in memory.
+    """
+
+    def __init__(self, path: Path, form: _Form, copy: Path | None) -> None:
+        self.path, self.copy = path, copy
+        self._form = form
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "copy": self.copy, "_form": self._form}
+
+    def open(self) -> "Table":
+        """Read or copy the images now, so that processes forked later share them."""
+        _ = self._starts
+        return self
+
+    def read(self, row: int) -> bytes | None:
+        """Return an image file; None if the table has none in that row."""
+        chunk, place = self._place(row)
+        return chunk[place].as_py()
+
+    def size(self, row: int) -> int | None:
+        """Return how many bytes it has, without reading them."""
+        chunk, place = self._place(row)
+        value = chunk[place].as_buffer()
+        return None if value is None else value.size
+
+    def _place(self, row: int) -> tuple[Any, int]:
+        chunk = bisect_right(self._starts, row) - 1
+        return self._chunks[chunk], row - self._starts[chunk]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *np.cumsum([len(chunk) for chunk in self._chunks]).tolist()]
+
+    @cached_property
+    def _chunks(self) -> list[Any]:
+        import pyarrow as pa
+
+        if self.copy is None:
+            return list(_image_bytes(self.path, self._form))
+        if not self.copy.is_file():
+            _copy(self.copy, self._write)
+        return pa.ipc.open_file(pa.memory_map(str(self.copy))).read_all().column(0).chunks
+
+    def _write(self, file: Path) -> None:
+        import pyarrow as pa
+
+        schema = pa.schema([("bytes", pa.large_binary())])
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for part in _image_bytes(self.path, self._form):
+                writer.write_batch(pa.record_batch([part], schema=schema))
+
+
+def _copy(copy: Path, write: Callable[[Path], None]) -> None:
+    """Write a copy, by the first of the processes that want it, and remove those of what the table was before."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(copy.with_suffix(".lock")):
+        if not copy.is_file():
+            write_atomically(copy, write)
+    name, _, _ = copy.stem.rpartition("-")
+    for older in copy.parent.glob(f"{name}-*"):
+        if older != copy:
+            older.unlink(missing_ok=True)
+
+
+def _image_bytes(path: Path, form: _Form) -> Iterator[Any]:
+    """Yield the image files of a table, as arrays of bytes of some hundred rows."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    column = f"{form.image}.bytes" if form.in_struct else form.image
+    with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+        for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[column], use_threads=False):
+            values = batch.column(0)
+            yield (pc.struct_field(values, "bytes") if form.in_struct else values).cast(pa.large_binary())
+
+
+@dataclass(frozen=True)
+class TableRow(Encoded):
+    """An image file in a row of a table."""
+
+    container: Path
+    place: int
+    table: Table
+
+    @property
+    def size(self) -> int | None:
+        """How many bytes it has, without reading them; None if it is not there."""
+        return self.table.size(self.place)
+
+    def read(self) -> bytes:
+        """Return the bytes of the image file."""
+        content = self.table.read(self.place)
+        if content is None:
+            raise ImageError("the table has no bytes in this row")
+        return content
+
+
+class TableRows(Sequence[TableRow]):
+    """Chosen rows of several tables."""
+
+    def __init__(self, tables: Sequence[Table], rows: Sequence["np.ndarray[Any, np.dtype[np.int64]]"]) -> None:
+        self.tables, self.rows = list(tables), list(rows)
+        self._ends = np.cumsum([len(those) for those in rows]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        table = bisect_right(self._ends, index)
+        start = self._ends[table] - len(self.rows[table])
+        row = int(self.rows[table][index - start])
+        return TableRow(self.tables[table].path, row, self.tables[table])
+
+
+def find_tables(path: Path) -> ImageSet:
+    """Return the images of Parquet files, and their classes if they have any.
+
+    A column `image` holds the bytes of image files, alone or in a field `bytes` beside a `path`; another name is taken
+    if it is `img` or the hub's notes in the file call it images. Classes are numbers or words in a column `label`, or
+    in the one that the hub's notes call classes. Numbers are named by these notes, or by the lines of a `classes.txt`
+    beside the files, or else by themselves. Rows without a class (none, or a negative number as in the hub's test
+    sets) are left out, unless no row has one.
+
+    Up to 1 GiB of images are kept in memory. More are copied once, uncompressed, to the folder `beitzoo/tables` beside
+    the hub's cache, and anew when a file has another size or time of change.
+
+    Raises:
+        MissingFileError: There are no such files.
+        InvalidValueError: A file has no images, or other classes than the others, or is no Parquet file.
+    """
+    if find_spec("pyarrow") is None:
+        raise UnsupportedError("Parquet files need pyarrow, which is not installed: pip install 'beitzoo[train]'")
+    shards = find_shards(path, (".parquet",), "Parquet files")
+    forms = {file: _form(file) for file in shards.files}
+    numbers, names = _classes(shards, forms)
+    copied = sum(_image_size(file, form) for file, form in forms.items()) > _MOST_IN_MEMORY
+    tables = [Table(file, form, _copy_of(file, form) if copied else None) for file, form in forms.items()]
+    missing = sum(1 for table in tables if table.copy is not None and not table.copy.is_file())
+    if missing:
+        _logger.warning(
+            "Copying the images of %d tables once to %s, where they can be read one by one.", missing, _copies()
+        )
+    rows, left_out, parts = _chosen_rows(shards, numbers, names)
+    if not sum(map(len, rows)):
+        raise MissingFileError(f"The tables at {path} have no rows. Give others.")
+    labels = None if names is None else np.concatenate([n[r] for n, r in zip(numbers, rows, strict=True)]).tolist()
+    images = TableRows([_opened(table) for table in tables], rows)
+    return ImageSet(images, labels, names or (), shards.root, left_out, parts)
+
+
+def _opened(table: Table) -> Table:
+    import pyarrow as pa
+
+    try:
+        return table.open()
+    except pa.ArrowException as error:
+        raise _damaged(table.path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InvalidValueError:
+    return InvalidValueError(f"{path} cannot be read as Parquet: {str(error).rstrip('.')}. Get it again, or remove it.")
+
+
+def _form(path: Path) -> _Form:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowException as error:
+        raise _damaged(path, error) from error
+    except OSError as error:
+        raise FileAccessError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
+    features = _hub_features(schema.metadata or {})
+    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    called_images = (name for name, kind in kinds.items() if kind == "Image")
+    image = next((name for name in (*_IMAGE_NAMES, *called_images) if _holds_bytes(schema, name)), None)
+    if image is None:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise InvalidValueError(
+            f"{path} has no column of images, but {columns or 'no column at all'}. Expected a column 'image' of bytes, "
+            "or of {bytes, path} as on the hub; rename it, or give other tables."
+        )
+    classes = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
+    label = _LABEL_NAME if _LABEL_NAME in schema.names else classes[0] if len(classes) == 1 else None
+    names = features[label].get("names") if label in classes else None
+    return _Form(image, pa.types.is_struct(schema.field(image).type), label, None if names is None else tuple(names))
+
+
+def _hub_features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
+    """Return what the hub's library notes about columns; nothing if there are no notes, or odd ones."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _holds_bytes(schema: Any, name: str) -> bool:
+    import pyarrow as pa
+
+    if name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        if place < 0:
+            return False
+        kind = kind.field(place).type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _image_size(path: Path, form: _Form) -> int:
+    import pyarrow.parquet as pq
+
+    groups = pq.read_metadata(path)
+    columns = (groups.row_group(i).column(j) for i in range(groups.num_row_groups) for j in range(groups.num_columns))
+    name = f"{form.image}.bytes" if form.in_struct else form.image
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+
+
+def _copies() -> Path:
+    return Path(constants.HF_HOME) / "beitzoo" / "tables"
+
+
+def _copy_of(path: Path, form: _Form) -> Path:
+    """Return where the copy of a table lies: named by the file, and by its size and time of change."""
+    status = path.stat()
+    parts = [f"{path.absolute()}\0{form.image}", f"{status.st_size} {status.st_mtime_ns}"]
+    hashes = [hashlib.sha256(part.encode("utf-8", "surrogateescape")).hexdigest()[:16] for part in parts]
+    return _copies() / f"{'-'.join(hashes)}.arrow"
+
+
+_Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _classes(shards: Shards, forms: dict[Path, _Form]) -> tuple[list[_Numbers], tuple[str, ...] | None]:
+    """Return the class of each row of each file, -1 for none, and the names; None if there are no classes."""
+    columns = [_label_column(file, form) for file, form in forms.items()]
+    named = {form.names for form in forms.values() if form.names is not None}
+    if len(named) > 1:
+        raise InvalidValueError(f"The tables at {shards.root} have different classes; give those of one data set.")
+    if any(column.dtype.kind in "OU" for column in columns):
+        return _numbered(columns)
+    most = max((int(column.max()) for column in columns if len(column)), default=-1)
+    if most < 0:
+        return columns, None
+    names = next(iter(named), None) or _names_of_file(shards) or tuple(map(str, range(most + 1)))
+    return columns, names
+
+
+def _label_column(path: Path, form: _Form) -> Any:
+    """Read the classes of a table: numbers, -1 for none; or words, None for none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if form.label is None:
+        return np.full(pq.read_metadata(path).num_rows, -1)
+    try:
+        column = pq.read_table(path, columns=[form.label]).column(0)
+    except pa.ArrowException as error:
+        raise _damaged(path, error) from error
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return np.array(column.to_pylist(), dtype=object)
+    if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
+        return column.cast(pa.int64()).fill_null(-1).to_numpy()
+    raise InvalidValueError(
+        f"The column {form.label} of {path} holds {column.type}, not one class per image. Expected whole numbers or "
+        "words; rename it to use the images without classes."
+    )
+
+
+def _numbered(columns: list[Any]) -> tuple[list[_Numbers], tuple[str, ...]]:
+    """Number classes that are words in order of the words."""
+    words = [[None if word is None else str(word) for word in column] for column in columns]
+    names = tuple(sorted({word for those in words for word in those if word is not None}))
+    number = {name: place for place, name in enumerate(names)}
+    return [np.array([-1 if w is None else number[w] for w in those], dtype=np.int64) for those in words], names
+
+
+def _names_of_file(shards: Shards) -> tuple[str, ...] | None:
+    """Read the names of the classes from the file beside the tables, a line each."""
+    for folder in dict.fromkeys([shards.root, *(file.parent for file in shards.files)]):
+        if (file := folder / CLASSES_FILE).is_file():
+            return tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
+    return None
+
+
+def _chosen_rows(
+    shards: Shards, numbers: list[_Numbers], names: tuple[str, ...] | None
+) -> tuple[list[_Numbers], LeftOut, dict[str, range]]:
+    """Choose the rows that have a class, or all rows if none has one; say which were not, and where each part is."""
+    left_out = LeftOut()
+    rows = []
+    parts: dict[str, range] = {}
+    rest = iter(numbers)
+    start = end = 0
+    for part, files in shards.parts.items():
+        for file in files:
+            of_file = next(rest)
+            keep = np.ones(len(of_file), bool) if names is None else (of_file >= 0) & (of_file < len(names))
+            rows.append(np.flatnonzero(keep))
+            for row in np.flatnonzero(~keep):
+                left_out.add(WITHOUT_CLASS, f"{file.relative_to(shards.root).as_posix()}:{row}")
+            end += len(rows[-1])
+        if end > start:
+            parts[part] = range(start, end)
+        start = end
+    return rows, left_out, parts if len(parts) > 1 else {}
