@@ -19,6 +19,7 @@ from typing import Any
 import sklearn.model_selection  # noqa: F401  (here and not in each attempt)
 import timm.data  # noqa: F401
 import torch
+import torch.utils.tensorboard
 
 from beitzoo.training.folder import METRICS
 from beitzoo.training.recipe import read_resolved

@@ -13,19 +13,22 @@ from tqdm import tqdm
 
 from beitzoo.files import read_text, write_text
 from beitzoo.progress import LINE_EVERY
+from beitzoo.training.board import Board, Value
 
-_ALWAYS = ("line", "epoch", "update", "loss", "lr", "images_per_sec", "seconds")
-
-Value = str | int | float
+_OF_UPDATES = ("lr", "weight_decay", "grad_norm", "images_per_sec", "wait_share", "seconds")
+_ALWAYS = ("line", "epoch", "update", "loss", *_OF_UPDATES)
 
 
 class Log:
     """A CSV with a line for every few updates and one for each epoch; `line` says which it is.
 
-    `loss` is the mean over the updates of the line. Lines of updates that will be done again are taken out first.
+    `loss` is the mean over all items of the line's updates, `grad_norm` that over the updates (before clipping),
+    `wait_share` the share of the main process's time that waited for batches, and `seconds` the time since the run
+    began. Lines of updates that will be done again are taken out first.
     """
 
-    def __init__(self, path: Path, names: tuple[str, ...], update: int) -> None:
+    def __init__(self, path: Path, names: tuple[str, ...], update: int, board: Board | None = None) -> None:
+        self._board = board
         self.columns = [*_ALWAYS, *names]
         kept = _lines_until(path, update) if path.is_file() else []
         write_text(path, "\n".join([",".join(self.columns), *kept]) + "\n")
@@ -36,14 +39,20 @@ class Log:
         """Append a line; it can be read at once."""
         self._writer.writerow(values)
         self._file.flush()
+        if self._board is not None:
+            self._board.write(values)
 
     def sync(self) -> None:
         """Wait until what was written is on disk."""
         os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.sync()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._file.close()
+        if self._board is not None:
+            self._board.close()
 
 
 class Display:
@@ -69,6 +78,7 @@ class Display:
         """Show a line of the log."""
         facts = {"loss": f"{values['loss']:.3f}", "lr": f"{values['lr']:.2g}"}
         facts["images/s"] = f"{values['images_per_sec']:,.0f}"
+        facts["waited"] = f"{values['wait_share']:.0%}"
         if self._terminal:
             self._bar.set_postfix(facts)
         elif self._shown and time.monotonic() - self._last >= LINE_EVERY:

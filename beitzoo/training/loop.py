@@ -1,7 +1,6 @@
 """The one training loop: updates, their log, a validation after each epoch, and the state that is saved."""
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from beitzoo.errors import UserError
+from beitzoo.training.board import Board
 from beitzoo.training.folder import BEST, LAST
 from beitzoo.training.generators import generators_kept
 from beitzoo.training.log import Display, Log, Value
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import RunSection, TrainSection
 from beitzoo.training.signals import Interrupted, StopSignals
-from beitzoo.training.state import Means, TrainState, save_state
+from beitzoo.training.state import TrainState, save_state
+from beitzoo.training.tally import Means, Watch
 from beitzoo.training.task import EndsEpochs, Metrics, Task
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +34,7 @@ class Run:
     """Where and how a task is trained.
 
     Attributes:
-        directory: Receives `log.csv`, `best/`, `last/` and the saved state.
+        directory: Receives `log.csv`, `tensorboard/`, `best/`, `last/` and the saved state.
         train: What decides the result.
         settings: What does not.
         processes: Those that train together.
@@ -58,7 +59,8 @@ def fit(task: Task, state: TrainState, run: Run) -> None:
     """
     names = (*task.log_names, *task.metric_names, *(task.epoch_names if isinstance(task, EndsEpochs) else ()))
     shown = run.processes.is_main
-    log = Log(run.directory / "log.csv", names, state.update) if shown else None
+    board = Board(run.directory, state.update) if shown and run.settings.tensorboard else None
+    log = Log(run.directory / "log.csv", names, state.update, board) if shown else None
     updates = run.train.epochs * task.updates_per_epoch
     try:
         with Display(updates, state.update, shown) as display, StopSignals() as stop:
@@ -73,9 +75,10 @@ class _Fit:
     """The work of `fit`.
 
     Attributes:
-        pending: Of the updates since the last line: items, sum of the losses, and sums of what the task logs. They
-            are read together, since each read would wait for the device.
-        items: Counted by this process since the last line.
+        pending: Of the updates since the last line: items, images, sums over the items of the loss and of what the
+            task logs, and norm of the gradient. They are read together, since each read would wait for the device.
+        images: Seen by all processes since the last line.
+        watch: Where the time goes.
     """
 
     task: Task
@@ -85,8 +88,8 @@ class _Fit:
     display: Display
     stop: StopSignals
     pending: list[Tensor] = field(default_factory=list)
-    items: float = 0.0
-    clock: float = field(default_factory=time.perf_counter)
+    images: float = 0.0
+    watch: Watch = field(default_factory=Watch)
 
     def to(self, updates: int) -> None:
         """Do the updates that are left."""
@@ -99,11 +102,12 @@ class _Fit:
             ends_line = state.update % settings.log_updates == 0
             if ends_epoch or ends_line:
                 self._end_line()
-            if ends_epoch:
-                self._end_epoch()
-            number = self._stop_number(agreed=ends_epoch or ends_line)
-            if number or state.update == updates or self._save_is_due(ends_epoch):
-                self._save()
+            with self.watch.paused():
+                if ends_epoch:
+                    self._end_epoch()
+                number = self._stop_number(agreed=ends_epoch or ends_line)
+                if number or state.update == updates or self._save_is_due(ends_epoch):
+                    self._save()
             if number and state.update < updates:
                 raise Interrupted(f"Stopped after {state.update} of {updates} updates; the state is saved.", number)
 
@@ -119,42 +123,43 @@ class _Fit:
         state.schedule.set(state.optimizer, state.update)
         # The mean over all items is known only when all parts are done; until then each part counts for this many.
         share = train.batch_size / (processes.count * train.accumulation)
-        sums = [self._add_gradients(model, next(batches), share, left) for left in reversed(range(train.accumulation))]
+        sums = [self._add_gradients(model, batches, share, left) for left in reversed(range(train.accumulation))]
         total = processes.sum(torch.stack(sums).sum(0))
         state.scaler.unscale_(state.optimizer)
         correction = share * processes.count / total[0].clamp(min=1)
         gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
         for gradient in gradients:
             gradient.mul_(correction)
+        norm = torch.nn.utils.get_total_norm(gradients)
         if train.clip_grad:
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.clip_grad)
+            torch.nn.utils.clip_grads_with_norm_(state.model.parameters(), train.clip_grad, norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
         if state.ema is not None:
             state.ema.update(state.model)
         state.update += 1
-        self.pending.append(total)
+        self.pending.append(torch.cat([total, norm.reshape(1)]))
         self.display.advance()
 
-    def _add_gradients(self, model: nn.Module, batch: Any, share: float, left: int) -> Tensor:
-        """Add the gradients of one batch, of which `left` more will come; return its items and sums over them."""
+    def _add_gradients(self, model: nn.Module, batches: Iterator[Any], share: float, left: int) -> Tensor:
+        """Add the gradients of one batch, of which `left` more will come; return its items, images and sums."""
         processes, precision = self.run.processes, self.run.train.precision
+        with self.watch.waiting():
+            batch = next(batches)
         with processes.without_average(model) if left else nullcontext():
             with torch.autocast(processes.device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
                 loss, count, logs = self.task.loss(model, batch)
             self.state.scaler.scale(loss * (count / share)).backward()
         means = [loss.detach().float(), *(logs[name].detach().float() for name in self.task.log_names)]
-        return torch.stack([torch.ones_like(means[0]), *means]) * count
+        one = torch.ones_like(means[0])
+        return torch.stack([one * count, one * self.task.count_images(batch), *(mean * count for mean in means)])
 
     def _end_line(self) -> None:
         """Write the means since the last line."""
         self._read_pending()
-        elapsed = time.perf_counter() - self.clock
-        self._restart_clock()
-        values = self._line("updates", self.state.line)
-        values["images_per_sec"] = round(self.items / max(elapsed, 1e-9), 2)
-        self.items = 0.0
+        values = {**self._line("updates", self.state.line), **self.watch.end_line(self.images)}
+        self.images = 0.0
         self.state.line = Means()
         if self.log is not None:
             self.log.write(values)
@@ -173,7 +178,6 @@ class _Fit:
             self._write_epoch(metrics, better)
         state.epoch = Means()
         state.model.train()
-        self._restart_clock()
 
     def _write_epoch(self, metrics: Metrics, better: bool) -> None:
         """Write the line of an epoch, and the model as the last and perhaps the best; without metrics they are one."""
@@ -183,7 +187,6 @@ class _Fit:
             with generators_kept(self.run.processes.device):
                 epoch = state.update // task.updates_per_epoch
                 metrics = {**metrics, **task.end_epoch(state.evaluated, epoch, directory)}
-        self._restart_clock()
         values = {**self._line("epoch", state.epoch), **metrics}
         self.log.write(values)
         self.display.show_epoch(values, metrics)
@@ -193,15 +196,15 @@ class _Fit:
 
     def _line(self, kind: str, means: Means) -> dict[str, Value]:
         state = self.state
-        epoch = -(-state.update // self.task.updates_per_epoch)
-        values = dict(zip(("loss", *self.task.log_names), means.values(), strict=True))
+        state.seconds += self.watch.count()
         return {
             "line": kind,
-            "epoch": epoch,
+            "epoch": -(-state.update // self.task.updates_per_epoch),
             "update": state.update,
             "lr": state.schedule.lr(state.update - 1),
+            "weight_decay": state.schedule.weight_decay(state.update - 1),
             "seconds": round(state.seconds, 3),
-            **values,
+            **means.values(("loss", *self.task.log_names)),
         }
 
     def _read_pending(self) -> None:
@@ -209,19 +212,19 @@ class _Fit:
         if not self.pending:
             return
         first = self.state.update - len(self.pending) + 1
-        for update, (items, *totals) in enumerate(torch.stack(self.pending).tolist(), first):
+        for update, (items, images, *totals, norm) in enumerate(torch.stack(self.pending).tolist(), first):
             if not math.isfinite(totals[0]):
                 raise self._non_finite(f"The loss is {totals[0] / max(items, 1)}: it", update)
-            self.items += items
-            self.state.line.add(items, totals)
-            self.state.epoch.add(items, totals)
+            self.images += images
+            self.state.line.add(items, totals, norm)
+            self.state.epoch.add(items, totals, norm)
         self.pending.clear()
 
     def _save(self) -> None:
         self._read_pending()
         if not _is_finite(self.state.model):
             raise self._non_finite("A weight", self.state.update)
-        self._restart_clock()
+        self.state.seconds += self.watch.count()
         if self.log is not None:
             self.log.sync()
         save_state(self.state, self.run.directory, self.run.processes)
@@ -237,11 +240,6 @@ class _Fit:
         if self.run.processes.count == 1:
             return self.stop.number
         return self.run.processes.largest(self.stop.number) if agreed else 0
-
-    def _restart_clock(self) -> None:
-        now = time.perf_counter()
-        self.state.seconds += now - self.clock
-        self.clock = now
 
     def _non_finite(self, what: str, update: int) -> NonFiniteError:
         rate = self.state.schedule.lr(update - 1)

@@ -172,12 +172,14 @@ class RunSection(Section):
         log_updates: Updates between two lines of the log.
         save_epochs: Epochs between two saved states, from which an interrupted run goes on.
         save_updates: Updates between two saved states, besides those at the end of epochs; 0 for none.
+        tensorboard: Write the log for TensorBoard too.
     """
 
     workers: Annotated[int, Field(ge=0)] = 0
     log_updates: Annotated[int, Field(ge=1)] = 10
     save_epochs: Annotated[int, Field(ge=1)] = 1
     save_updates: Annotated[int, Field(ge=0)] = 0
+    tensorboard: bool = True
 
 
 class Finetune(Section):

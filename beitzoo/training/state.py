@@ -17,6 +17,7 @@ from beitzoo.training.generators import derive_seed, generator_states, restore_g
 from beitzoo.training.optim import Schedule, make_optimizer
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import TrainSection
+from beitzoo.training.tally import Means
 from beitzoo.training.task import Metrics, Task
 from beitzoo.weights.checkpoint import save_pickle
 
@@ -25,23 +26,6 @@ _TENSORS, _GENERATORS, _PROGRESS = "tensors.pt", "generators.pt", "progress.json
 
 class StateError(UserError, ValueError):
     """A saved state that cannot be gone on from."""
-
-
-@dataclass
-class Means:
-    """Running means over the items of some updates: the loss first, then what the task logs."""
-
-    items: float = 0.0
-    totals: list[float] = field(default_factory=list)
-
-    def add(self, items: float, totals: list[float]) -> None:
-        """Take in one update: how many items it had, and the sums over them."""
-        self.items += items
-        self.totals = [a + b for a, b in zip(self.totals or [0.0] * len(totals), totals, strict=True)]
-
-    def values(self) -> list[float]:
-        """Return the means; of no items they are 0."""
-        return [total / max(self.items, 1.0) for total in self.totals]
 
 
 @dataclass

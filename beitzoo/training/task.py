@@ -47,8 +47,14 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         """Return the mean loss of a batch, over how many items it is the mean, and other means over the same items.
 
+        Items weigh the same wherever they are: the loss of an update is the mean over those of all its batches. An item
+        is an image for classification, a masked patch for masked image modelling.
+
         A batch without items has a loss of 0 that depends on all parameters: other processes wait for its gradients.
         """
+
+    def count_images(self, batch: Any) -> int:
+        """Tell how many images a batch has, which the log gives the speed in; items may be something else."""
 
     def validate(self, model: nn.Module) -> Metrics:
         """Measure the model. All processes call this and get the same values; none is counted twice."""

@@ -1,12 +1,14 @@
 """The loop asks any task; here one of a few numbers, whose results can be computed by hand."""
 
 import csv
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from beitzoo.images.datasets import ImageSet
@@ -47,7 +49,10 @@ class Numbers:
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
         distances = model(torch.ones(1, 1)).squeeze() - batch
-        return (distances**2).sum() / max(len(batch), 1), len(batch), {"distance": distances.mean()}
+        return (distances**2).mean(), len(batch), {"distance": distances.mean()}
+
+    def count_images(self, batch: Tensor) -> int:
+        return 2 * len(batch)
 
     def validate(self, model: nn.Module) -> Metrics:
         return {}
@@ -68,18 +73,75 @@ class Numbers:
         return {**weight, "drawn": torch.rand(1).item()} if epoch == 2 else weight
 
 
+Lines = list[dict[str, str]]
+
+
 def fitted(
-    parts: list[list[float]], directory: Path, **train: object
-) -> tuple[Numbers, TrainState, list[dict[str, str]]]:
+    parts: list[list[float]], directory: Path, update: int = 0, **train: object
+) -> tuple[Numbers, TrainState, Lines]:
     section = TrainSection(**{"batch_size": 4, "epochs": 1, "lr": 0.5, **train})
     task = Numbers(parts, section)
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     state = start_state(task, model, section, ALONE)
+    state.update = update
     directory.mkdir(exist_ok=True)
     fit(task, state, Run(directory, section, RunSection(log_updates=1), ALONE))
     with (directory / "log.csv").open() as file:
         return task, state, list(csv.DictReader(file))
+
+
+def test_items_weigh_the_same_wherever_they_are(tmp_path: Path) -> None:
+    """In parts of an update, in the updates of a line, in the lines of an epoch; computed by hand."""
+    parts = [[1.0], [2.0, 3.0, 6.0], [5.0, 5.0], [1.0, 1.0]]
+    _, state, lines = fitted(parts, tmp_path, accumulation=2, weight_decay=0.5, weight_decay_end=0.1, lr=0.25)
+    first, second, epoch = lines
+    numbers = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert float(first["loss"]) == pytest.approx((numbers**2).mean().item())
+    assert float(first["distance"]) == pytest.approx(-3)
+    assert float(first["grad_norm"]) == pytest.approx(6)  # of the mean square: twice the mean distance
+    weight = float(first["lr"])  # the first step of AdamW is one learning rate
+    numbers = weight - torch.tensor([5.0, 5.0, 1.0, 1.0])
+    assert float(second["loss"]) == pytest.approx((numbers**2).mean().item())
+    assert float(second["grad_norm"]) == pytest.approx(2 * numbers.mean().abs().item())
+    for name in ("loss", "grad_norm"):
+        assert float(epoch[name]) == pytest.approx((float(first[name]) + float(second[name])) / 2)
+    assert [float(line["weight_decay"]) for line in lines] == pytest.approx([0.5, 0.3, 0.3])
+    assert float(second["lr"]) == pytest.approx(0.125)
+    assert next(state.model.parameters()).item() > weight
+
+
+def test_the_norm_is_that_before_clipping(tmp_path: Path) -> None:
+    _, _, lines = fitted([[4.0], [4.0]], tmp_path, clip_grad=1.0)
+    assert float(lines[0]["grad_norm"]) == pytest.approx(8)
+
+
+def test_the_log_says_how_long_it_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Numbers.batches
+
+    def slow(self: Numbers, update: int) -> Iterator[Tensor]:
+        for batch in plain(self, update):
+            time.sleep(0.3)
+            yield batch
+
+    monkeypatch.setattr(Numbers, "batches", slow)
+    _, _, lines = fitted([[1.0]] * 2, tmp_path)
+    assert 0.5 < float(lines[1]["wait_share"]) < 1
+    assert 2 / 0.3 * 0.5 < float(lines[1]["images_per_sec"]) < 2 / 0.3
+
+
+def test_tensorboard_has_the_numbers_of_the_log(tmp_path: Path) -> None:
+    """Of a run that goes on, no step twice: the updates after its last state are done again."""
+    fitted([[1.0]] * 4, tmp_path, epochs=2)
+    _, _, lines = fitted([[1.0]] * 4, tmp_path, update=2, epochs=2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "lr", "weight_decay", "grad_norm", "distance", "wait_share"):
+        points = events.Scalars(f"updates/{name}")
+        assert [point.step for point in points] == [1, 2, 3, 4]
+        expected = [float(line[name]) for line in lines if line["line"] == "updates"]
+        assert [point.value for point in points] == pytest.approx(expected, abs=1e-6)
+    assert [point.step for point in events.Scalars("epoch/weight")] == [2, 4]
+    assert [point.step for point in events.Scalars("epoch/drawn")] == [4]
 
 
 def test_the_end_of_an_epoch_is_looked_at(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from colours import colour_recipe, write_colours
 from beitzoo.training.recipe import Recipe, dump_recipe
 
 _PROGRAM = Path(__file__).parents[1] / "killed_runs.py"
-_OF_TIME = ("seconds", "images_per_sec")
+_OF_TIME = ("seconds", "images_per_sec", "wait_share")
 
 
 def check_that_kills_change_nothing(recipe: Recipe, out: Path, *options: object) -> None:

@@ -159,6 +159,10 @@ class FinetuneTask:
             {},
         )
 
+    def count_images(self, batch: Batch) -> int:
+        """Tell how many images a batch has."""
+        return len(batch.images)
+
     def validate(self, model: nn.Module) -> Metrics:
         """Measure top-1, top-5 and loss on the validation images."""
         accuracy = self.measure(model, self.split.val)

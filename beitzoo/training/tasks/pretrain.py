@@ -151,6 +151,10 @@ class PretrainTask:
         values = [value for pair in zip(accuracies, losses, strict=True) for value in pair]
         return torch.stack(losses).sum(), count, dict(zip(self.log_names, values, strict=False))
 
+    def count_images(self, batch: MaskedBatch) -> int:
+        """Tell how many images a batch has."""
+        return len(batch.images)
+
     def validate(self, model: nn.Module) -> Metrics:
         """Measure the loss and the accuracy on the validation images, whose views and masks never change."""
         self._unreadable.report()
