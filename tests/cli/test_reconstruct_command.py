@@ -10,7 +10,10 @@ from commands import SAMPLES, run
 from PIL import Image
 
 import beitzoo
+from beitzoo.files import write_text
+from beitzoo.images.masks import Masking
 from beitzoo.inference.reconstruct import default_masking, picture, reconstruct
+from beitzoo.training.recipe import Recipe, dump_recipe
 
 PHOTO = str(SAMPLES / "chelsea.jpg")
 NANO = "beit_nano_patch4_32"
@@ -41,6 +44,24 @@ def test_the_picture_is_that_of_the_networks_by_name(saved: Path, tmp_path: Path
     caption = f"model local-dir:{saved / 'run' / 'best'}, tokenizer random_patch4_32, seed 4"
     with Image.open(out) as drawn:
         assert (np.asarray(drawn) == np.asarray(picture(records, caption))).all()
+
+
+def test_masks_of_a_run_are_drawn_as_in_the_run(saved: Path, tmp_path: Path) -> None:
+    model = {"name": NANO}
+    train = {"epochs": 1, "batch_size": 1, "lr": 1.0}
+    mask = {"kind": "random", "count": 11}
+    task = {"kind": "pretrain", "tokenizer": "random_patch4_32", "mask": mask}
+    recipe = Recipe.model_validate({"model": model, "data": {"source": "digits"}, "train": train, "task": task})
+    write_text(saved / "run" / "recipe.json", dump_recipe(recipe))
+    arguments = ["-m", str(saved / "run"), "--out", str(tmp_path / "a.png")]
+    for options, count in ((), 11), (("--masked", "3"), 3):
+        drawn = run("reconstruct", PHOTO, *arguments, *options)
+        assert f"{count} of 64 patches masked" in drawn.stdout
+    (saved / "run" / "recipe.json").unlink()
+    network = beitzoo.create_model(str(saved / "run"), pretrained=True)
+    masking = Masking(grid=(8, 8), kind="random", count=3)
+    (record,) = reconstruct(network, beitzoo.create_tokenizer("random_patch4_32"), [PHOTO], masking)
+    assert drawn.stdout == f"{record.describe()}\n"
 
 
 @pytest.mark.parametrize(("options", "count"), [((), 24), (("--masked", "7"), 7), (("--mask-ratio", "0.5"), 32)])
