@@ -57,9 +57,9 @@ class Masking:
         check(0 < self.min_aspect <= 1, f"min_aspect={self.min_aspect}; it must be in (0, 1].")
 
 
-def sample_generator(seed: int, epoch: int, sample: int) -> random.Random:
-    """Return the generator of one sample in one epoch; different numbers give independent generators."""
-    return random.Random(f"{seed} {epoch} {sample}")
+def sample_generator(seed: int, epoch: int, sample: int, what: Literal["view", "mask"] = "view") -> random.Random:
+    """Return the generator of what is drawn for one sample in one epoch; all are independent of each other."""
+    return random.Random(f"{seed} {epoch} {sample} {what}")
 
 
 def draw_mask(masking: Masking, generator: random.Random) -> Tensor:

@@ -1,7 +1,7 @@
 """The samples of masked image modelling: two views of an image and a mask of patches.
 
-All that is drawn for an image is a pure function of the seed, the epoch and the image: the mask first, then the views,
-so that an image keeps its mask whatever its size is and wherever its visual tokens come from.
+All that is drawn for an image is a pure function of the seed, the epoch and the image. Mask and view come from
+generators of their own, so that neither depends on how the other is drawn, or on where visual tokens come from.
 """
 
 from typing import NamedTuple
@@ -63,6 +63,5 @@ class MaskedImages:
     def _load(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
         image = as_image(self.images.images[sample.image], self._channels)
         epoch = FIXED if sample.epoch is None else sample.epoch
-        generator = sample_generator(self.seed, epoch, sample.image)
-        mask = draw_mask(self.masking, generator)
-        return *self.views(image, generator), mask
+        mask = draw_mask(self.masking, sample_generator(self.seed, epoch, sample.image, "mask"))
+        return *self.views(image, sample_generator(self.seed, epoch, sample.image)), mask

@@ -45,7 +45,7 @@ def test_views_of_photographs_are_torchvisions_to_a_level(name: str) -> None:
     for sample in range(8):
         view = views.draw(*image.size, sample_generator(0, 0, sample))
         ours, theirs = views.apply(image, view), reference(image, views, view)
-        for one, other, level in zip(ours, theirs, (0.5 / 255, 1 / 255), strict=True):
+        for one, other, level in zip(ours, theirs, (2 / 255, 1 / 255), strict=True):
             assert one.shape == other.shape and one.std() > 0.02
             differences.append(((one - other).abs() / level).flatten())
         assert torch.equal(views.apply_patch(image, view), ours[0])
@@ -53,7 +53,7 @@ def test_views_of_photographs_are_torchvisions_to_a_level(name: str) -> None:
     levels = torch.cat(differences).round()
     assert (levels > 0).float().mean() < 0.05
     assert (levels > 1).float().mean() < 0.001
-    assert levels.max() <= 20
+    assert levels.max() <= 16
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
