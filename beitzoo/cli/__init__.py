@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from beitzoo import __version__
-from beitzoo.cli import evaluate, finetune, measure, models, predict, pretrain, reconstruct
+from beitzoo.cli import evaluate, finetune, measure, models, predict, pretrain, probe, reconstruct
 from beitzoo.errors import UserError, is_out_of_memory
 
 # What a shell reports for a program that was ended by SIGPIPE, as `head` does once it has read enough.
@@ -59,6 +59,7 @@ app.command()(models.download)
 app.command()(models.verify)
 app.command("predict")(predict.predict_)
 app.command()(evaluate.evaluate)
+app.command()(probe.probe)
 app.command()(reconstruct.reconstruct)
 app.command()(finetune.finetune)
 app.command()(pretrain.pretrain)

@@ -81,7 +81,12 @@ def _comment(evaluations: Sequence["Evaluation"]) -> None:
     """Say on stderr what was measured, and which images could not be; each once for all models."""
     for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
         print(note, file=sys.stderr)
-    failures = list(dict.fromkeys(failure for evaluation in evaluations for failure in evaluation.failures))
+    list_failures([failure for evaluation in evaluations for failure in evaluation.failures])
+
+
+def list_failures(failures: Sequence[tuple[str, str]]) -> None:
+    """Say on stderr which images were not counted, and why; each once."""
+    failures = list(dict.fromkeys(failures))
     for image, reason in failures[:_MOST_LISTED]:
         print(f"Not counted: {image}: {reason}", file=sys.stderr)
     if len(failures) > _MOST_LISTED:

@@ -180,7 +180,7 @@ def _scores(accuracy: Accuracy) -> Row:
 
 def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -> tuple[list[int], list[str]]:
     """Choose the images that the model was not trained on, nor chosen by; and say what was left out."""
-    own = _split_of_run(subject, images)
+    own = split_of_run(subject, images)
     seen = set() if own is None else {*own.train, *own.val}
     if split_seed is None and (own is not None or images.root is not None):
         shown = images.held_out
@@ -205,7 +205,7 @@ def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -
     return sorted(held_out), []
 
 
-def _split_of_run(subject: Subject, images: ImageSet) -> Split | None:
+def split_of_run(subject: Subject, images: ImageSet) -> Split | None:
     """Find the split that a model was trained with: in the file that its run wrote; seed 0 for the shipped model."""
     if subject.checkpoint is not None:
         files = [full_path(subject.checkpoint)]

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from beitzoo.errors import check
-from beitzoo.images.datasets import ImageSet
+from beitzoo.images.image_set import ImageSet
 from beitzoo.images.transforms import resolve_data_config
 from beitzoo.inference.classify import NOT_FINITE, eval_mode
 from beitzoo.inference.pipeline import Failure, Job, Loading, View, run_jobs
@@ -19,7 +19,7 @@ from beitzoo.models.inputs import take_indices
 Array = np.ndarray[Any, np.dtype[Any]]
 # How the tokens of a block become one feature: the mean of its patch tokens, or its class token.
 Pooling = Literal["mean", "class"]
-POOLINGS: tuple[Pooling, ...] = ("mean", "class")
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def extract_features(
     rows = np.empty((len(POOLINGS), len(chosen), len(indices), model.num_features), dtype=np.float32)
     with eval_mode([model]):
         job = _pooling(model, chosen)
-        for index, (outcome,) in run_jobs(indices, [job], loading or Loading(64), lambda index: images.images[index]):
+        for index, (outcome,) in run_jobs(indices, [job], loading or Loading(), lambda index: images.images[index]):
             if isinstance(outcome, Failure):
                 failures.append((images.identity(index)[0], outcome.reason))
             else:

@@ -1,21 +1,29 @@
 """Probes: how well simple classifiers tell classes apart by the frozen features of a network."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from beitzoo.errors import UnsupportedError, check
-from beitzoo.evaluation.features import Array, extract_features
-from beitzoo.images.datasets import ImageSet
+from beitzoo.evaluation.features import POOLINGS, Array, Pooling, extract_features
+from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
 from beitzoo.inference.pipeline import Loading
 from beitzoo.models.beit import Beit
+
+Probe = Literal["linear", "knn"]
+PROBES: tuple[Probe, ...] = get_args(Probe)
 
 # kNN as in DINO (https://arxiv.org/abs/2104.14294, `eval_knn.py`): a neighbour counts exp(cosine / 0.07).
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 # Where L-BFGS stops. On 20,000 correlated features 3 of 10,000 answers are then not those of the minimum; at
 # scikit-learn's own 1e-4 there are 41. It takes some tens to some hundreds of updates.
 _TOLERANCE, _MOST_UPDATES = 1e-5, 5000
+_NONE_TO_MEASURE = "There is no readable image to measure a probe on; check the data and its split."
 # Cosines that are in memory at a time: 64 MB.
 _CHUNK = 2**24
 
@@ -94,13 +102,110 @@ def knn_answers(train: Array, labels: Array, test: Array, neighbours: int = NEIG
 
 
 def accuracy(answers: Array, labels: Array) -> float:
-    """Return the share of answers that are right, in per cent."""
+    """Return the share of answers that are right, in per cent.
+
+    Raises:
+        InvalidValueError: There is none.
+    """
+    check(len(labels) > 0, _NONE_TO_MEASURE)
     return 100 * float(np.mean(answers == labels))
 
 
 def _check(train: Array, test: Array) -> None:
-    for name, features in (("fit a probe on", train), ("measure a probe on", test)):
-        check(len(features) > 0, f"There is no readable image to {name}; check the data and its split.")
+    check(len(train) > 0, "There is no readable image to fit a probe on; check the data and its split.")
+    check(len(test) > 0, _NONE_TO_MEASURE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one probe found of one feature.
+
+    Attributes:
+        block: Whose output it is, counted from 0.
+        pooling: How its tokens became one feature.
+        probe: Which probe.
+        top1: Per cent of the test images whose class is right.
+        val_top1: The same of validation images, by which a block may be chosen; None without any.
+    """
+
+    block: int
+    pooling: Pooling
+    probe: Probe
+    top1: float
+    val_top1: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What all probes found of a network.
+
+    Attributes:
+        found: In order of blocks, poolings and probes.
+        counts: Readable images of each part of the split.
+        failures: Images that were left out, with the reason.
+    """
+
+    found: list[Finding]
+    counts: dict[str, int]
+    failures: list[tuple[str, str]]
+
+    def best(self, probe: Probe) -> Finding:
+        """Return the finding of a probe on the block and pooling that validation images, or else test images, choose.
+
+        Of equally good ones it is the first. What test images choose is a little too good.
+        """
+        return max(
+            (one for one in self.found if one.probe == probe),
+            key=lambda one: one.top1 if one.val_top1 is None else one.val_top1,
+        )
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How a network is probed.
+
+    Attributes:
+        blocks: Which blocks, counted from 0, negative from the end; all if None.
+        poolings: Which features of each.
+        neighbours: Of the kNN probe.
+        loading: Batch size and threads.
+    """
+
+    blocks: Sequence[int] | None = None
+    poolings: tuple[Pooling, ...] = POOLINGS
+    neighbours: int = NEIGHBOURS
+    loading: Loading = field(default_factory=Loading)
+
+
+def probe_blocks(model: Beit, images: ImageSet, split: Split, probing: Probing | None = None) -> Findings:
+    """Probe each block of a network.
+
+    Args:
+        model: The network, or the backbone of a masked image model; its training mode is kept.
+        images: A set with classes.
+        split: Its `train` part fits the probes, its `test` part measures them, and so does its `val` part by itself.
+        probing: What is probed, and how.
+
+    Raises:
+        InvalidValueError: The images have no classes, a part has no readable image, or there is no such block.
+    """
+    check(images.labels is not None, "The images have no classes, which a probe tells apart; give labelled ones.")
+    probing = probing or Probing()
+    labels = np.asarray(images.labels)
+    train = extract_features(model, images, split.train, probing.blocks, probing.loading)
+    other = extract_features(model, images, [*split.val, *split.test], probing.blocks, probing.loading)
+    is_val = np.isin(other.indices, split.val)
+    known, right = labels[train.indices], labels[other.indices]
+    found = []
+    for block in train.blocks:
+        for pooling in probing.poolings:
+            features = train.of(block, pooling), known, other.of(block, pooling)
+            for probe in PROBES:
+                answers = linear_answers(*features) if probe == "linear" else knn_answers(*features, probing.neighbours)
+                val = accuracy(answers[is_val], right[is_val]) if is_val.any() else None
+                found.append(Finding(block, pooling, probe, accuracy(answers[~is_val], right[~is_val]), val))
+    counts = {"train": len(known), "val": int(is_val.sum()), "test": int((~is_val).sum())}
+    return Findings(found, counts, [*train.failures, *other.failures])
 
 
 def probe_backbone(
@@ -109,28 +214,22 @@ def probe_backbone(
     """Probe a network while it is trained: the accuracy of its best block by each probe, in per cent.
 
     Features are the mean of the patch tokens, since pretraining gives the class token no task of its own (BEiT v2
-    apart). Which block is best changes, and the last one is bent on predicting visual tokens. The best of several on
-    the same images is a little too good: a curve to follow, and no result; `beitzoo probe` chooses by other images.
+    apart). The best block is not the last, which is bent on predicting visual tokens, and it changes while training
+    goes on; see `Findings.best`.
 
     The model's training mode is kept and no random number is drawn, so training goes on as if nobody had looked.
 
     Args:
         model: The network, or the backbone of a masked image model.
         images: The labelled set.
-        split: Its `train` part fits the probes, its `test` part measures them.
+        split: Its `train` part fits the probes, its `test` part measures them; `val`, if there is any, chooses
+            the block.
         neighbours: Of the kNN probe.
         loading: Batch size and threads.
 
     Returns:
         `probe_linear` and `probe_knn`.
     """
-    labels = np.asarray(images.labels)
-    train = extract_features(model, images, split.train, loading=loading)
-    test = extract_features(model, images, split.test, loading=loading)
-    best = {"probe_linear": 0.0, "probe_knn": 0.0}
-    for block in train.blocks:
-        known, unknown = train.of(block, "mean"), test.of(block, "mean")
-        given = (known, labels[train.indices], unknown, labels[test.indices])
-        best["probe_linear"] = max(best["probe_linear"], linear_probe(*given))
-        best["probe_knn"] = max(best["probe_knn"], knn_probe(*given, neighbours=neighbours))
-    return best
+    probing = Probing(None, ("mean",), neighbours, loading or Loading())
+    findings = probe_blocks(model, images, split, probing)
+    return {f"probe_{probe}": findings.best(probe).top1 for probe in PROBES}

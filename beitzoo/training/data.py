@@ -92,8 +92,8 @@ def split_images(images: ImageSet, data: DataSection, test_fraction: float, val_
         data.split_seed,
         train,
     )
-    few = data.train_per_class
-    chosen = choose_per_class(images, drawn.train, few, data.split_seed) if few else drawn.train
+    few, seed = data.train_per_class, data.split_seed if data.label_seed is None else data.label_seed
+    chosen = choose_per_class(images, drawn.train, few, seed) if few else drawn.train
     return Split(chosen, drawn.val if val is None else val, drawn.test if test is None else test)
 
 

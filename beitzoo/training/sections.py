@@ -63,6 +63,8 @@ class DataSection(Section):
             classifier is trained, else 0.
         train_per_class: Train on only this many images of each class; 0 for all.
         split_seed: Draws all of these.
+        label_seed: Draws the images that `train_per_class` keeps, if it is given: several draws of few labels with the
+            same images held out.
     """
 
     source: Literal["digits", "folder", "images", "parquet", "webdataset"]
@@ -72,6 +74,7 @@ class DataSection(Section):
     val_fraction: Fraction | None = None
     train_per_class: Annotated[int, Field(ge=0)] = 0
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    label_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
 
 class AffineAugment(Section):

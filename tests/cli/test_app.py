@@ -16,7 +16,8 @@ from beitzoo import cli
 from beitzoo.cli import app, main
 from beitzoo.errors import InvalidValueError
 
-COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "finetune", "pretrain", "benchmark", "report"]
+COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "probe", "reconstruct", "finetune", "pretrain"]
+COMMANDS += ["benchmark", "report"]
 
 
 def beitzoo_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -224,6 +225,23 @@ def test_the_options_are_frozen() -> None:
             "models",
             "results_file",
             "split_seed",
+            "workers",
+        ],
+        "probe": [
+            "as_json",
+            "batch_size",
+            "blocks",
+            "checkpoint",
+            "data",
+            "device",
+            "label_seed",
+            "models",
+            "neighbours",
+            "results_file",
+            "split_seed",
+            "test_data",
+            "train_images",
+            "train_per_class",
             "workers",
         ],
         "benchmark": [],

@@ -63,8 +63,9 @@ def test_what_cannot_be_probed_is_said(pixels: tuple[Array, ...]) -> None:
     train, labels, test, test_labels = pixels
     with pytest.raises(InvalidValueError, match="no readable image to fit a probe on"):
         linear_probe(train[:0], labels[:0], test, test_labels)
-    with pytest.raises(InvalidValueError, match="no readable image to measure a probe on"):
-        knn_probe(train, labels, test[:0], test_labels[:0])
+    for measure in (linear_probe, knn_probe):
+        with pytest.raises(InvalidValueError, match="no readable image to measure a probe on"):
+            measure(train, labels, test[:0], test_labels[:0])
     with pytest.raises(InvalidValueError, match="are of one class"):
         linear_probe(train, np.zeros_like(labels), test, test_labels)
 

@@ -1,0 +1,121 @@
+"""Probes of each block as rows of a table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from beitzoo.evaluation.evaluate import Subject, split_of_run
+from beitzoo.evaluation.probe import PROBES, Findings, Probing, probe_blocks
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.splits import Split
+from beitzoo.images.transforms import resolve_data_config
+from beitzoo.models.beit import Beit
+from beitzoo.models.inputs import take_indices
+from beitzoo.results import ENVIRONMENT, Row, Table, environment
+
+_DATA = ("data", "test_data", "split_seed", "train_per_class", "train_images", "label_seed")
+_ASKED = ("model", *_DATA, "block", "pooling", "probe", "neighbours")
+_FOUND = ("img_size", "top1", "top1_err", "val_top1", "count", "train_count", "val_count", "failures")
+COLUMNS = (*_ASKED, *_FOUND, *ENVIRONMENT)
+# What was asked for, and where it was measured; not when.
+KEY = (*_ASKED, *(name for name in ENVIRONMENT if name != "date"))
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Images with classes, what each is for, and how that was asked for.
+
+    Attributes:
+        images: All images.
+        split: Which are for what.
+        asked: The columns that say so in a row.
+    """
+
+    images: ImageSet
+    split: Split
+    asked: Row
+
+    def describe(self) -> list[str]:
+        """Say what was found, and which images are for what."""
+        split = self.split
+        chosen = f", {len(split.val):,} to choose a block by" * bool(split.val)
+        parts = f"{len(split.train):,} images to fit probes on{chosen}, {len(split.test):,} to measure them on."
+        return [*self.images.describe(), parts]
+
+
+def probe_rows(
+    model: Beit, name: str, data: LabelledData, probing: Probing, kept: Table
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Probe a network and append a row for each block, pooling and probe; those that the table has are taken from it.
+
+    Args:
+        model: The network, or the backbone of a masked image model.
+        name: What rows call it.
+        data: What it is probed on.
+        probing: What is probed, and how.
+        kept: Has the columns `COLUMNS` and the key `KEY`.
+
+    Returns:
+        The rows, and the images that were left out, with the reason; none of rows that were there already.
+    """
+    stamp = environment(model.cls_token.device)
+    asked: list[Row] = [
+        {
+            **stamp,
+            "model": name,
+            **data.asked,
+            "block": block,
+            "pooling": pooling,
+            "probe": probe,
+            "neighbours": probing.neighbours if probe == "knn" else None,
+        }
+        for block in sorted(set(take_indices(probing.blocks, len(model.blocks))))
+        for pooling in probing.poolings
+        for probe in PROBES
+    ]
+    there = [kept.find(row) for row in asked]
+    if all(there):
+        return [row for row in there if row], []
+    findings = probe_blocks(model, data.images, data.split, probing)
+    size = resolve_data_config(model)["input_size"][2]
+    rows = []
+    for old, row, scores in zip(there, asked, _scores(findings), strict=True):
+        rows.append(old or kept.append({**row, **scores, "img_size": size}))
+    return rows, findings.failures
+
+
+def _scores(findings: Findings) -> list[Row]:
+    counts = findings.counts
+    return [
+        {
+            "top1": round(one.top1, 3),
+            "top1_err": round(100 - one.top1, 3),
+            "val_top1": None if one.val_top1 is None else round(one.val_top1, 3),
+            "count": counts["test"],
+            "train_count": counts["train"],
+            "val_count": counts["val"],
+            "failures": len(findings.failures),
+        }
+        for one in findings.found
+    ]
+
+
+def best_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return, of the rows of one network, that of each probe which validation images choose.
+
+    None where there were no such images: what the test images themselves choose would be too good.
+    """
+    chosen = [row for row in rows if row["val_top1"] not in (None, "")]
+    of_probes = [[row for row in chosen if row["probe"] == probe] for probe in PROBES]
+    return [max(own, key=lambda row: float(row["val_top1"] or 0)) for own in of_probes if own]
+
+
+def seen_in_training(subject: Subject, data: LabelledData) -> str | None:
+    """Say so if a network's own run was trained on images that it is now measured on, or chosen by them."""
+    own = split_of_run(subject, data.images)
+    seen = set(data.split.test) & (set() if own is None else {*own.train, *own.val})
+    if not seen:
+        return None
+    return (
+        f"Note: {subject.name} was itself trained on {len(seen):,} of the {len(data.split.test):,} images that it is "
+        "measured on, or chosen by them."
+    )

@@ -1,0 +1,105 @@
+"""probe: what it prints, and the rows that it appends or finds."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from commands import run
+
+import beitzoo
+from beitzoo.evaluation import probe_rows
+from beitzoo.images.datasets import digits, labelled_folder
+from beitzoo.images.splits import SPLIT_FILE, Split, write_split
+
+MODEL = "beit_nano_patch4_32.digits"
+
+
+def test_probes_of_the_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of the last block tell the digits apart as well as its head does; what the table has is kept."""
+    table = tmp_path / "r.csv"
+    arguments = ["probe", MODEL, "--data", "digits", "--blocks=-1,0", "--train-per-class", "20"]
+    result = run(*arguments, "--results-file", str(table))
+    assert result.exit_code == 0, result.stderr
+    assert "200 images to fit probes on, 120 to choose a block by, 599 to measure them on." in result.stderr
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert list(rows[0]) == list(probe_rows.COLUMNS)
+    assert [(row["block"], row["pooling"], row["probe"]) for row in rows] == [
+        (block, pooling, probe) for block in "03" for pooling in ("mean", "class") for probe in ("linear", "knn")
+    ]
+    top1 = {(row["block"], row["pooling"], row["probe"]): float(row["top1"]) for row in rows}
+    assert top1["3", "mean", "linear"] > 98
+    assert top1["3", "mean", "knn"] > 98
+    assert top1["0", "class", "knn"] < 80
+    assert {(row["count"], row["train_count"], row["val_count"], row["failures"]) for row in rows} == {
+        ("599", "200", "120", "0")
+    }
+    assert (
+        f"Best linear probe, chosen by 120 other images: block 3, mean: {top1['3', 'mean', 'linear']:.2f}"
+        in result.stdout
+    )
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+    monkeypatch.setattr(probe_rows, "probe_blocks", None)
+    again = run(*arguments, "--results-file", str(table), "--json")
+    assert (again.exit_code, json.loads(again.stdout)) == (0, rows)
+    assert len(table.read_text().splitlines()) == 9
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """Thirty digits to fit on, thirty to measure on, in two classes: even and odd."""
+    images = digits()
+    assert images.labels is not None
+    for part, first in (("fit", 0), ("measure", 100)):
+        for index in range(first, first + 30):
+            folder = tmp_path / part / str(images.labels[index] % 2)
+            folder.mkdir(parents=True, exist_ok=True)
+            images.images[index].save(folder / f"{index}.png")  # type: ignore[union-attr]
+    return ["--data", str(tmp_path / "fit"), "--test-data", str(tmp_path / "measure"), "--blocks", "3", "--json"]
+
+
+def test_draws_of_few_labels_are_measured_on_the_same_images(data: list[str], tmp_path: Path) -> None:
+    rows = []
+    for few in (["--train-images", "9"], ["--train-per-class", "5"]):
+        for seed in "12":
+            result = run("probe", MODEL, *data, *few, "--label-seed", seed, "--results-file", str(tmp_path / "r.csv"))
+            rows.append(json.loads(result.stdout)[2])
+    assert [(row["count"], row["train_count"], row["label_seed"]) for row in rows] == [
+        (30, 9, 1),
+        (30, 9, 2),
+        (30, 10, 1),
+        (30, 10, 2),
+    ]
+    assert len({row["top1"] for row in rows}) > 1
+
+
+def test_unreadable_images_are_listed_and_the_exit_code_is_one(data: list[str], tmp_path: Path) -> None:
+    (tmp_path / "measure" / "0" / "broken.png").write_bytes(b"no image")
+    result = run("probe", MODEL, *data)
+    assert result.exit_code == 1
+    assert "broken.png: not an image that can be read" in result.stderr
+    row = json.loads(result.stdout)[0]
+    assert (row["count"], row["train_count"], row["val_count"], row["failures"]) == (30, 27, 3, 1)
+
+
+def test_a_network_that_was_trained_on_the_images_is_told(data: list[str], tmp_path: Path) -> None:
+    images = labelled_folder(tmp_path / "fit")
+    write_split(tmp_path / SPLIT_FILE, images, Split(list(range(30)), [], []))
+    beitzoo.save_pretrained(beitzoo.create_model(MODEL, pretrained=True), tmp_path / "best")
+    result = run("probe", f"local-dir:{tmp_path / 'best'}", *data[:2], "--blocks", "3")
+    assert "was itself trained on 10 of the 10 images that it is measured on" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--blocks", "first"], "--blocks 'first' are no numbers; write some such as 2,5,-1."),
+        (["--blocks", "4"], "there are 4 blocks, 0 to 3 or -4 to -1"),
+        (["--train-images", "2000"], "there are 1078 images to fit on; leave it out for all."),
+        (["--train-per-class", "500"], "There are not 500 images of each class"),
+    ],
+)
+def test_what_cannot_be_probed_is_one_message(arguments: list[str], message: str) -> None:
+    result = run("probe", MODEL, "--data", "digits", *arguments)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
