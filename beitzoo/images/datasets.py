@@ -12,9 +12,11 @@ from beitzoo.images.folders import EMPTY_CLASSES, OUTSIDE, LeftOut, images_below
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.shards import PARTS
 from beitzoo.images.tables import find_tables
+from beitzoo.images.tars import find_tars
 
 Source = Literal["digits", "folder", "images", "parquet", "webdataset"]
 
+_SUFFIXES: dict[str, Source] = {".parquet": "parquet", ".tar": "webdataset"}
 # Names of folders that are parts of a data set.
 _TRAIN = set(PARTS["train"])
 _HELD_OUT = {*PARTS["validation"], *PARTS["test"]}
@@ -25,8 +27,8 @@ def find_images(source: Source, path: Path | None = None) -> ImageSet:
 
     Args:
         source: In which form it is: `digits`; `folder`, with a subfolder per class; `images`, a folder of images
-            without classes; `parquet`, tables in the hub's form.
-        path: Where it is. Of tables a folder, one file or a pattern. The digits are nowhere.
+            without classes; `parquet`, tables in the hub's form; `webdataset`, tars.
+        path: Where it is. Of tables and tars a folder, one file or a pattern. The digits are nowhere.
 
     Raises:
         MissingFileError: There are no images.
@@ -44,14 +46,15 @@ def find_images(source: Source, path: Path | None = None) -> ImageSet:
             return folder_of_images(path)
         case "parquet":
             return find_tables(path)
-        case _:
-            raise UnsupportedError(f"The source {source!r} is not read.")
+        case "webdataset":
+            return find_tars(path)
 
 
 def guess_source(path: Path) -> Source:
-    """Tell by their names whether what lies there are tables of images or images in class folders."""
-    if path.suffix.lower() == ".parquet" or any(path.glob("*.parquet")):
-        return "parquet"
+    """Tell by names whether what lies there are tables of images, tars of images or images in class folders."""
+    for suffix, source in _SUFFIXES.items():
+        if path.suffix.lower() == suffix or any(path.glob(f"*{suffix}")):
+            return source
     return "folder"
 
 

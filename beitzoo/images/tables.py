@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -15,17 +15,15 @@ import numpy as np
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
-from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, UnsupportedError
-from beitzoo.files import read_text, write_atomically
+from beitzoo.errors import FileAccessError, InvalidValueError, UnsupportedError
+from beitzoo.files import write_atomically
+from beitzoo.images.classes import classes_of, images_of
 from beitzoo.images.files import Encoded, ImageError
 from beitzoo.images.folders import LeftOut
 from beitzoo.images.image_set import ImageSet
-from beitzoo.images.shards import Shards, find_shards
+from beitzoo.images.shards import find_shards
 
 _logger = logging.getLogger(__name__)
-
-WITHOUT_CLASS = "rows without one of the classes"
-CLASSES_FILE = "classes.txt"
 
 # Columns that are looked for before those that the hub's notes in a file call images and classes.
 _IMAGE_NAMES = ("image", "img")
@@ -75,6 +73,9 @@ class Table:
         """Read or copy the images now, so that processes forked later share them."""
         _ = self._starts
         return self
+
+    def __getitem__(self, row: int) -> "TableRow":
+        return TableRow(self.path, row, self)
 
     def read(self, row: int) -> bytes | None:
         """Return an image file; None if the table has none in that row."""
@@ -160,47 +161,25 @@ class TableRow(Encoded):
         return content
 
 
-class TableRows(Sequence[TableRow]):
-    """Chosen rows of several tables."""
-
-    def __init__(self, tables: Sequence[Table], rows: Sequence["np.ndarray[Any, np.dtype[np.int64]]"]) -> None:
-        self.tables, self.rows = list(tables), list(rows)
-        self._ends = np.cumsum([len(those) for those in rows]).tolist()
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        table = bisect_right(self._ends, index)
-        start = self._ends[table] - len(self.rows[table])
-        row = int(self.rows[table][index - start])
-        return TableRow(self.tables[table].path, row, self.tables[table])
-
-
 def find_tables(path: Path) -> ImageSet:
     """Return the images of Parquet files, and their classes if they have any.
 
     A column `image` holds the bytes of image files, alone or in a field `bytes` beside a `path`; another name is taken
     if it is `img` or the hub's notes in the file call it images. Classes are numbers or words in a column `label`, or
-    in the one that the hub's notes call classes. Numbers are named by these notes, or by the lines of a `classes.txt`
-    beside the files, or else by themselves. Rows without a class (none, or a negative number as in the hub's test
-    sets) are left out, unless no row has one.
+    in the one that the hub's notes call classes; these notes, or else a `classes.txt`, name them. Rows without a class
+    are left out, unless no row has one.
 
     Up to 1 GiB of images are kept in memory. More are copied once, uncompressed, to the folder `beitzoo/tables` beside
     the hub's cache, and anew when a file has another size or time of change.
 
     Raises:
-        MissingFileError: There are no such files.
+        MissingFileError: There are no such files, or no rows in them.
         InvalidValueError: A file has no images, or other classes than the others, or is no Parquet file.
     """
     if find_spec("pyarrow") is None:
         raise UnsupportedError("Parquet files need pyarrow, which is not installed: pip install 'beitzoo[train]'")
     shards = find_shards(path, (".parquet",), "Parquet files")
     forms = {file: _form(file) for file in shards.files}
-    numbers, names = _classes(shards, forms)
     copied = sum(_image_size(file, form) for file, form in forms.items()) > _MOST_IN_MEMORY
     tables = [Table(file, form, _copy_of(file, form) if copied else None) for file, form in forms.items()]
     missing = sum(1 for table in tables if table.copy is not None and not table.copy.is_file())
@@ -208,12 +187,12 @@ def find_tables(path: Path) -> ImageSet:
         _logger.warning(
             "Copying the images of %d tables once to %s, where they can be read one by one.", missing, _copies()
         )
-    rows, left_out, parts = _chosen_rows(shards, numbers, names)
-    if not sum(map(len, rows)):
-        raise MissingFileError(f"The tables at {path} have no rows. Give others.")
-    labels = None if names is None else np.concatenate([n[r] for n, r in zip(numbers, rows, strict=True)]).tolist()
-    images = TableRows([_opened(table) for table in tables], rows)
-    return ImageSet(images, labels, names or (), shards.root, left_out, parts)
+    names = {form.names for form in forms.values() if form.names}
+    if len(names) > 1:
+        raise InvalidValueError(f"The tables at {shards.root} have different classes; give those of one data set.")
+    found = [_labels(file, form) for file, form in forms.items()]
+    classes = classes_of(shards, found, next(iter(names), ()))
+    return images_of(shards, [_opened(table) for table in tables], classes, LeftOut())
 
 
 def _opened(table: Table) -> Table:
@@ -299,25 +278,7 @@ def _copy_of(path: Path, form: _Form) -> Path:
     return _copies() / f"{'-'.join(hashes)}.arrow"
 
 
-_Numbers = np.ndarray[Any, np.dtype[np.int64]]
-
-
-def _classes(shards: Shards, forms: dict[Path, _Form]) -> tuple[list[_Numbers], tuple[str, ...] | None]:
-    """Return the class of each row of each file, -1 for none, and the names; None if there are no classes."""
-    columns = [_label_column(file, form) for file, form in forms.items()]
-    named = {form.names for form in forms.values() if form.names is not None}
-    if len(named) > 1:
-        raise InvalidValueError(f"The tables at {shards.root} have different classes; give those of one data set.")
-    if any(column.dtype.kind in "OU" for column in columns):
-        return _numbered(columns)
-    most = max((int(column.max()) for column in columns if len(column)), default=-1)
-    if most < 0:
-        return columns, None
-    names = next(iter(named), None) or _names_of_file(shards) or tuple(map(str, range(most + 1)))
-    return columns, names
-
-
-def _label_column(path: Path, form: _Form) -> Any:
+def _labels(path: Path, form: _Form) -> Any:
     """Read the classes of a table: numbers, -1 for none; or words, None for none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -331,49 +292,10 @@ def _label_column(path: Path, form: _Form) -> Any:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return np.array(column.to_pylist(), dtype=object)
+        return column.to_pylist()
     if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
         return column.cast(pa.int64()).fill_null(-1).to_numpy()
     raise InvalidValueError(
         f"The column {form.label} of {path} holds {column.type}, not one class per image. Expected whole numbers or "
         "words; rename it to use the images without classes."
     )
-
-
-def _numbered(columns: list[Any]) -> tuple[list[_Numbers], tuple[str, ...]]:
-    """Number classes that are words in order of the words."""
-    words = [[None if word is None else str(word) for word in column] for column in columns]
-    names = tuple(sorted({word for those in words for word in those if word is not None}))
-    number = {name: place for place, name in enumerate(names)}
-    return [np.array([-1 if w is None else number[w] for w in those], dtype=np.int64) for those in words], names
-
-
-def _names_of_file(shards: Shards) -> tuple[str, ...] | None:
-    """Read the names of the classes from the file beside the tables, a line each."""
-    for folder in dict.fromkeys([shards.root, *(file.parent for file in shards.files)]):
-        if (file := folder / CLASSES_FILE).is_file():
-            return tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
-    return None
-
-
-def _chosen_rows(
-    shards: Shards, numbers: list[_Numbers], names: tuple[str, ...] | None
-) -> tuple[list[_Numbers], LeftOut, dict[str, range]]:
-    """Choose the rows that have a class, or all rows if none has one; say which were not, and where each part is."""
-    left_out = LeftOut()
-    rows = []
-    parts: dict[str, range] = {}
-    rest = iter(numbers)
-    start = end = 0
-    for part, files in shards.parts.items():
-        for file in files:
-            of_file = next(rest)
-            keep = np.ones(len(of_file), bool) if names is None else (of_file >= 0) & (of_file < len(names))
-            rows.append(np.flatnonzero(keep))
-            for row in np.flatnonzero(~keep):
-                left_out.add(WITHOUT_CLASS, f"{file.relative_to(shards.root).as_posix()}:{row}")
-            end += len(rows[-1])
-        if end > start:
-            parts[part] = range(start, end)
-        start = end
-    return rows, left_out, parts if len(parts) > 1 else {}

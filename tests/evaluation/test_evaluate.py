@@ -4,6 +4,8 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -13,7 +15,8 @@ import beitzoo
 from beitzoo import Beit
 from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation.evaluate import COLUMNS, Subject, evaluate, load_data, summarise
-from beitzoo.images.datasets import ImageSet, digits, labelled_folder
+from beitzoo.images.datasets import digits, labelled_folder
+from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, write_split
 from beitzoo.images.transforms import resolve_data_config
 from beitzoo.inference.classify import predict
@@ -33,7 +36,7 @@ def write_digits(root: Path, numbers: str, each: int = 2) -> ImageSet:
     images = digits()
     for name in numbers:
         (root / name).mkdir(parents=True)
-        chosen = [index for index, label in enumerate(images.labels) if str(label) == name][:each]
+        chosen = [index for index, label in enumerate(images.labels or ()) if str(label) == name][:each]
         for index in chosen:
             image = images.images[index]
             assert isinstance(image, Image.Image)
@@ -170,3 +173,20 @@ def test_what_predict_lists_evaluate_lists(tmp_path: Path) -> None:
 
 def test_summary_is_mean_and_sample_deviation() -> None:
     assert summarise([{"top1": 97.0}, {"top1": 98.0}, {"top1": 99.0}]) == "top1 98.00 ± 1.00 (mean ± sd of 3)"
+
+
+def test_of_tables_the_parts_that_are_held_out_are_measured(shipped: Beit, tmp_path: Path) -> None:
+    files = sorted(path for path in write_digits(tmp_path / "digits", "345", each=4).images if isinstance(path, Path))
+    for name, those in (("train", files), ("test", files[:3])):
+        table = {"image": [file.read_bytes() for file in those], "label": [file.parent.name for file in those]}
+        pq.write_table(pa.table(table), tmp_path / f"{name}-00000-of-00001.parquet")
+    images = load_data(str(tmp_path))
+    evaluation = evaluate(Subject(shipped, SHIPPED), images, "tables")
+    assert evaluation.row["count"] == 3
+    assert evaluation.notes[0] == "The data has parts; only the 3 images that are held out by their names count."
+
+
+def test_images_without_classes_are_not_measured(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"1", b"2"]}), tmp_path / "t.parquet")
+    with pytest.raises(InvalidValueError, match="have no classes, so no answer is right"):
+        load_data(str(tmp_path / "t.parquet"))

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError
-from beitzoo.images.datasets import ImageSet, labelled_folder
+from beitzoo.images.datasets import find_images as find_image_set
+from beitzoo.images.datasets import labelled_folder
 from beitzoo.images.folders import LeftOut, find_images, images_below
+from beitzoo.images.image_set import ImageSet
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -104,3 +106,32 @@ def test_a_folder_without_images_says_what_it_has(tmp_path: Path, monkeypatch: p
 def test_class_names_need_not_be_text(tmp_path: Path) -> None:
     name = os.fsdecode(b"d\xf6g")
     assert labelled_folder(fill(tmp_path, f"{name}/1.png")).names == (name,)
+
+
+def test_a_folder_of_any_images_has_no_classes(tmp_path: Path) -> None:
+    fill(tmp_path, "b.png", "deep/er/a.jpg", "deep/._a.jpg", ".cache/c.png", "@eaDir/d.png", "notes.txt")
+    images = find_image_set("images", tmp_path)
+    assert (images.labels, images.names) == (None, ())
+    assert [images.identity(index) for index in range(2)] == [("b.png", "1"), ("deep/er/a.jpg", "1")]
+    assert images.describe() == [
+        f"2 images without classes in {tmp_path}",
+        "Left out 3, hidden, or left by a tool: .cache, @eaDir, deep/._a.jpg",
+        "Left out 1, not called like images: notes.txt",
+    ]
+
+
+def test_a_folder_of_any_images_with_a_held_out_part_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "train/1.png", "test/1.png")
+    with pytest.raises(InvalidValueError, match=r"has test, train, which are parts of a data set"):
+        find_image_set("images", tmp_path)
+    assert len(find_image_set("images", tmp_path / "train").images) == 1
+
+
+def test_a_folder_without_any_image_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "notes.txt")
+    with pytest.raises(MissingFileError, match=r"No images below .*Left out 1, not called like images: notes.txt"):
+        find_image_set("images", tmp_path)
+    with pytest.raises(MissingFileError, match=r"There is no folder .*absent"):
+        find_image_set("images", tmp_path / "absent")
+    with pytest.raises(InvalidValueError, match="The source 'images' needs a path"):
+        find_image_set("images")

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from beitzoo.errors import InvalidValueError
-from beitzoo.images.datasets import ImageSet, digits, labelled_folder
-from beitzoo.images.splits import Split, draw_split, read_split, write_split
+from beitzoo.images.datasets import digits, labelled_folder
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.splits import Split, choose_per_class, draw_split, read_split, write_split
 
 
 def test_the_digits_are_split_as_they_were_for_the_shipped_model() -> None:
@@ -76,3 +77,28 @@ def test_what_is_no_split_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "split.csv").write_text(text)
     with pytest.raises(InvalidValueError, match="is not a split: it must have the columns image, bytes, class, split"):
         read_split(tmp_path / "split.csv", digits())
+
+
+def test_images_without_classes_are_split_and_written_without(tmp_path: Path) -> None:
+    images = ImageSet([Image.new("L", (1, 1))] * 50, None, ())
+    split = draw_split(images, 0.1, 0.2, seed=0)
+    assert sorted(split.train + split.val + split.test) == list(range(50))
+    assert (len(split.test), len(split.val)) == (10, 4)
+    assert draw_split(images, 0, 0, seed=0) == Split(list(range(50)), [], [])
+    write_split(tmp_path / "split.csv", images, split)
+    assert (tmp_path / "split.csv").read_text().splitlines()[1] == f'"digits:{split.train[0]}","","","train"'
+    assert read_split(tmp_path / "split.csv", images) == split
+
+
+def test_the_same_number_is_chosen_of_each_class() -> None:
+    images = digits()
+    few, more = (choose_per_class(images, range(1000), count, seed=3) for count in (5, 20))
+    labels = images.labels
+    assert labels is not None
+    assert Counter(labels[index] for index in few) == dict.fromkeys(range(10), 5)
+    assert set(few) < set(more) < set(range(1000))
+    assert set(choose_per_class(images, range(1000), 5, seed=4)) != set(few)
+    with pytest.raises(InvalidValueError, match=r"not 3 images of each class to train on: \d has [0-2]"):
+        choose_per_class(images, range(20), 3, seed=0)
+    with pytest.raises(InvalidValueError, match="cannot be chosen from images without classes"):
+        choose_per_class(ImageSet(images.images, None, ()), range(20), 3, seed=0)

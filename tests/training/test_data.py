@@ -10,9 +10,12 @@ from colours import write_colours
 from PIL import Image
 
 import beitzoo
-from beitzoo.images.datasets import labelled_folder
+from beitzoo.errors import InvalidValueError
+from beitzoo.images.datasets import find_images, labelled_folder
+from beitzoo.images.image_set import ImageSet, with_held_out
 from beitzoo.images.loading import Sample, load_batches
-from beitzoo.training.data import LoadedImages, Order, load_images, training_transform
+from beitzoo.images.splits import Split
+from beitzoo.training.data import LoadedImages, Order, load_images, split_images, training_transform
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import RecipeError
 from beitzoo.training.sections import AffineAugment, CropAugment, DataSection, TrainSection
@@ -145,3 +148,66 @@ def test_affine_augmentation_without_range_is_the_evaluation_transform() -> None
     plain = beitzoo.create_transform(**beitzoo.resolve_data_config(model))(image)
     assert torch.equal(training_transform(model, AffineAugment(kind="affine"))(image), plain)
     assert not torch.equal(training_transform(model, AffineAugment(kind="affine", rotate=30))(image), plain)
+
+
+def test_images_of_a_test_path_are_held_out(tmp_path: Path) -> None:
+    write_colours(tmp_path / "train", per_class=4)
+    write_colours(tmp_path / "test", per_class=2)
+    data = DataSection(source="folder", path=tmp_path / "train", test_path=tmp_path / "test", val_fraction=0.25)
+    images = load_images(data)
+    count = len(load_images(data.model_copy(update={"test_path": None})).images)
+    split = split_images(images, data, test_fraction=1 / 3, val_fraction=0.5)
+    assert split.test == list(range(count, len(images.images)))
+    assert sorted(split.train + split.val) == list(range(count))
+    assert len(split.val) == count // 4
+    held_out, trained = images.images[split.test[-1]], images.images[0]
+    assert isinstance(held_out, Path)
+    assert isinstance(trained, Path)
+    assert images.identity(split.test[-1])[0] == f"held out:{held_out.relative_to(tmp_path / 'test')}"
+    assert images.identity(0)[0] == str(trained.relative_to(tmp_path / "train"))
+    assert images.labels is not None
+    assert images.names[images.labels[split.test[-1]]] == held_out.parent.name
+    with pytest.raises(RecipeError, match=r"data.test_fraction is 0.5, but the images come in parts"):
+        split_images(images, data.model_copy(update={"test_fraction": 0.5}), 0, 0)
+
+
+def test_images_to_train_on_are_not_held_out_as_well(tmp_path: Path) -> None:
+    path = write_colours(tmp_path / "train", per_class=4)
+    with pytest.raises(RecipeError, match="would be both trained on and held out"):
+        load_images(DataSection(source="folder", path=path, test_path=path))
+    other = write_colours(tmp_path / "other", per_class=2)
+    next(other.iterdir()).rename(other / "mauve")
+    with pytest.raises(RecipeError, match=r"mauve is a class of .*other, but none of .*train"):
+        load_images(DataSection(source="folder", path=path, test_path=other))
+    flat, classes = find_images("images", path), find_images("folder", other)
+    with pytest.raises(InvalidValueError, match=r"Only one of .* has classes"):
+        with_held_out(flat, classes)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"train": range(6), "test": range(6, 8)}, Split([0, 1, 2, 3, 4, 5], [], [6, 7])),
+        ({"train": range(6), "validation": range(6, 8)}, Split([0, 1, 2, 3, 4, 5], [], [6, 7])),
+        ({"train": range(4), "validation": range(4, 6), "test": range(6, 8)}, Split([0, 1, 2, 3], [4, 5], [6, 7])),
+        ({}, Split([0, 1, 2, 3, 4, 5, 6, 7], [], [])),
+    ],
+)
+def test_parts_that_images_come_in_are_kept(parts: dict[str, range], expected: Split) -> None:
+    images = ImageSet([Image.new("L", (1, 1))] * 8, None, (), parts=parts)
+    assert split_images(images, DataSection(source="images"), 0, 0) == expected
+
+
+def test_few_images_of_each_class_leave_what_is_held_out_as_it_is() -> None:
+    images = load_images(DataSection(source="digits"))
+    whole, few = (
+        split_images(images, DataSection(source="digits", train_per_class=count), 1 / 3, 0.1) for count in (0, 3)
+    )
+    assert (few.val, few.test) == (whole.val, whole.test)
+    assert len(few.train) == 30
+    assert set(few.train) < set(whole.train)
+
+
+def test_digits_are_in_no_place(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"leave out data\.path"):
+        load_images(DataSection(source="digits", path=tmp_path))

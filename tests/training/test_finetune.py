@@ -10,6 +10,8 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from colours import COLOURS, colour_recipe, write_colours
@@ -303,3 +305,37 @@ def test_a_batch_without_images_has_gradients(colours: Path) -> None:
     loss.backward()
     assert (loss.item(), count) == (0, 0)
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_classifier_needs_classes_and_images_to_be_measured_on(colours: Path) -> None:
+    recipe = colour_recipe(colours)
+    with pytest.raises(RecipeError, match="The images have no classes"):
+        prepare(changed(recipe, "data", source="images"), ALONE)
+    for name, counts in (("val_fraction", (0, 12)), ("test_fraction", (9, 0))):
+        expected = rf"There are {counts[0]} images to choose the best model by and {counts[1]} held out"
+        with pytest.raises(RecipeError, match=expected):
+            prepare(changed(recipe, "data", **{name: 0.0}), ALONE)
+
+
+def test_tables_are_trained_on_part_by_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is named test is never trained on, an unreadable row is named, and workers change nothing."""
+    colours = write_colours(tmp_path / "colours", per_class=4)
+    files = sorted(colours.rglob("*.png"))
+    for name, those in (("train-00000-of-00001", files), ("test-00000-of-00001", files[::2])):
+        images = [{"bytes": file.read_bytes(), "path": file.name} for file in those]
+        table = pa.table({"image": images, "label": [file.parent.name for file in those]})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "data" / f"{name}.parquet")
+    metrics = []
+    for workers in (0, 2):
+        out = tmp_path / f"run-{workers}"
+        recipe = changed(colour_recipe(tmp_path / "data", epochs=1, batch_size=3), "data", source="parquet")
+        metrics.append(finetune(changed(recipe, "run", workers=workers), out))
+    assert {name: value for name, value in metrics[0].items() if "second" not in name} == {
+        name: value for name, value in metrics[1].items() if "second" not in name
+    }
+    assert (metrics[0]["test_count"], metrics[0]["test_failures"]) == (5, 1)
+    assert "Left out train-00000-of-00001.parquet:8: not an image" in caplog.text
+    split = (tmp_path / "run-0" / "split.csv").read_text().splitlines()
+    assert {line.split("-")[0] for line in split if line.endswith('"test"')} == {'"test'}
+    assert sum(line.startswith('"train-00000-of-00001.parquet:') for line in split) == 12

@@ -1,0 +1,132 @@
+"""Classes of images in shards: numbered, named, and images without one left out."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from beitzoo.errors import MissingFileError
+from beitzoo.files import read_text
+from beitzoo.images.files import Encoded
+from beitzoo.images.folders import LeftOut
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.shards import Shards
+
+WITHOUT_CLASS = "without one of the classes"
+CLASSES_FILE = "classes.txt"
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Container(Protocol):
+    """A file of encoded images."""
+
+    path: Path
+
+    def __getitem__(self, place: int) -> Encoded:
+        """Return the image at a place, without reading it."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The class of each image in each of several files.
+
+    Attributes:
+        numbers: For each file an array; -1 where an image has none.
+        names: Of the classes; None if no image has one.
+    """
+
+    numbers: Sequence[Numbers]
+    names: tuple[str, ...] | None
+
+
+def classes_of(shards: Shards, found: Sequence[Sequence[int | str | None] | Numbers], noted: Sequence[str]) -> Classes:
+    """Number the classes that the images of each file have, and name them.
+
+    Words are numbered in their order. Numbers are named as noted, or by the lines of a `classes.txt` beside the files,
+    or else by themselves; negative ones, as in the hub's test sets, are none.
+
+    Args:
+        shards: The files.
+        found: For each file, in their order, the class of each image; None where there is none.
+        noted: Names of the classes that the files themselves state.
+    """
+    if any(isinstance(label, str) for labels in found if not isinstance(labels, np.ndarray) for label in labels):
+        words = [[None if label is None else str(label) for label in labels] for labels in found]
+        names = tuple(sorted({word for those in words for word in those if word is not None}))
+        number: dict[str | None, int] = {name: place for place, name in enumerate(names)}
+        return Classes([_array([number.get(word, -1) for word in those]) for those in words], names)
+    numbers = [_array([-1 if label is None else int(label) for label in labels]) for labels in found]
+    most = max((int(those.max()) for those in numbers if len(those)), default=-1)
+    if most < 0:
+        return Classes(numbers, None)
+    return Classes(numbers, tuple(noted) or _names_of_file(shards) or tuple(map(str, range(most + 1))))
+
+
+def _array(numbers: list[int]) -> Numbers:
+    return np.array(numbers, dtype=np.int64)
+
+
+def _names_of_file(shards: Shards) -> tuple[str, ...] | None:
+    for folder in dict.fromkeys([shards.root, *(file.parent for file in shards.files)]):
+        if (file := folder / CLASSES_FILE).is_file():
+            return tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
+    return None
+
+
+def images_of(shards: Shards, containers: Sequence[Container], classes: Classes, left_out: LeftOut) -> ImageSet:
+    """Return the images of all files that have one of the classes; all images if none has one.
+
+    Raises:
+        MissingFileError: There are no images.
+    """
+    rows, labels = [], []
+    parts: dict[str, range] = {}
+    rest = zip(containers, classes.numbers, strict=True)
+    names, end = classes.names, 0
+    for part, files in shards.parts.items():
+        start = end
+        for container, numbers in (next(rest) for _ in files):
+            keep = np.ones(len(numbers), bool) if names is None else (numbers >= 0) & (numbers < len(names))
+            for place in np.flatnonzero(~keep):
+                file = container.path.relative_to(shards.root).as_posix()
+                left_out.add(WITHOUT_CLASS, f"{file}:{container[int(place)].place}")
+            rows.append(np.flatnonzero(keep))
+            labels.append(numbers[keep])
+            end += len(rows[-1])
+        if end > start:
+            parts[part] = range(start, end)
+    if not end:
+        raise MissingFileError(
+            ". ".join([f"No images in the files at {shards.root}; give others", *left_out.describe()])
+        )
+    return ImageSet(
+        ShardImages(containers, rows),
+        None if names is None else np.concatenate(labels).tolist(),
+        names or (),
+        shards.root,
+        left_out,
+        parts if len(parts) > 1 else {},
+    )
+
+
+class ShardImages(Sequence[Encoded]):
+    """Chosen images of several files, file by file."""
+
+    def __init__(self, containers: Sequence[Container], places: Sequence[Numbers]) -> None:
+        self._containers, self._places = list(containers), list(places)
+        self._ends = np.cumsum([len(those) for those in places]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        file = bisect_right(self._ends, index)
+        places = self._places[file]
+        return self._containers[file][int(places[index - self._ends[file] + len(places)])]
