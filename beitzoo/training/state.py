@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from beitzoo.errors import UserError
 from beitzoo.files import read_text, write_folder, write_text
@@ -18,7 +18,7 @@ from beitzoo.training.optim import Schedule, make_optimizer
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import TrainSection
 from beitzoo.training.tally import Means
-from beitzoo.training.task import Metrics, Task
+from beitzoo.training.task import CountsItems, Metrics, Task
 from beitzoo.weights.checkpoint import save_pickle
 
 _TENSORS, _GENERATORS, _PROGRESS = "tensors.pt", "generators.pt", "progress.json"
@@ -46,6 +46,7 @@ class TrainState:
         line: Means since the last line of the log.
         epoch: Means since the start of the epoch.
         seconds: Time spent on the updates done.
+        counts: What the task has counted in this process.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class TrainState:
     line: Means = field(default_factory=Means)
     epoch: Means = field(default_factory=Means)
     seconds: float = 0.0
+    counts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -76,6 +78,7 @@ def start_state(task: Task, model: nn.Module, train: TrainSection, processes: Pr
         schedule=Schedule(train, task.updates_per_epoch),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=train.precision == "fp16"),
         ema=ModelEmaV3(model, decay=train.ema_decay) if train.ema_decay else None,
+        counts=task.counts if isinstance(task, CountsItems) else {},
     )
 
 
@@ -96,11 +99,12 @@ def saved_states(directory: Path) -> list[Path]:
 def save_state(state: TrainState, directory: Path, processes: Processes) -> None:
     """Save a state as a new folder; older ones stay until it is on disk. All processes call this."""
     generators = processes.gather(generator_states(processes.device))
+    counts = {name: processes.sum(count.clone()) for name, count in state.counts.items()}
     if not processes.is_main:
         return
 
     def write(folder: Path) -> None:
-        save_pickle(_tensors(state), folder / _TENSORS)
+        save_pickle({**_tensors(state), "counts": counts}, folder / _TENSORS)
         save_pickle({"by_rank": generators}, folder / _GENERATORS)
         write_text(folder / _PROGRESS, json.dumps(_progress(state), indent=2) + "\n")
 
@@ -134,6 +138,8 @@ def restore_state(state: TrainState, directory: Path, processes: Processes, seed
     except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
         raise StateError(f"{found[-1]} is damaged ({error}); remove it and start again.") from error
     _restore_tensors(state, tensors)
+    for name, count in state.counts.items():
+        count.copy_(tensors["counts"][name] * processes.is_main)
     state.update, state.best, state.seconds = progress["update"], progress["best"], progress["seconds"]
     state.line, state.epoch = Means(**progress["line"]), Means(**progress["epoch"])
     if len(generators) == processes.count:

@@ -15,7 +15,8 @@ Metrics = dict[str, float]
 class Task(Protocol):
     """A model, its data and its loss.
 
-    All that changes from update to update belongs to the model (buffers too), since only that is saved for resuming.
+    All that changes from update to update belongs to the model (buffers too) or is counted, see `CountsItems`, since
+    only that is saved for resuming.
     On several processes each has a task of its own.
 
     Attributes:
@@ -67,6 +68,18 @@ class Task(Protocol):
 
     def measure_best(self, directory: Path) -> Metrics:
         """Measure the best model, read back from its folder, once at the end; all processes call this."""
+
+
+@runtime_checkable
+class CountsItems(Protocol):
+    """A task that counts while it trains: which codes were targets, how many images could not be read.
+
+    Attributes:
+        counts: Whole numbers, which `loss` adds to in place. Each process has its own, and their sum is what counts:
+            a run that goes on has all of them in its first process.
+    """
+
+    counts: dict[str, Tensor]
 
 
 @runtime_checkable

@@ -152,7 +152,7 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
 def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
     """Write the config.json from which `parse`, and timm, build the same network and transform."""
     lacking = _timm_lacks(config)
-    if lacking is not None:
+    if lacking is not None and not isinstance(pretrained.head, Mim):  # of those nobody expects it
         _logger.warning("timm will not read this model: %s.", lacking)
     settled = replace(config, use_fc_norm=config.norm_after_pooling)
     values = {field.name: getattr(settled, field.name) for field in fields(BeitConfig)}

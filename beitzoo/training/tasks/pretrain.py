@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from beitzoo.errors import InvalidValueError
+from beitzoo.evaluation.probe import probe_backbone
 from beitzoo.factory import Tokenizer, create_model, create_tokenizer
 from beitzoo.images.augment import TwoViews
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.loading import Sample, load_batches
 from beitzoo.images.masks import Masking
 from beitzoo.images.splits import Split
+from beitzoo.inference.reconstruct import write_reconstructions
 from beitzoo.models.mim import MaskedImageModel, mim_loss
 from beitzoo.saving import save_pretrained
 from beitzoo.training.data import Order, UnreadableImages, load_images, split_images
@@ -28,14 +30,19 @@ from beitzoo.training.optim import groups_without_layers, spread_bias_tables
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
-from beitzoo.training.sections import Pretrain
+from beitzoo.training.sections import Pretrain, ProbeSection
 from beitzoo.training.task import Metrics
 from beitzoo.zoo.checkpoints import DataConfig, Mim
 from beitzoo.zoo.networks import BeitConfig, MimConfig
 
 # Logged besides the sum of the losses; of patch aggregation both heads are.
 _ONE_HEAD = ("token_accuracy",)
+_COUNTED = ("codes_used", "code_perplexity", "unreadable")
+_PROBED = ("probe_linear", "probe_knn")
 _TWO_HEADS = ("token_accuracy", "token_loss", "aggregation_accuracy", "aggregation_loss")
+
+PICTURES = "pictures"
+_DRAWN = 6  # images of a picture
 
 
 def pretrain(recipe: Recipe, directory: Path) -> dict[str, Any]:
@@ -56,7 +63,8 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["PretrainTask", Maske
     tokenizer = create_tokenizer(recipe.task.tokenizer, pretrained=True, device=processes.device)
     seed_generators(derive_seed(recipe.train.seed, "weights"))
     model = _make_model(recipe, tokenizer)
-    task = PretrainTask(recipe, images, split, model.backbone.config, model.config, tokenizer, processes)
+    probe = _load_probe(recipe.task.probe)
+    task = PretrainTask(recipe, images, split, model.backbone.config, model.config, tokenizer, processes, probe)
     task.check(model)
     return task, model
 
@@ -76,6 +84,7 @@ class PretrainTask:
         head: What predicts visual tokens from it.
         tokenizer: Gives the targets. It computes in the precision of the run, as the network does.
         processes: Those that train together.
+        probe: Labelled images and their split, on which features are probed now and then.
     """
 
     recipe: Recipe
@@ -85,6 +94,7 @@ class PretrainTask:
     head: MimConfig
     tokenizer: Tokenizer
     processes: Processes
+    probe: tuple[ImageSet, Split] | None = None
 
     def __post_init__(self) -> None:
         assert isinstance(self.recipe.task, Pretrain)
@@ -93,10 +103,15 @@ class PretrainTask:
         self.metric_names: tuple[str, ...] = (
             tuple(f"val_{name}" for name in ("loss", *self.log_names)) if self.split.val else ()
         )
+        self.epoch_names: tuple[str, ...] = (*_COUNTED, *(_PROBED if self.probe else ()))
         self.order = Order(self.split.train, self.recipe.train, self.processes)
         self.updates_per_epoch = self.order.updates_per_epoch
         self._unreadable = UnreadableImages(self.processes)
         self.tokenizer.to(self.processes.device).eval().requires_grad_(False)
+        self.counts = {
+            "codes": torch.zeros(self.tokenizer.vocab_size, dtype=torch.int64, device=self.processes.device),
+            "unreadable": torch.zeros((), dtype=torch.int64, device=self.processes.device),
+        }
         self._samples = MaskedImages(self.images, self._views(), self._masking(), self.recipe.train.seed)
 
     def check(self, model: MaskedImageModel) -> None:
@@ -137,19 +152,30 @@ class PretrainTask:
 
         A batch without a masked patch, since no image could be read, gives a loss of 0 that depends on all parameters.
         """
+        targets = self._targets(batch)
+        self.counts["codes"].index_add_(0, targets, torch.ones_like(targets))
+        self.counts["unreadable"] += len(batch.unreadable)
+        return self._loss(model, batch, targets)
+
+    def _targets(self, batch: MaskedBatch) -> Tensor:
+        """Return the visual tokens of all masked patches, (M,)."""
         device = self.processes.device
-        count = int(batch.masks.sum())
-        images, token_images, masks = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
-        if not count:
-            logits = model(images[:0], masks[:0], all_patches=True)
-            nothing = torch.stack([one.float().sum() for one in _heads(logits)]).sum()
+        if not len(batch.images):
+            return torch.empty(0, dtype=torch.int64, device=device)
+        codes = self.tokenizer.encode(batch.token_images.to(device, non_blocking=True))
+        return codes[batch.masks.to(device, non_blocking=True)]
+
+    def _loss(self, model: nn.Module, batch: MaskedBatch, targets: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
+        images, masks = (tensor.to(self.processes.device, non_blocking=True) for tensor in (batch.images, batch.masks))
+        if not len(targets):
+            logits = _heads(model(images[:0], masks[:0], all_patches=True))
+            nothing = torch.stack([one.float().sum() for one in logits]).sum()
             return nothing, 0, {name: nothing.detach() for name in self.log_names}
-        targets = self.tokenizer.encode(token_images)[masks]
         logits = _heads(model(images, masks))
         losses = [mim_loss(one, targets) for one in logits]
         accuracies = [100 * (one.detach().argmax(-1) == targets).float().mean() for one in logits]
         values = [value for pair in zip(accuracies, losses, strict=True) for value in pair]
-        return torch.stack(losses).sum(), count, dict(zip(self.log_names, values, strict=False))
+        return torch.stack(losses).sum(), len(targets), dict(zip(self.log_names, values, strict=False))
 
     def count_images(self, batch: MaskedBatch) -> int:
         """Tell how many images a batch has."""
@@ -158,7 +184,32 @@ class PretrainTask:
     def validate(self, model: nn.Module) -> Metrics:
         """Measure the loss and the accuracy on the validation images, whose views and masks never change."""
         self._unreadable.report()
+        self._counted = {name: self.processes.sum(count.clone()) for name, count in self.counts.items()}
+        for count in self.counts.values():
+            count.zero_()
         return self.measure(model, self.split.val, "val_") if self.split.val else {}
+
+    def end_epoch(self, model: nn.Module, epoch: int, directory: Path) -> Metrics:
+        """Say what was counted in the epoch; draw reconstructions and probe features if they are due."""
+        assert isinstance(model, MaskedImageModel)
+        used, perplexity = code_use(self._counted["codes"])
+        values = dict(zip(_COUNTED, (used, perplexity, int(self._counted["unreadable"])), strict=True))
+        if self._is_due(epoch, self.section.picture_epochs):
+            self._draw(model, directory / PICTURES / f"epoch-{epoch:04d}.png")
+        if self.probe and self.section.probe and self._is_due(epoch, self.section.probe.epochs):
+            images, split = self.probe
+            values |= probe_backbone(model.backbone, images, split, self.section.probe.neighbours)
+        return values
+
+    def _is_due(self, epoch: int, every: int) -> bool:
+        """Tell whether something is done in this epoch; it is in the last one, unless it never is."""
+        return every > 0 and (epoch % every == 0 or epoch == self.recipe.train.epochs)
+
+    def _draw(self, model: MaskedImageModel, path: Path) -> None:
+        """Draw reconstructions of a few images, of those that are not trained on if there are any."""
+        chosen = (self.split.val or self.split.test or self.split.train)[:_DRAWN]
+        images = [self.images.images[index] for index in chosen]
+        write_reconstructions(model, self.tokenizer, images, path, masking=self._samples.masking)
 
     def better(self, metrics: Metrics, best: Metrics) -> bool:
         """Tell whether the loss on the validation images is lower."""
@@ -188,7 +239,7 @@ class PretrainTask:
         totals = torch.zeros(1 + len(names), dtype=torch.float64)
         for batch in load_batches(self._samples, parts, self.recipe.run.workers):
             self._unreadable.add(batch.unreadable)
-            loss, count, logs = self.loss(model, batch)
+            loss, count, logs = self._loss(model, batch, self._targets(batch))
             means = torch.stack([loss, *(logs[name] for name in self.log_names)]).double().cpu()
             totals += count * torch.cat([torch.ones(1, dtype=torch.float64), means])
         items, *sums = torch.stack(self.processes.gather(totals)).sum(0).tolist()
@@ -217,6 +268,15 @@ class PretrainTask:
             raise RecipeError(f"task.mask.{error}") from error
 
 
+def code_use(counts: Tensor) -> tuple[int, float]:
+    """Tell how many codes are in use, given how often each is (V,), and their perplexity.
+
+    The perplexity is the number of equally frequent codes that would be as hard to guess.
+    """
+    shares = counts.double() / counts.sum().clamp(min=1)
+    return int((counts > 0).sum()), float(torch.special.entr(shares).sum().exp())
+
+
 def _heads(logits: Tensor | tuple[Tensor, Tensor]) -> list[Tensor]:
     return [logits] if isinstance(logits, Tensor) else list(logits)
 
@@ -230,6 +290,18 @@ def _check_counts(recipe: Recipe, split: Split) -> None:
         )
     if train.layer_decay != 1:
         raise RecipeError("All layers learn equally fast in pretraining; leave train.layer_decay out.")
+
+
+def _load_probe(section: ProbeSection | None) -> tuple[ImageSet, Split] | None:
+    if section is None:
+        return None
+    images = load_images(section.data)
+    if images.labels is None:
+        raise RecipeError("The images of task.probe.data have no classes; give images in class folders or with labels.")
+    split = split_images(images, section.data, test_fraction=1 / 3, val_fraction=0.0)
+    if not split.train or not split.test:
+        raise RecipeError("task.probe.data needs images to fit the probes on and others to measure them.")
+    return images, split
 
 
 def _make_model(recipe: Recipe, tokenizer: Tokenizer) -> MaskedImageModel:
