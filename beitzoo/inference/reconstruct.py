@@ -25,8 +25,8 @@ from beitzoo.images import pictures
 from beitzoo.images.files import ImageError, as_image
 from beitzoo.images.masks import Masking, draw_mask, sample_generator
 from beitzoo.images.pictures import Array
-from beitzoo.images.transforms import Transform, create_transform, prepare, resolve_data_config
-from beitzoo.inference.classify import eval_mode
+from beitzoo.images.transforms import create_transform, prepare, resolve_data_config
+from beitzoo.inference.classify import NOT_FINITE, eval_mode
 from beitzoo.inference.pipeline import Failure
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.random_tokenizer import RandomTokenizer
@@ -34,6 +34,7 @@ from beitzoo.models.tokenizers import Vqkd
 from beitzoo.zoo.networks import Pair
 
 _BATCH = 16  # images per forward pass
+_LEAST = 1e-3  # nats at the end of the scale, where a model is right beyond rounding
 _HEAT = "loss of masked patches, nats"
 _TITLES = {
     "pixels": ("image", "masked image", "decoded: predicted tokens", "decoded: the image's tokens", _HEAT),
@@ -114,7 +115,7 @@ def reconstruct(
         seed: Of the masks; that of an image depends on its place too.
 
     Returns:
-        An outcome for each image, in order; a failure is one that cannot be read.
+        An outcome for each image, in order; a failure is one that cannot be read, or whose loss is not finite.
 
     Raises:
         InvalidValueError: The grids, or the codes, of the model, the tokenizer and the masking do not agree.
@@ -144,7 +145,7 @@ def picture(records: Sequence[Reconstruction], caption: str = "") -> Image.Image
     check(bool(records), "There is nothing to draw; give at least one image that can be read.")
     first = records[0]
     size = pictures.panel_size(first.image)
-    most = max(float(np.nanmax(record.losses)) for record in records)
+    most = max(_LEAST, *(float(np.nanmax(record.losses)) for record in records))
     titles = _TITLES["pixels" if first.colours is None else "features"]
     parts = [pictures.beside([pictures.text(title, size[0], 16) for title in titles])]
     width = parts[0].width
@@ -226,18 +227,17 @@ class _Comparison:
     def look(self, source: Any, place: int, masking: Masking, seed: int) -> _Look | Failure:
         """Open an image for both networks and draw its mask."""
         name = Path(source).name if isinstance(source, str | Path) else f"image {place + 1}"
+        wanted = self.model.backbone.in_chans, self.tokenizer.in_chans
         try:
-            patch_view = self._view(source, self.model.backbone.in_chans, self.patch_transform)
-            token_view = self._view(source, self.tokenizer.in_chans, self.token_transform)
+            images = {channels: as_image(source, channels) for channels in set(wanted)}
+            patch_view = prepare(images[wanted[0]], self.patch_transform)
+            token_view = prepare(images[wanted[1]], self.token_transform)
         except ImageError as error:
             return Failure(str(error))
         return _Look(name, patch_view, token_view, draw_mask(masking, sample_generator(seed, 0, place)))
 
-    def _view(self, source: Any, channels: int, transform: Transform) -> Tensor:
-        return prepare(as_image(source, channels), transform)
-
-    def __call__(self, looks: Sequence[_Look]) -> list[Reconstruction]:
-        """Run both networks on a batch."""
+    def __call__(self, looks: Sequence[_Look]) -> list[Reconstruction | Failure]:
+        """Run both networks on a batch; where a loss is not finite, that is the outcome."""
         if not looks:
             return []
         patch_views = torch.stack([look.patch_view for look in looks]).to(self.device, self.model.lm_head.weight.dtype)
@@ -250,8 +250,9 @@ class _Comparison:
         losses[masks] = F.cross_entropy(of_masked, ids[masks], reduction="none")
         colours = self._colours()
         decoded = [self._decode(one, colours) for one in (predicted, ids)]
-        return [
-            Reconstruction(
+        outcomes: list[Reconstruction | Failure] = []
+        for place, look in enumerate(looks):
+            record = Reconstruction(
                 name=look.name,
                 image=_image(look.patch_view * self.std + self.mean),
                 mask=look.mask.numpy(),
@@ -262,8 +263,8 @@ class _Comparison:
                 colours=colours,
                 vocab_size=self.tokenizer.vocab_size,
             )
-            for place, look in enumerate(looks)
-        ]
+            outcomes.append(record if np.isfinite(record.losses[record.mask]).all() else Failure(NOT_FINITE))
+        return outcomes
 
     def _encode(self, token_views: Tensor) -> Tensor:
         return self.tokenizer.encode(token_views.to(self.device)).cpu()

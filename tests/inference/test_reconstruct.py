@@ -1,6 +1,9 @@
 """Reconstructions: panels against what the networks say when they are asked directly."""
 
+import copy
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -170,6 +173,16 @@ def test_an_image_that_cannot_be_read_has_its_reason(model: MaskedImageModel, tm
     assert not (tmp_path / "none.png").exists()
     with pytest.raises(ValueError, match="nothing to draw"):
         picture([])
+
+
+def test_losses_at_the_ends_of_what_there_is(model: MaskedImageModel) -> None:
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.lm_head.bias, math.nan)
+    assert reconstruct(broken, Levels(), PHOTOS) == [Failure("the model's output for it is not finite")] * 2
+    (record, _) = records(model, Levels())
+    perfect = replace(record, losses=np.where(record.mask, 0.0, math.nan))
+    (row,) = panels(picture([perfect]), rows=1, side=256)
+    assert (row[4][record.mask.repeat(64, axis=0).repeat(64, axis=1)] == (68, 1, 84)).all()
 
 
 def test_networks_that_do_not_agree_are_refused(model: MaskedImageModel) -> None:
