@@ -49,6 +49,7 @@ class Quantizer(nn.Module):
         self.embedding = Codebook(codes, dim)
         self.register_buffer("cluster_size", torch.zeros(codes))
 
+    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Map features (..., D) of any length to codes (...), int64."""
         return _nearest(F.normalize(features, dim=-1), self.embedding.weight)
@@ -111,14 +112,11 @@ class Quantizer(nn.Module):
         """Begin to count anew how often each code is used."""
         self.cluster_size.zero_()
 
-    def codes_used(self) -> int:
-        """Count the codes that were used since `reset_uses`."""
-        return int((self.cluster_size > 0).sum())
 
-    def perplexity(self) -> float:
-        """Return the number of codes that would be as hard to guess, were all used alike; since `reset_uses`."""
-        shares = self.cluster_size.double() / self.cluster_size.double().sum().clamp(min=1)
-        return float(torch.special.entr(shares).sum().exp())
+def perplexity(uses: Tensor) -> float:
+    """Return how many codes, used alike, would be as hard to guess as those that were used so often, (V,)."""
+    shares = uses.double() / uses.double().sum().clamp(min=1)
+    return float(torch.special.entr(shares).sum().exp())
 
 
 def kmeans(features: Tensor, codes: int, generator: torch.Generator, iterations: int = 10) -> Tensor:
