@@ -17,7 +17,7 @@ from beitzoo.cli import app, main
 from beitzoo.errors import InvalidValueError
 
 COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "probe", "reconstruct", "finetune", "pretrain"]
-COMMANDS += ["benchmark", "report"]
+COMMANDS += ["train-tokenizer", "benchmark", "report"]
 
 
 def beitzoo_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -216,6 +216,7 @@ def test_the_options_are_frozen() -> None:
         "verify": ["as_json", "cache_dir", "models"],
         "finetune": ["checkpoint", "out", "recipe", "settings"],
         "pretrain": ["out", "recipe", "settings"],
+        "train-tokenizer": ["out", "recipe", "settings"],
         "evaluate": [
             "as_json",
             "batch_size",

@@ -10,16 +10,24 @@ import beitzoo
 from beitzoo.training.data import training_transform
 from beitzoo.training.optim import make_optimizer, parameter_groups
 from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe, load_recipe, read_resolved
+from beitzoo.training.sections import Finetune
 
 RECIPES = sorted(Path("configs").rglob("*.toml"))
+FINETUNE = [path for path in RECIPES if path.parent.name == "finetune"]
 DIGITS = Path("configs/finetune/digits.toml").absolute()
 DIGITS_TEXT = DIGITS.read_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
-def test_every_recipe_describes_a_run(path: Path) -> None:
-    recipe = load_recipe(path)
+def test_every_recipe_is_of_the_task_whose_folder_it_is_in(path: Path) -> None:
+    recipe = load_recipe(path, kind=path.parent.name)
     assert Recipe.model_validate_json(dump_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=str)
+def test_every_fine_tuning_recipe_describes_a_run(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert isinstance(recipe.task, Finetune)
     model = beitzoo.create_model(recipe.model.name, **recipe.model.overrides)
     assert make_optimizer(parameter_groups(model, recipe.train), recipe.train).param_groups
     assert training_transform(model, recipe.task.augment)(Image.new("L", (8, 8))).shape == (1, 32, 32)
@@ -67,7 +75,7 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
 
 def test_packaged_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_recipe("digits") == load_recipe(DIGITS)
-    assert len({path.stem for path in RECIPES}) == len(RECIPES)
+    assert len({path.stem for path in FINETUNE}) == len(FINETUNE)
     monkeypatch.chdir(tmp_path)
     Path("digits").write_text(DIGITS_TEXT.replace("epochs = 75", "epochs = 2"))
     assert load_recipe("digits").train.epochs == 2  # a file of that name comes first

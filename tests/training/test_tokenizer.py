@@ -1,4 +1,4 @@
-"""Tokenizer training: loss and codebook are what a plain reference makes of the same images; restarts change nothing."""
+"""Tokenizer training: loss and codebook are those of a plain reference; restarts change nothing."""
 
 import csv
 import json
