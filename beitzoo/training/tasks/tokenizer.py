@@ -148,6 +148,10 @@ class TokenizerTask:
         loss, logs = self._compare(found, self._targets(images))
         return loss, len(images), logs
 
+    def count_images(self, batch: ViewBatch) -> int:
+        """Tell how many images a batch has."""
+        return len(batch.images)
+
     @torch.no_grad()
     def _targets(self, images: Tensor) -> Tensor:
         """Return what is to be predicted from the codes, (B, h w, prediction_dim)."""
