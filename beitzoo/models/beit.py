@@ -155,15 +155,18 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), float(config.init_values))) if config.init_values else None
         self.drop_path = DropPath(config.drop_path_rate * index / max(config.depth - 1, 1))
 
-    def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
-        """Map tokens (B, N, C) to tokens (B, N, C).
+    def forward(self, x: Tensor, bias: PositionBias | None = None, kept: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, C) to tokens (B, N, C), or only those that are kept to (B, K, C).
 
         Args:
             x: Tokens.
             bias: From `Beit.position_bias`. Without it, as timm's blocks are called, a block goes by its own table,
                 and tokens are those of one image of the network's size.
+            kept: Places of the tokens that are needed behind this block, (B, K); the MLP leaves out all others.
         """
         x = self._add(x, self.gamma_1, self.attn(self.norm1(x), bias))
+        if kept is not None:
+            x = x.take_along_dim(kept[..., None], dim=1)
         return self._add(x, self.gamma_2, self.mlp(self.norm2(x)))
 
     def _add(self, x: Tensor, gamma: Tensor | None, branch: Tensor) -> Tensor:
@@ -312,12 +315,12 @@ class Beit(nn.Module):
         masked = inputs.flat_mask(bool_masked_pos, patches)
         return torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
 
-    def run_block(self, index: int, x: Tensor, bias: PositionBias) -> Tensor:
-        """Map tokens (B, N, C) through one block, recomputed in the backward pass if that was asked for."""
+    def run_block(self, index: int, x: Tensor, bias: PositionBias, kept: Tensor | None = None) -> Tensor:
+        """Map tokens through one block (see `Block`), recomputed in the backward pass if that was asked for."""
         block = self.blocks[index]
         if index in self.checkpointed_blocks and torch.is_grad_enabled():
-            return checkpoint(block, x, bias, use_reentrant=False)
-        return block(x, bias)
+            return checkpoint(block, x, bias, kept, use_reentrant=False)
+        return block(x, bias) if kept is None else block(x, bias, kept)
 
     def _trained_norm(self, x: Tensor) -> Tensor:
         return self.fc_norm(x) if self.config.norm_after_pooling else self.norm(x)

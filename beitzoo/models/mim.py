@@ -9,7 +9,7 @@ Shapes: B batch, h w patch grid, M masked patches of the whole batch, V visual t
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitzoo.errors import check
-from beitzoo.models import initial
+from beitzoo.models import initial, kernels
 from beitzoo.models.beit import Beit, Block
+from beitzoo.models.kernels import PositionBias
 from beitzoo.zoo.checkpoints import PretrainedConfig
 from beitzoo.zoo.networks import MimConfig
 
@@ -79,34 +80,39 @@ class MaskedImageModel(nn.Module):
         Raises:
             InvalidValueError: No patch is masked, or the mask is of another shape.
         """
-        tokens = self._tokens(images, bool_masked_pos)
-        masked = bool_masked_pos.flatten(1)
+        x, bias = self.backbone.embed(images, bool_masked_pos)
+        prefix = self.backbone.num_prefix_tokens
+        needed = _Needed(prefix) if all_patches else _Needed.masked(bool_masked_pos.flatten(1), prefix)
+        tokens = self._tokens(x, bias, needed.kept)
         heads = [(self.backbone.norm, self.lm_head)] * len(tokens)
         if not self.config.shared_lm_head and len(tokens) == 2:
             heads[1] = (self.cls_pt_norm, self.cls_pt_lm_head)
-        logits = []
-        for (norm, head), x in zip(heads, tokens, strict=True):
-            patches = x[:, self.backbone.num_prefix_tokens :]
-            chosen = patches if all_patches else patches[masked]
-            check(all_patches or len(chosen) > 0, "Got a mask without a masked patch; there is nothing to predict.")
-            logits.append(head(norm(chosen)))
+        logits = [head(norm(needed.of(x))) for (norm, head), x in zip(heads, tokens, strict=True)]
         return logits[0] if len(logits) == 1 else (logits[0], logits[1])
 
-    def _tokens(self, images: Tensor, bool_masked_pos: Tensor) -> list[Tensor]:
-        """Return the raw tokens (B, 1 + h w, C) that heads read: of the last block, and of patch aggregation."""
-        x, bias = self.backbone.embed(images, bool_masked_pos)
+    def _tokens(self, x: Tensor, bias: PositionBias, kept: Tensor | None) -> list[Tensor]:
+        """Return the raw tokens that heads read: of the last block, and of patch aggregation.
+
+        Args:
+            x: Tokens that enter the first block, (B, 1 + h w, C).
+            bias: What blocks know about positions.
+            kept: Places of the tokens that are needed, (B, K); no others are returned then.
+        """
         early = x
-        for index in range(len(self.backbone.blocks)):
-            x = self.backbone.run_block(index, x, bias)
-            if index + 1 == self.config.early_layers:
+        depth, early_layers = len(self.backbone.blocks), self.config.early_layers
+        for index in range(depth):
+            is_last = index == depth - 1 and early_layers < depth  # else its patches are those that are aggregated
+            x = self.backbone.run_block(index, x, bias, kept if is_last else None)
+            if index + 1 == early_layers:
                 early = x
-        if not self.config.early_layers:
+        if not early_layers:
             return [x]
         prefix = self.backbone.num_prefix_tokens
         aggregated = torch.cat([x[:, :prefix], early[:, prefix:]], dim=1)
-        for block in self.cls_pt_layers:
+        *blocks, last = self.cls_pt_layers
+        for block in blocks:
             aggregated = block(aggregated, bias)
-        return [x, aggregated]
+        return [x, last(aggregated, bias, kept)]
 
     def forward_features(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Map images to the normed tokens of the last block, (B, 1 + h w, C), as the backbone does."""
@@ -161,6 +167,46 @@ class MaskedImageModel(nn.Module):
         return self.backbone.pretrained_cfg
 
     default_cfg = pretrained_cfg
+
+
+@dataclass(frozen=True)
+class _Needed:
+    """Which tokens heads read.
+
+    Attributes:
+        prefix: Tokens before the patches.
+        chosen: Which of the kept tokens are masked patches, (B, K); None if all patches are needed.
+        kept: Places of prefix and masked patches, (B, K), filled up with the first token's; None if all are kept.
+    """
+
+    prefix: int
+    chosen: Tensor | None = None
+    kept: Tensor | None = None
+
+    @classmethod
+    def masked(cls, mask: Tensor, prefix: int) -> "_Needed":
+        """Take the masked patches; the mask is (B, h w). What is traced keeps all tokens, for shapes that are known.
+
+        Raises:
+            InvalidValueError: No patch is masked.
+        """
+        masked = F.pad(mask, (prefix, 0), value=False)
+        if not kernels.is_eager():
+            return cls(prefix, masked)
+        counts = mask.sum(dim=1, keepdim=True)
+        most = int(counts.max())
+        check(most > 0, "Got a mask without a masked patch; there is nothing to predict.")
+        # A stable sort puts the prefix first, then masked patches in their order.
+        order = F.pad(mask.byte(), (prefix, 0), value=2).argsort(dim=1, descending=True, stable=True)[
+            :, : prefix + most
+        ]
+        is_real = torch.arange(prefix + most, device=mask.device) < prefix + counts
+        kept = order.where(is_real, 0)
+        return cls(prefix, masked.take_along_dim(kept, dim=1), kept)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the patches that are needed: (B, h w, C), or (M, C) of all images, in order."""
+        return x[:, self.prefix :] if self.chosen is None else x[self.chosen]
 
 
 def mim_loss(logits: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:

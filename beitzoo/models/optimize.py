@@ -244,9 +244,11 @@ class InferenceBlock(Block):
         self.fc1 = nn.ModuleList(map(make, fc1.weight.detach().chunk(parts), fc1.bias.detach().chunk(parts)))
         self.fc2 = nn.ModuleList(map(make, weight.chunk(parts, dim=1), biases))
 
-    def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
-        """Map tokens (B, N, C) to tokens (B, N, C)."""
+    def forward(self, x: Tensor, bias: PositionBias | None = None, kept: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, C) to tokens (B, N, C), or only those that are kept to (B, K, C)."""
         x = self.proj.add(x, self.attn(self.norm1(x), bias))
+        if kept is not None:
+            x = x.take_along_dim(kept[..., None], dim=1)
         y = self.norm2(x)
         for fc1, fc2 in zip(self.fc1, self.fc2, strict=True):
             assert isinstance(fc1, InferenceLinear) and isinstance(fc2, InferenceLinear)

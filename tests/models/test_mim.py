@@ -248,3 +248,16 @@ def test_an_inference_copy_gives_the_same_logits(head: MimConfig) -> None:
     pairs = [(ours, copy)] if isinstance(ours, Tensor) else zip(ours, copy, strict=True)
     for one, other in pairs:
         assert relative_error(other, one) < 1e-5
+
+
+@pytest.mark.parametrize("head", [V1, V2])
+def test_tokens_that_nobody_reads_skip_the_last_mlp(head: MimConfig) -> None:
+    model = build(NETWORK, head)
+    images, mask, _ = batch()
+    last = model.cls_pt_layers[-1] if head.early_layers else model.backbone.blocks[-1]
+    rows: list[int] = []
+    last.mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    few, every = (model(images, mask, all_patches=patches) for patches in (False, True))
+    for ours, all_of_them in zip(few, every, strict=True) if head.early_layers else [(few, every)]:
+        torch.testing.assert_close(ours, all_of_them[mask], rtol=1e-5, atol=1e-5)
+    assert rows == [1 + 6, 1 + 15]
