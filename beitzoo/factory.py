@@ -1,5 +1,6 @@
 """The one place where a name, a network, its weights and its head meet."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -19,7 +20,14 @@ from beitzoo.weights.names import find_weights, look_elsewhere
 from beitzoo.zoo.checkpoints import Classify, LocalFile, Mim, PretrainedConfig
 from beitzoo.zoo.networks import BeitConfig, DvaeConfig, MimConfig, Pair, RandomConfig, VqkdConfig
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
-from beitzoo.zoo.tokenizers import TokenizerConfig, TokenizerEntry, TokenizerFile, find_tokenizer, override_tokenizer
+from beitzoo.zoo.tokenizers import (
+    TokenizerConfig,
+    TokenizerEntry,
+    TokenizerFile,
+    find_tokenizer,
+    is_tokenizer,
+    override_tokenizer,
+)
 
 # `sources` (the hub's client) is imported by the function that needs it: it costs as much time as all the rest of
 # beitzoo, and a model is often made without it.
@@ -151,6 +159,10 @@ def look_up(name: str | Path, cache_dir: Path | None = None, head: type[Mim] | N
     try:
         return find(name, head)
     except UnknownModelError:
+        if is_tokenizer(name):
+            raise UnknownModelError(
+                f"{name!r} is an image tokenizer, not a model; make it with create_tokenizer({name!r})."
+            ) from None
         entry = look_elsewhere(name, cache_dir)
         if entry is None:
             raise
@@ -250,7 +262,7 @@ def create_tokenizer(
     name: str | Path,
     pretrained: bool = False,
     *,
-    checkpoint_path: str | Path | None = None,
+    checkpoint_path: str | Path | Sequence[str | Path] | None = None,
     cache_dir: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -263,7 +275,8 @@ def create_tokenizer(
             that of a run of `beitzoo train-tokenizer`, whose best checkpoint is meant.
         pretrained: Load the weights; downloads are verified and kept. A random tokenizer has none: its values follow
             from its seed.
-        checkpoint_path: Load this file of the same tokenizer instead, in our form or the original's.
+        checkpoint_path: Load this file (or folder) of the same tokenizer instead, in our form or the original's; of
+            OpenAI's dVAE the pair of its files, encoder and decoder.
         cache_dir: Where downloads are kept; the hub's own cache if None.
         device: Where the parameters live; PyTorch's default device if None.
         dtype: Of the parameters; that of the weights, or float32, if None.
@@ -285,9 +298,7 @@ def create_tokenizer(
     if not checkpoint_path and (not pretrained or (isinstance(wanted, RandomConfig) and not entry.files)):
         return _build_tokenizer(wanted).eval().to(device=device, dtype=dtype)
     if checkpoint_path:
-        files: tuple[TokenizerFile, ...] = (
-            TokenizerFile(sources=(LocalFile(find_weights(full_path(checkpoint_path))),)),
-        )
+        files = _given_files(checkpoint_path, entry.files)
     elif not entry.files:
         raise UnknownModelError(
             f"{entry.name!r} has no pretrained weights: train it with `beitzoo train-tokenizer` and name the folder of "
@@ -303,6 +314,23 @@ def create_tokenizer(
     checkpoint.load(model, tensors, str(checkpoint_path or entry.name))
     model.set_input_size(_img_size(wanted))
     return model.eval().to(device=device, dtype=dtype)
+
+
+def _given_files(
+    given: str | Path | Sequence[str | Path], released: tuple[TokenizerFile, ...]
+) -> tuple[TokenizerFile, ...]:
+    """Describe files of the user's own: one of a whole tokenizer, or as many as were released."""
+    paths = [given] if isinstance(given, str | Path) else list(given)
+    parts = [None] if len(paths) == 1 else [file.part for file in released]
+    if len(paths) != len(parts):
+        raise InvalidOptionError(
+            f"checkpoint_path has {len(paths)} files; give one of the whole tokenizer"
+            + (f", or its {' and '.join(map(str, parts))}." if len(released) > 1 else ".")
+        )
+    return tuple(
+        TokenizerFile(sources=(LocalFile(find_weights(full_path(path))),), part=part)
+        for path, part in zip(paths, parts, strict=True)
+    )
 
 
 def look_up_tokenizer(name: str | Path) -> TokenizerEntry:

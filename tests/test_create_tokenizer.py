@@ -87,10 +87,10 @@ def test_a_file_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     save_tokenizer(create_tokenizer("test_vqkd"), tmp_path)
     with pytest.raises(ValueError, match=r"(?s)not a checkpoint.*~ quantize.embedding.weight: \(64, 8\), expected \(9"):
         create_tokenizer(tmp_path, pretrained=True, vocab_size=9)
-    (tmp_path / "config.json").write_text('{"tokenizer": "vqkd", "config": {"vocab_size": 1}}')
+    (tmp_path / "config.json").write_text('{"tokenizer_kind": "vqkd", "config": {"vocab_size": 1}}')
     with pytest.raises(ValueError, match="not the config of a tokenizer: encoder: Field required"):
         create_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text('{"tokenizer": "random", "config": {"vocab_size": 99999999}}')
+    (tmp_path / "config.json").write_text('{"tokenizer_kind": "random", "config": {"vocab_size": 99999999}}')
     with pytest.raises(ValueError, match="not built from a file's word"):
         create_tokenizer(tmp_path)
 

@@ -1,4 +1,4 @@
-"""The commands about models: list, info, download, verify."""
+"""The commands about models and tokenizers: list, info, download, verify, convert-tokenizer."""
 
 import json
 import sys
@@ -24,9 +24,11 @@ from beitzoo.zoo.checkpoints import (
     ReleaseFile,
     Segment,
     Source,
+    WebFile,
 )
 from beitzoo.zoo.pretrained import PRETRAINED
 from beitzoo.zoo.registry import find, list_models
+from beitzoo.zoo.tokenizers import find_tokenizer, is_tokenizer, list_tokenizers
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
@@ -37,13 +39,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def list_(
     pattern: Annotated[str, typer.Argument(help="Glob, such as 'beitv2*'.")] = "",
     pretrained: Annotated[bool, typer.Option(help="List checkpoints rather than architectures.")] = False,
+    tokenizers: Annotated[bool, typer.Option(help="List image tokenizers instead.")] = False,
     markdown: Annotated[bool, typer.Option(help="Print the table of all checkpoints in Markdown.")] = False,
 ) -> None:
     """List the models of the zoo."""
     if markdown:
         print(model_table())
         return
-    for name in list_models(pattern, pretrained=pretrained):
+    for name in list_tokenizers(pattern) if tokenizers else list_models(pattern, pretrained=pretrained):
         print(name)
 
 
@@ -81,11 +84,11 @@ def _headline(name: str) -> str:
 
 
 def info(name: str, as_json: AsJson = False) -> None:
-    """Describe a model.
+    """Describe a model or an image tokenizer.
 
     Size, cost, where its weights are, how images are prepared, published accuracy, licence and paper.
     """
-    facts = _facts(name)
+    facts = _tokenizer_facts(name) if is_tokenizer(name) else _facts(name)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -96,20 +99,21 @@ def info(name: str, as_json: AsJson = False) -> None:
 
 
 def download(
-    models: Annotated[list[str], typer.Argument(help="Model names, globs of them, or hf-hub:OWNER/NAME@REVISION.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Names of models or tokenizers, globs of them, or hf-hub:OWNER/NAME@REVISION."),
+    ],
     cache_dir: CacheDir = None,
 ) -> None:
     """Download weights and verify their checksums."""
-    from beitzoo.factory import look_up
     from beitzoo.weights import sources
 
     cache_dir = cache_dir and full_path(cache_dir)
     failed = False
     for name in _expand(models):
         try:
-            pretrained = look_up(name, cache_dir).pretrained
-            path = sources.fetch(pretrained.sources if pretrained else (), cache_dir)
-            print(f"{name}  {path}")
+            for places in _files(name, cache_dir) or [()]:
+                print(f"{name}  {sources.fetch(places, cache_dir)}")
         except UserError as error:
             failed = True
             print(f"Error: {name}: {error}", file=sys.stderr)
@@ -140,17 +144,46 @@ def verify(
             print(f"{row['state']:<14}  {row['model']}  {row['file']}".rstrip())
             if row["state"] != "verified" and row["detail"]:
                 print(f"    {row['detail']}")
-    if any(row["state"] not in ("verified", "unverified") for row in rows):
+    if any(row["state"] not in ("verified", "prefix matches", "unverified") for row in rows):
         raise typer.Exit(1)
+
+
+def convert_tokenizer(
+    name: Annotated[str, typer.Argument(help="A tokenizer with weights, such as dvae_patch8_112.dalle.")],
+    out: Annotated[Path, typer.Option(help="Folder for config.json and model.safetensors.")],
+    encoder: Annotated[Path | None, typer.Option(help="OpenAI's encoder.pkl, if you have it already.")] = None,
+    decoder: Annotated[Path | None, typer.Option(help="OpenAI's decoder.pkl, if you have it already.")] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Convert a released tokenizer to safetensors, once; the folder is then a name of it.
+
+    Files are downloaded, unless they are given. No code of a pickle is run.
+    """
+    from beitzoo.factory import create_tokenizer
+    from beitzoo.saving import save_tokenizer
+
+    if (encoder is None) != (decoder is None):
+        raise InvalidValueError("Give both --encoder and --decoder, or neither to download them.")
+    given = None if encoder is None or decoder is None else (encoder, decoder)
+    save_tokenizer(create_tokenizer(name, pretrained=True, checkpoint_path=given, cache_dir=cache_dir), out)
+    print(out)
+
+
+def _files(name: str, cache_dir: Path | None) -> list[tuple[Source, ...]]:
+    """Return, for each file of a model's or tokenizer's weights, the places that have it."""
+    from beitzoo.factory import look_up
+
+    if is_tokenizer(name):
+        return [file.sources for file in find_tokenizer(name).files]
+    pretrained = look_up(name, cache_dir).pretrained
+    return [pretrained.sources] if pretrained else []
 
 
 def _verdicts(name: str, cache_dir: Path | None, named: bool) -> list[dict[str, str]]:
     """Return a row for each local copy of a checkpoint; if there is none, one that says so, if it was named."""
-    from beitzoo.factory import look_up
     from beitzoo.weights import sources
 
-    pretrained = look_up(name, cache_dir).pretrained
-    verdicts = [sources.verify(source, cache_dir) for source in (pretrained.sources if pretrained else ())]
+    verdicts = [sources.verify(source, cache_dir) for places in _files(name, cache_dir) for source in places]
     rows = [
         {"model": name, "state": verdict.state, "file": str(verdict.path), "detail": verdict.detail}
         for verdict in verdicts
@@ -164,11 +197,14 @@ def _expand(patterns: list[str]) -> list[str]:
     """Replace globs by the checkpoints they match; anything else is a name, right or wrong."""
     names = []
     for pattern in patterns:
-        matches = (
-            list_models(pattern, pretrained=True) if set("*?[") & set(pattern) and ":" not in pattern else [pattern]
-        )
+        is_glob = set("*?[") & set(pattern) and ":" not in pattern
+        tokenizers = [name for name in list_tokenizers(pattern) if find_tokenizer(name).files] if is_glob else []
+        matches = list_models(pattern, pretrained=True) + tokenizers if is_glob else [pattern]
         if not matches:
-            raise InvalidValueError(f"No checkpoint matches {pattern!r}; 'beitzoo list --pretrained' shows all.")
+            raise InvalidValueError(
+                f"No checkpoint matches {pattern!r}; 'beitzoo list --pretrained' and 'beitzoo list --tokenizers' show "
+                "all."
+            )
         names += matches
     return names
 
@@ -198,6 +234,28 @@ def _facts(name: str) -> dict[str, Any]:
     }
 
 
+def _tokenizer_facts(name: str) -> dict[str, Any]:
+    import torch
+
+    from beitzoo.factory import create_tokenizer
+
+    entry = find_tokenizer(name)
+    with torch.device("meta"):
+        tokenizer = create_tokenizer(name, device="meta")
+    return {
+        "tokenizer": entry.name,
+        "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+        "input_size": [tokenizer.in_chans, *tokenizer.img_size],
+        "interpolation": tokenizer.interpolation,
+        "grid_size": list(tokenizer.grid_size),
+        "vocab_size": tokenizer.vocab_size,
+        "decodes_to": tokenizer.decodes_to,
+        "weights": [_where(source) for file in entry.files for source in file.sources],
+        "license": entry.license,
+        "paper": entry.paper,
+    }
+
+
 def _published(one: accuracy.Accuracy) -> dict[str, Any]:
     """Return what is known of one accuracy; the model is known already."""
     return {name: value for name, value in asdict(one).items() if name != "model" and value is not None}
@@ -220,7 +278,7 @@ def _where(source: Source) -> str:
     match source:
         case HubFile(repo_id, filename, revision):
             return f"hub {repo_id}/{filename} at {revision or 'main'}"
-        case ReleaseFile():
+        case ReleaseFile() | WebFile():
             return source.url
         case PackageFile(path):
             return f"package {path}"

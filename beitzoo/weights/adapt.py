@@ -12,7 +12,7 @@ from torch import Tensor
 
 from beitzoo.errors import InvalidOptionError, UnsupportedError
 from beitzoo.weights import layouts
-from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment, Tokenizer
+from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment
 from beitzoo.zoo.networks import BeitConfig, MimConfig, override, plain
 
 State = Mapping[str, Tensor]
@@ -207,7 +207,7 @@ def _with_fresh_norm(state: State) -> State:
 _MIM_HEAD = re.compile(r"(lm_head|cls_pt_layers|cls_pt_norm|cls_pt_lm_head)\.")
 _SEGMENT_HEAD = re.compile(r"(decode_head|auxiliary_head|fpn[1-4]|fpn)\.")
 _ONLY_PRETRAINING = re.compile(rf"(norm\.|mask_token|rel_pos_bias\.{_TABLE})")
-_JOBS: dict[type[Head], str] = {Mim: "visual tokens", Segment: "segmentation", Tokenizer: "visual tokens"}
+_JOBS: dict[type[Head], str] = {Mim: "visual tokens", Segment: "segmentation"}
 
 ADAPTATIONS: dict[tuple[type[Head], Wanted], Adaptation] = {
     (Classify, Classify): Adaptation(config=_as_it_is, state=_all_of_it),

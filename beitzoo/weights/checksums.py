@@ -79,6 +79,18 @@ def verify_checksum(path: Path, expected: str, records: Path) -> None:
     _write_record(file, {"hash": expected, "verified": stamp}, records)
 
 
+def check_prefix(path: Path, found: str, prefix: str | None) -> None:
+    """Compare the sha256 of a file with the first digits that are stated of it, if there are any.
+
+    Eight digits tell damage and mix-ups; against a file that was made to have them they are no proof.
+
+    Raises:
+        DamagedError: It begins with others.
+    """
+    if prefix is not None and not found.startswith(prefix):
+        raise DamagedError(f"{path} is damaged: its sha256 is {found}, and must begin with {prefix}.")
+
+
 def verify_again(path: Path, expected: str, records: Path) -> None:
     """Hash a file whatever its record says; a damaged one is not trusted by `verify_checksum` from now on."""
     _write_record(path.resolve(strict=True), {"hash": expected, "verified": None}, records)

@@ -54,6 +54,8 @@ def parse(name: str, config: bytes, preprocessor: bytes | None, sources: tuple[S
     Raises:
         CheckpointError: The JSON describes no BEiT, or one beyond all bounds.
     """
+    if is_tokenizer(config):
+        raise CheckpointError(f"{name} is an image tokenizer, not a model; make it with create_tokenizer.")
     form = transformers_form if needs_preprocessor(config) else timm_form
     try:
         network, pretrained = form.parse(config, preprocessor)
@@ -66,6 +68,11 @@ def parse(name: str, config: bytes, preprocessor: bytes | None, sources: tuple[S
 def needs_preprocessor(config: bytes) -> bool:
     """Tell whether the transform is in a second file, as in transformers' form."""
     return b'"model_type"' in config
+
+
+def is_tokenizer(config: bytes) -> bool:
+    """Tell whether this is the config of an image tokenizer, as `save_tokenizer` writes it."""
+    return b'"tokenizer_kind"' in config
 
 
 def read_json(path: Path) -> bytes:

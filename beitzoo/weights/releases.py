@@ -1,4 +1,4 @@
-"""Files of the authors' releases: plain https, one copy, resumed where a connection broke off."""
+"""Files of the authors' releases and others at plain addresses: one copy, resumed where a connection broke off."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from beitzoo.weights import checksums
 from beitzoo.weights.checksums import AbsentError, DownloadError, first_line
-from beitzoo.zoo.checkpoints import ReleaseFile
+from beitzoo.zoo.checkpoints import ReleaseFile, WebFile
 
 _logger = logging.getLogger(__name__)
 
@@ -19,13 +19,15 @@ _NOT_FETCHED = (httpx.HTTPError, OSError)
 _ELSE = "or give checkpoint_path= a file that you have."
 
 
-def path_of(source: ReleaseFile, folder: Path) -> Path:
-    """Return where the copy of a release file is kept."""
-    return folder / source.release / source.filename
+def path_of(source: ReleaseFile | WebFile, folder: Path) -> Path:
+    """Return where the copy of a file is kept."""
+    return folder / source.folder / source.filename
 
 
-def fetch(source: ReleaseFile, folder: Path) -> Path:
-    """Get a release file once; nobody states its hash, so all that can be said later is that it did not change.
+def fetch(source: ReleaseFile | WebFile, folder: Path) -> Path:
+    """Get a file once and compare it with what is known of its hash.
+
+    Where nobody states one, all that can be said later is that the file did not change.
 
     Args:
         source: The file.
@@ -43,6 +45,7 @@ def fetch(source: ReleaseFile, folder: Path) -> Path:
             source.sha256 or checksums.recorded_checksum(path, records) or checksums.record_checksum(path, records)
         )
         checksums.verify_checksum(path, expected, records)
+        checksums.check_prefix(path, expected, source.sha256_prefix)
     except DownloadError:
         raise
     except checksums.DamagedError as error:
@@ -57,12 +60,12 @@ def fetch(source: ReleaseFile, folder: Path) -> Path:
         raise DownloadError(
             f"Could not get {source.url} into {path.parent}: {first_line(error)} Check the connection, {_ELSE}"
         ) from error
-    if source.sha256 is None:
+    if source.sha256 is None and source.sha256_prefix is None:
         _logger.warning("%s is unverified: nobody states its hash.", path)
     return path
 
 
-def _download_once(source: ReleaseFile, path: Path) -> None:
+def _download_once(source: ReleaseFile | WebFile, path: Path) -> None:
     """Bring the file into place, one process at a time; what a killed one left is gone on with."""
     if constants.is_offline_mode():
         raise DownloadError(

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from beitzoo.weights import checksums, hub, releases
 from beitzoo.weights.checksums import AbsentError, DownloadError
 from beitzoo.weights.shards import INDEX_SUFFIX, shards
-from beitzoo.zoo.checkpoints import HubFile, LocalFile, PackageFile, ReleaseFile, Source
+from beitzoo.zoo.checkpoints import HubFile, LocalFile, PackageFile, ReleaseFile, Source, WebFile
 
 _logger = logging.getLogger(__name__)
 
@@ -25,14 +25,15 @@ class Verdict:
     Attributes:
         source: Where the copy is from.
         path: The copy; None if there is none.
-        state: `verified` is the content that the table or the hub states. `unverified` means that nobody states
-            a hash: the copy is as it was downloaded, if that was recorded. `damaged` is neither.
+        state: `verified` is the content that the table or the hub states. `prefix matches` means that only the
+            first digits of the hash are stated, and are right. `unverified` means that nobody states a hash: the copy
+            is as it was downloaded, if that was recorded. `damaged` is none of these.
         detail: The hash it was compared with, or what is wrong.
     """
 
     source: Source
     path: Path | None
-    state: Literal["verified", "unverified", "damaged", "not downloaded"]
+    state: Literal["verified", "prefix matches", "unverified", "damaged", "not downloaded"]
     detail: str = ""
 
 
@@ -82,13 +83,20 @@ def verify(source: Source, cache_dir: Path | None = None) -> Verdict:
     if stated is None and isinstance(source, HubFile):
         stated = hub.filed_hash(path) or recorded
     expected = stated or recorded
+    prefix = source.sha256_prefix if isinstance(source, ReleaseFile | WebFile) else None
+    if expected is None and prefix is not None:
+        expected = checksums.record_checksum(path, records)
     if expected is None:
         return Verdict(source, path, "unverified", "nobody states its hash")
     try:
         checksums.verify_again(path, expected, records)
+        checksums.check_prefix(path, expected, prefix)
     except OSError as error:
         remedy = "The next load fetches it again." if isinstance(source, HubFile) else "Delete it."
         return Verdict(source, path, "damaged", f"{error} {remedy}")
+    if prefix is not None and stated is None:
+        detail = f"its sha256 begins with {prefix}, as its name states; nobody states the rest of {expected}"
+        return Verdict(source, path, "prefix matches", detail)
     return Verdict(source, path, "verified" if stated else "unverified", expected)
 
 
@@ -97,7 +105,7 @@ def find_local(source: Source, cache_dir: Path | None = None) -> Path | None:
     match source:
         case HubFile():
             return hub.find_local(source, cache_dir)
-        case ReleaseFile():
+        case ReleaseFile() | WebFile():
             path = releases.path_of(source, checksums.own_folder(cache_dir))
         case PackageFile(name):
             path = PACKAGE / name
@@ -125,5 +133,5 @@ def _fetch(source: Source, cache_dir: Path | None) -> Path:
                 for name in shards(path):
                     hub.fetch(replace(source, filename=name, revision=hub.commit_of(path)), cache_dir)
             return path
-        case ReleaseFile():
+        case ReleaseFile() | WebFile():
             return releases.fetch(source, checksums.own_folder(cache_dir))

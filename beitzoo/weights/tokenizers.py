@@ -1,6 +1,7 @@
 """Tokenizers in and out of folders: config.json and model.safetensors."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from beitzoo.errors import InvalidValueError, MissingFileError, check, describe_
 from beitzoo.weights import checkpoint
 from beitzoo.weights.checkpoint import CheckpointError
 from beitzoo.weights.folder import CONFIG, check_bounds, model_folder, read_json
+from beitzoo.weights.module_pickle import read_module_pickle
 from beitzoo.zoo.checkpoints import LocalFile
 from beitzoo.zoo.networks import BeitConfig, DvaeConfig, RandomConfig, VqkdConfig
 from beitzoo.zoo.tokenizers import TokenizerConfig, TokenizerEntry, TokenizerFile
@@ -20,17 +22,20 @@ from beitzoo.zoo.tokenizers import TokenizerConfig, TokenizerEntry, TokenizerFil
 WEIGHTS = "model.safetensors"
 
 _KINDS: dict[str, type[TokenizerConfig]] = {"dvae": DvaeConfig, "vqkd": VqkdConfig, "random": RandomConfig}
+_FOR_TRAINING = re.compile(r"loss|teacher|scaling|.*relative_position_index$")
+# Names in OpenAI's encoder and decoder, and in mmpretrain's copy of the encoder.
+_HALVES = {"blocks.input.w", "encoder.blocks.input.w", "decoder.blocks.input.w"}
 # Released ones have 8,192 codes of 32 channels.
 _MOST = {"vocab_size": 2**20, "code_dim": 2**14, "teacher_dim": 2**14, "hidden_dim": 2**14, "decoder_dim": 2**14}
 _MOST |= {"blocks_per_group": 64, "in_chans": 1024}
 
 
 class _Form(BaseModel):
-    """config.json of a tokenizer. The key `tokenizer` tells it from that of a model."""
+    """config.json of a tokenizer. The key `tokenizer_kind` tells it from that of a model."""
 
     model_config = ConfigDict(extra="forbid")
 
-    tokenizer: Literal["dvae", "vqkd", "random"]
+    tokenizer_kind: Literal["dvae", "vqkd", "random"]
     config: dict[str, Any]
 
 
@@ -47,7 +52,7 @@ def read_folder(directory: Path) -> TokenizerEntry:
         raise MissingFileError(f"There is no {path}; the folder of a tokenizer has a {CONFIG} and a {WEIGHTS}.")
     try:
         form = _Form.model_validate_json(read_json(path))
-        kind = _KINDS[form.tokenizer]
+        kind = _KINDS[form.tokenizer_kind]
         config = TypeAdapter(kind).validate_python(form.config, extra="forbid")
         _check_bounds(config)
     except ValidationError as error:
@@ -69,15 +74,32 @@ def read(files: Sequence[TokenizerFile], cache_dir: Path | None = None) -> dict[
 
     state: dict[str, Tensor] = {}
     for file in files:
-        tensors = checkpoint.read_tensors(fetch(file.sources, cache_dir))
-        state |= {file.prefix + name: tensor for name, tensor in tensors.items()}
+        path = fetch(file.sources, cache_dir)
+        if file.part is None:
+            state |= _read_whole(path)
+        else:
+            state |= {f"{file.part}.{name}": tensor for name, tensor in read_module_pickle(path).items()}
     return state
+
+
+def _read_whole(path: Path) -> dict[str, Tensor]:
+    """Read a tokenizer's file, ours or unilm's, without what a VQ-KD has for its training only.
+
+    Left out are the same names as unilm leaves out (`modeling_vqkd.py`, `get_visual_tokenizer`).
+    """
+    tensors = checkpoint.read_tensors(path)
+    if len(_HALVES & tensors.keys()) == 1:
+        raise CheckpointError(
+            f"{path} holds one half of a dVAE only. Convert OpenAI's two files with 'beitzoo convert-tokenizer "
+            "dvae_patch8_112.dalle --out FOLDER', and name that folder."
+        )
+    return {name: tensor for name, tensor in tensors.items() if not _FOR_TRAINING.match(name)}
 
 
 def dump(config: TokenizerConfig) -> str:
     """Write the config.json that `read_folder` reads."""
     kind = next(kind for kind, record in _KINDS.items() if isinstance(config, record))
-    return json.dumps({"tokenizer": kind, "config": asdict(config)}, indent=2) + "\n"
+    return json.dumps({"tokenizer_kind": kind, "config": asdict(config)}, indent=2) + "\n"
 
 
 def _check_bounds(config: TokenizerConfig) -> None:

@@ -82,16 +82,44 @@ class HubFile:
 
 @dataclass(frozen=True)
 class ReleaseFile:
-    """A file of the authors' releases (addf400/files on GitHub)."""
+    """A file of the authors' releases (addf400/files on GitHub).
+
+    `sha256_prefix` are the first digits of its sha256, where its name states them and nobody states the rest.
+    """
 
     release: str
     filename: str
     sha256: str | None = None
+    sha256_prefix: str | None = None
 
     @property
     def url(self) -> str:
         """Where the file is."""
         return f"https://github.com/addf400/files/releases/download/{self.release}/{self.filename}"
+
+    @property
+    def folder(self) -> str:
+        """Where its copy is kept, in our own folder of a cache."""
+        return self.release
+
+
+@dataclass(frozen=True)
+class WebFile:
+    """A file at an address of its own."""
+
+    url: str
+    sha256: str | None = None
+    sha256_prefix: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where its copy is kept, in our own folder of a cache."""
+        return self.url.split("/")[-2]
+
+    @property
+    def filename(self) -> str:
+        """What its copy is called."""
+        return self.url.split("/")[-1]
 
 
 @dataclass(frozen=True)
@@ -109,7 +137,7 @@ class LocalFile:
     path: Path
 
 
-Source = HubFile | ReleaseFile | PackageFile | LocalFile
+Source = HubFile | ReleaseFile | WebFile | PackageFile | LocalFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,18 +181,7 @@ class Segment:
     labels: Labels | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tokenizer:
-    """No head at all: a network that turns an image into visual tokens.
-
-    Attributes:
-        vocab_size: Codes of its codebook.
-    """
-
-    vocab_size: int = 8192
-
-
-Head = Classify | Mim | Segment | Tokenizer
+Head = Classify | Mim | Segment
 
 
 @dataclass(frozen=True, kw_only=True)

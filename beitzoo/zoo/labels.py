@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from beitzoo.zoo.checkpoints import Head, Mim, Tokenizer
+from beitzoo.zoo.checkpoints import Head, Mim
 
 _SYNSETS = {"imagenet-1k": "imagenet_synsets.txt", "imagenet-22k": "imagenet22k_synsets.txt"}
 
@@ -40,7 +40,7 @@ def outputs_of(head: Head, names: tuple[str, ...]) -> tuple[int | None, ...]:
 
 def label_names(head: Head) -> tuple[str, ...] | None:
     """Return the class names of a head, in the order of its outputs; None if nobody named them."""
-    labels = None if isinstance(head, Mim | Tokenizer) else head.labels
+    labels = None if isinstance(head, Mim) else head.labels
     if labels is None or not isinstance(labels, str):
         return labels
     return tuple("0123456789") if labels == "digits" else _imagenet(_SYNSETS[labels])

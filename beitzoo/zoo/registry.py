@@ -97,8 +97,8 @@ def list_models(filter: Patterns = "", *, pretrained: bool = False, exclude_filt
         exclude_filters: Globs of names to leave out.
     """
     names = PRETRAINED if pretrained else ARCHITECTURES
-    wanted, unwanted = _patterns(filter), _patterns(exclude_filters)
-    kept = [n for n in names if (not wanted or _matches(n, wanted)) and not _matches(n, unwanted)]
+    unwanted = _patterns(exclude_filters)
+    kept = [n for n in names if matches(n, filter) and not _matches_any(n, unwanted)]
     return sorted(kept, key=_natural)
 
 
@@ -125,6 +125,12 @@ def get_pretrained_cfg(name: str) -> PretrainedConfig | None:
     return find(name).pretrained
 
 
+def matches(name: str, filter: Patterns) -> bool:
+    """Tell whether a name, or its architecture, matches a glob, or one of several; without any it does."""
+    wanted = _patterns(filter)
+    return not wanted or _matches_any(name, wanted)
+
+
 @cache
 def _repositories() -> dict[str, str]:
     """Map each repository on the hub to the checkpoint that it holds."""
@@ -140,7 +146,7 @@ def _patterns(patterns: Patterns) -> list[str]:
     return [p for p in ([patterns] if isinstance(patterns, str) else patterns) if p]
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
+def _matches_any(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(n, p) for n in (name, split_name(name)[0]) for p in patterns)
 
 

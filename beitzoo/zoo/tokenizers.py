@@ -5,9 +5,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from beitzoo.errors import InvalidOptionError, closest
-from beitzoo.zoo.checkpoints import Source
+from beitzoo.zoo.architectures import ARCHITECTURES
+from beitzoo.zoo.checkpoints import ReleaseFile, Source, WebFile
 from beitzoo.zoo.networks import BeitConfig, DvaeConfig, RandomConfig, VqkdConfig, plain
-from beitzoo.zoo.registry import UnknownModelError
+from beitzoo.zoo.registry import Patterns, UnknownModelError, matches, split_name
 
 TokenizerConfig = DvaeConfig | VqkdConfig | RandomConfig
 
@@ -24,11 +25,12 @@ class TokenizerFile:
 
     Attributes:
         sources: Places that have it, tried in this order. All hold the same tensors.
-        prefix: What is before the names of its tensors in the tokenizer; OpenAI's have a file for each half.
+        part: The part of the tokenizer that it is a pickle of, as OpenAI has a file for each half; the file of a whole
+            tokenizer has None, and is a state dict.
     """
 
     sources: tuple[Source, ...]
-    prefix: str = ""
+    part: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +55,58 @@ class TokenizerEntry:
 TOKENIZERS: dict[str, TokenizerEntry] = {
     "dvae_patch8_112.dalle": TokenizerEntry(
         config=DvaeConfig(),
+        files=(
+            TokenizerFile(sources=(WebFile("https://cdn.openai.com/dall-e/encoder.pkl"),), part="encoder"),
+            TokenizerFile(sources=(WebFile("https://cdn.openai.com/dall-e/decoder.pkl"),), part="decoder"),
+        ),
         license="Modified MIT",  # OpenAI's: use responsibly, and say that it was used
         paper="https://arxiv.org/abs/2102.12092",
     ),
     "vqkd_encoder_base_decoder_3x768x12.clip": TokenizerEntry(
         config=VqkdConfig(encoder=_ENCODER, decoder=replace(_DECODER, depth=3)),
+        files=(
+            TokenizerFile(
+                sources=(
+                    ReleaseFile(
+                        "BEiT-v2",
+                        "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth",
+                        sha256_prefix="d5036aa7",
+                    ),
+                ),
+            ),
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
     "vqkd_encoder_base_decoder_1x768x12.clip": TokenizerEntry(
         config=VqkdConfig(encoder=_ENCODER, decoder=replace(_DECODER, depth=1)),
+        files=(
+            TokenizerFile(
+                sources=(
+                    ReleaseFile(
+                        "BEiT-v2",
+                        "vqkd_encoder_base_decoder_1x768x12_clip-d93179da.pth",
+                        sha256_prefix="d93179da",
+                    ),
+                ),
+            ),
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
     "vqkd_encoder_base_decoder_1x768x12.dino": TokenizerEntry(
         config=VqkdConfig(encoder=_ENCODER, decoder=replace(_DECODER, depth=1), teacher_dim=768),
+        files=(
+            TokenizerFile(
+                sources=(
+                    ReleaseFile(
+                        "BEiT-v2",
+                        "vqkd_encoder_base_decoder_1x768x12_dino-663c55d7.pth",
+                        sha256_prefix="663c55d7",
+                    ),
+                ),
+            ),
+        ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
     ),
@@ -111,13 +150,33 @@ def find_tokenizer(name: str) -> TokenizerEntry:
     Raises:
         UnknownModelError: The name is not in the table; the closest are named.
     """
-    full = next((known for known in TOKENIZERS if known == name or known.partition(".")[0] == name), None)
-    if full is None:
-        raise UnknownModelError(
-            f"There is no tokenizer {name!r}; {closest(name, TOKENIZERS)} `beitzoo list --tokenizers` shows all; a "
-            "folder that save_tokenizer or a run of `beitzoo train-tokenizer` made is a name too."
-        )
-    return replace(TOKENIZERS[full], name=full)
+    full = _full_name(name)
+    if full is not None:
+        return replace(TOKENIZERS[full], name=full)
+    if split_name(name)[0] in ARCHITECTURES:
+        raise UnknownModelError(f"{name!r} is a model, not an image tokenizer; make it with create_model({name!r}).")
+    raise UnknownModelError(
+        f"There is no tokenizer {name!r}; {closest(name, TOKENIZERS)} `beitzoo list --tokenizers` shows all; a folder "
+        "that save_tokenizer or a run of `beitzoo train-tokenizer` made is a name too."
+    )
+
+
+def is_tokenizer(name: str) -> bool:
+    """Tell whether this is the name of a tokenizer of the table."""
+    return _full_name(name) is not None
+
+
+def list_tokenizers(filter: Patterns = "") -> list[str]:
+    """List the tokenizers, those with weights first.
+
+    Args:
+        filter: Glob, or several, of which one must match.
+    """
+    return [name for name in TOKENIZERS if matches(name, filter)]
+
+
+def _full_name(name: str) -> str | None:
+    return next((known for known in TOKENIZERS if name in (known, split_name(known)[0])), None)
 
 
 def override_tokenizer(config: TokenizerConfig, overrides: Mapping[str, Any]) -> TokenizerConfig:

@@ -52,11 +52,18 @@ def test_modules_of_absent_classes_give_their_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_what_is_read_is_the_dvae(part: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "before 1.6"])
+def test_what_is_read_is_the_dvae(part: str, as_zip: bool, tmp_path: Path) -> None:
     model = Dvae(SMALL)
-    torch.save(getattr(model, part), tmp_path / "part.pkl")
+    getattr(model, part).shared = getattr(model, part).blocks.input
+    torch.save(getattr(model, part), tmp_path / "part.pkl", _use_new_zipfile_serialization=as_zip)
+    del getattr(model, part).shared
     again = Dvae(SMALL)
-    getattr(again, part).load_state_dict(read_module_pickle(tmp_path / "part.pkl"), strict=True)
+    found = read_module_pickle(tmp_path / "part.pkl")
+    assert torch.equal(found.pop("shared.w"), found["blocks.input.w"])
+    assert len({tensor.data_ptr() for tensor in found.values()}) == len(found)
+    del found["shared.b"]
+    getattr(again, part).load_state_dict(found, strict=True)
     pairs = zip(getattr(model, part).parameters(), getattr(again, part).parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -74,6 +81,8 @@ def test_no_code_of_the_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_module_pickle(Path("hostile.pkl")).keys() == {"weight", "bias"}
     torch.save(Hostile(), "alone.pkl")
     assert read_module_pickle(Path("alone.pkl")) == {}
+    torch.save(module, "old.pkl", _use_new_zipfile_serialization=False)
+    assert read_module_pickle(Path("old.pkl")).keys() == {"weight", "bias"}
     assert not Path("ran").exists()
 
 
@@ -86,7 +95,8 @@ def test_what_is_no_pickled_module_is_named(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match="'its content' is no module"):
         read_module_pickle(path)
-    torch.save(torch.nn.Linear(400, 400), path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"file\.pkl is not a pickled module"):
-        read_module_pickle(path)
+    for as_zip in (True, False):
+        torch.save(torch.nn.Linear(400, 400), path, _use_new_zipfile_serialization=as_zip)
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(CheckpointError, match=r"file\.pkl is not a pickled module"):
+            read_module_pickle(path)
