@@ -209,11 +209,12 @@ def test_the_options_are_frozen() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     options = {name: sorted(p.name for p in command.params) for name, command in commands.items()}
     assert options == {
-        "list": ["markdown", "pattern", "pretrained"],
+        "list": ["markdown", "pattern", "pretrained", "tokenizers"],
         "info": ["as_json", "name"],
         "predict": ["batch_size", "checkpoint", "device", "form", "images", "models", "output", "topk", "workers"],
         "download": ["cache_dir", "models"],
         "verify": ["as_json", "cache_dir", "models"],
+        "convert-tokenizer": ["cache_dir", "decoder", "encoder", "name", "out"],
         "finetune": ["checkpoint", "out", "recipe", "settings"],
         "pretrain": ["out", "recipe", "settings"],
         "train-tokenizer": ["out", "recipe", "settings"],
