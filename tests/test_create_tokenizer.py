@@ -1,5 +1,7 @@
 """Tokenizers by name: created, saved and read again; codes are the same from run to run."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +61,37 @@ def test_overrides_keep_both_halves_consistent(name: str) -> None:
     decoded = tokenizer.decode(codes)
     assert len(decoded) == 2
     assert tokenizer.decodes_to == "features" or decoded.shape == (2, 1, *size)
+
+
+def test_an_autoencoder_decodes_to_pixels() -> None:
+    tokenizer = create_tokenizer("vqkd_nano_patch4_32", target="pixels", in_chans=1)
+    assert tokenizer.decodes_to == "pixels"
+    assert tokenizer.decode(tokenizer.encode(torch.rand(2, 1, 32, 32))).shape == (2, 1, 32, 32)
+
+
+RUN = """
+import sys, torch
+from beitzoo import create_tokenizer
+torch.set_num_threads(1)
+images = torch.load("images.pt")
+codes = {name: create_tokenizer(name, pretrained=True).encode(images[name]) for name in images}
+torch.save(codes, "codes.pt")
+"""
+
+
+def test_codes_are_the_same_in_another_run(tmp_path: Path) -> None:
+    codes, images = {}, {}
+    for name in ("test_dvae", "test_vqkd", "random_patch4_32"):
+        tokenizer = create_tokenizer(name)
+        folder = str(tmp_path / name)
+        save_tokenizer(tokenizer, folder)
+        images[folder] = torch.rand(8, 3, *tokenizer.img_size)
+        codes[folder] = tokenizer.encode(images[folder])
+        assert len(codes[folder].unique()) > 1
+    torch.save(images, tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, check=True)
+    again = torch.load(tmp_path / "codes.pt")
+    assert all(torch.equal(again[name], codes[name]) for name in codes)
 
 
 def test_loaded_weights_are_fitted_to_another_size(tmp_path: Path) -> None:

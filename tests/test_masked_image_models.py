@@ -72,8 +72,51 @@ def test_files_load_strictly_and_save_back(name: str, save: str, tmp_path: Path)
     assert torch.equal(logits(again.eval(), images, mask), logits(model, images, mask))
 
 
-def test_transformers_loads_what_we_save_and_we_what_it_saves(tmp_path: Path) -> None:
-    model = build(V1)
+# DiT (https://arxiv.org/abs/2203.02378) has BEiT's layer scale and absolute positions; the 800-epoch BEiT has neither
+# layer scale nor tables.
+ABSOLUTE = {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False}
+DIT, PT1K = {"head": "mim", **ABSOLUTE, "init_values": 1e-5}, {"head": "mim", **ABSOLUTE, "init_values": 0.0}
+
+
+@pytest.mark.parametrize("fields", [DIT, PT1K], ids=["DiT", "BEiT for 800 epochs"])
+def test_files_with_absolute_positions_load_strictly_and_save_back(fields: dict[str, object], tmp_path: Path) -> None:
+    block = ["attn.qkv.weight", "attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2"]
+    block += [
+        f"{layer}.{kind}"
+        for layer in ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ]
+    names = {"cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    names |= {"norm.weight", "norm.bias", "lm_head.weight", "lm_head.bias"}
+    names |= {
+        f"blocks.{index}.{name}"
+        for index in range(12)
+        for name in block
+        if fields["init_values"] or "gamma" not in name
+    }
+    source = build("beit_base_patch16_224", **fields)
+    state = {name.removeprefix("backbone."): tensor for name, tensor in source.state_dict().items()}
+    assert state.keys() == names
+    torch.save({"model": state, "optimizer": {}, "epoch": 799}, tmp_path / "original.pth")
+    model = beitzoo.create_model(
+        "beit_base_patch16_224", checkpoint_path=tmp_path / "original.pth", **SMALL, **fields
+    ).eval()
+    images, mask = batch()
+    expected = logits(source, images, mask)
+    assert torch.equal(logits(model, images, mask), expected)
+    beitzoo.save_unilm(model, tmp_path / "again.pth")
+    assert torch.load(tmp_path / "again.pth")["model"].keys() == names
+    beitzoo.save_pretrained(model, tmp_path / "folder")
+    assert torch.equal(
+        logits(beitzoo.create_model(tmp_path / "folder", pretrained=True).eval(), images, mask), expected
+    )
+    with pytest.raises(beitzoo.CheckpointError, match=r"- backbone\.rel_pos_bias\.relative_position_bias_table"):
+        beitzoo.create_model("beit_base_patch16_224", head="mim", checkpoint_path=tmp_path / "again.pth", **SMALL)
+
+
+@pytest.mark.parametrize("fields", [{}, DIT, PT1K], ids=["BEiT", "DiT", "BEiT for 800 epochs"])
+def test_transformers_loads_what_we_save_and_we_what_it_saves(fields: dict[str, object], tmp_path: Path) -> None:
+    model = build("beit_base_patch16_224", **fields) if fields else build(V1)
     beitzoo.save_transformers(model, tmp_path / "ours")
     theirs, report = transformers.BeitForMaskedImageModeling.from_pretrained(
         tmp_path / "ours", output_loading_info=True
