@@ -1,6 +1,7 @@
 """A data set of three colours, small enough to be trained on in a second."""
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -30,5 +31,33 @@ def colour_recipe(data: Path, run: dict[str, int] | None = None, **train: object
             "train": {"epochs": 5, "batch_size": 6, "lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0, **train},
             "run": {"log_updates": 2, **(run or {})},
             "task": {"kind": "finetune", "augment": {"kind": "crop", "scale": [0.5, 1.0], "color_jitter": 0.2}},
+        }
+    )
+
+
+def mim_recipe(
+    data: Path,
+    tokenizer: Path | str,
+    *,
+    model: dict[str, Any] | None = None,
+    split: dict[str, Any] | None = None,
+    task: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    **train: Any,
+) -> Recipe:
+    """A run on a folder of colours; keywords change its sections, those without a name its `train` section."""
+    return Recipe.model_validate(
+        {
+            "model": {"name": "test_beit", "overrides": {"drop_path_rate": 0.2}, **(model or {})},
+            "data": {"source": "folder", "path": data, **(split or {})},
+            "train": {"epochs": 2, "batch_size": 6, "lr": 2e-3, "clip_grad": 1.0, **train},
+            "run": {"log_updates": 2, **(run or {})},
+            "task": {
+                "kind": "pretrain",
+                "tokenizer": str(tokenizer),
+                "mask": {"count": 6, "min_block": 2},
+                "picture_epochs": 0,
+                **(task or {}),
+            },
         }
     )

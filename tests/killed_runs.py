@@ -24,6 +24,9 @@ import torch.utils.tensorboard
 from beitzoo.training.folder import METRICS
 from beitzoo.training.recipe import read_resolved
 from beitzoo.training.tasks.finetune import finetune
+from beitzoo.training.tasks.pretrain import pretrain
+
+_TRAIN = {"finetune": finetune, "pretrain": pretrain}
 
 
 def main(recipe: str, out: str, seed: str, processes: str, kind: str, longest: str, least: str) -> None:
@@ -71,7 +74,8 @@ def _fork(recipe: str, out: str, rank: int, count: int, port: int, at_event: int
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if at_event and rank == 0:
             _die_at(at_event)
-        finetune(read_resolved(Path(recipe)), Path(out))
+        chosen = read_resolved(Path(recipe))
+        _TRAIN[chosen.task.kind](chosen, Path(out))
         if count > 1:
             torch.distributed.destroy_process_group()
         status = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from colours import write_colours
+from colours import mim_recipe, write_colours
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,41 +54,13 @@ def run(colours: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
     recipe = mim_recipe(
         colours,
         tokenizer,
-        data={"val_fraction": 0.2, "test_fraction": 0.2},
+        split={"val_fraction": 0.2, "test_fraction": 0.2},
         task={"picture_epochs": 2, "probe": {"data": {"source": "folder", "path": colours}, "epochs": 2}},
         epochs=3,
         batch_size=4,
     )
     pretrain(recipe, out)
     return out
-
-
-def mim_recipe(
-    data_path: Path,
-    tokenizer: Path | str,
-    *,
-    model: dict[str, Any] | None = None,
-    data: dict[str, Any] | None = None,
-    task: dict[str, Any] | None = None,
-    run: dict[str, Any] | None = None,
-    **train: Any,
-) -> Recipe:
-    """A run on a folder of colours; keywords change its sections, those without a name its `train` section."""
-    return Recipe.model_validate(
-        {
-            "model": {"name": "test_beit", "overrides": {"drop_path_rate": 0.2}, **(model or {})},
-            "data": {"source": "folder", "path": data_path, **(data or {})},
-            "train": {"epochs": 2, "batch_size": 6, "lr": 2e-3, "clip_grad": 1.0, **train},
-            "run": {"log_updates": 2, **(run or {})},
-            "task": {
-                "kind": "pretrain",
-                "tokenizer": str(tokenizer),
-                "mask": {"count": 6, "min_block": 2},
-                "picture_epochs": 0,
-                **(task or {}),
-            },
-        }
-    )
 
 
 def prepared(recipe: Recipe) -> tuple[PretrainTask, MaskedImageModel]:
@@ -196,7 +168,7 @@ def test_masks_and_views_are_of_the_seed_the_epoch_and_the_image(colours: Path, 
 
 
 def test_images_to_validate_on_look_the_same_in_every_epoch(colours: Path, tokenizer: Path) -> None:
-    task, model = prepared(mim_recipe(colours, tokenizer, data={"val_fraction": 0.25}))
+    task, model = prepared(mim_recipe(colours, tokenizer, split={"val_fraction": 0.25}))
     first = task.validate(model.eval())
     assert first == task.validate(model)
     assert set(first) == {"val_loss", "val_token_accuracy"}
@@ -227,7 +199,7 @@ def test_an_unreadable_image_is_counted_once_in_an_epoch(
     colours: Path, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is the only one of its update, which is skipped then; no neighbour takes its place."""
-    pretrain(mim_recipe(colours, tokenizer, batch_size=1, data={"source": "images"}), tmp_path / "out")
+    pretrain(mim_recipe(colours, tokenizer, batch_size=1, split={"source": "images"}), tmp_path / "out")
     assert [row["unreadable"] for row in log_of(tmp_path / "out") if row["line"] == "epoch"] == ["1", "1"]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["Left out red/0.png"]
 

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from colours import colour_recipe, write_colours
+from colours import colour_recipe, mim_recipe, write_colours
 
+from beitzoo.factory import create_tokenizer
+from beitzoo.saving import save_tokenizer
 from beitzoo.training.recipe import Recipe, dump_recipe
 
 _PROGRAM = Path(__file__).parents[1] / "killed_runs.py"
@@ -36,8 +39,8 @@ def outcome(out: Path) -> dict[str, object]:
     metrics = json.loads((out / "metrics.json").read_text())
     del metrics["train_seconds"], metrics["date"]
     files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
-    names = [name for name in files if name.startswith(("best", "last", "recipe", "split"))]
-    assert len(names) == 6
+    names = [name for name in files if name.startswith(("best", "last", "recipe", "split", "pictures"))]
+    assert len(names) >= 6
     return {**{name: files[name].read_bytes() for name in names}, "log": log, "metrics": metrics}
 
 
@@ -46,6 +49,31 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     data = write_colours(tmp_path / "data")
     recipe = colour_recipe(data, {"save_updates": 2}, epochs=4, ema_decay=0.9, accumulation=2)
     check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 80, 10)
+
+
+def test_kills_of_pretraining_change_nothing(tmp_path: Path) -> None:
+    """What was counted in an epoch is kept, too, and pictures are drawn again."""
+    recipe = _pretraining(tmp_path, run={"save_updates": 2}, task={"picture_epochs": 2}, epochs=2)
+    check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 3)
+
+
+@pytest.mark.slow
+def test_two_processes_of_pretraining_go_on_together(tmp_path: Path) -> None:
+    """One of them meets a batch of a broken image only; codes are counted in both."""
+    recipe = _pretraining(tmp_path, run={"save_updates": 2}, batch_size=4, accumulation=2)
+    check_that_kills_change_nothing(recipe, tmp_path, 1, 2, "events", 100, 2)
+
+
+def _pretraining(tmp_path: Path, **options: Any) -> Recipe:
+    tokenizer = tmp_path / "tokenizer"
+    save_tokenizer(create_tokenizer("test_dvae"), tokenizer)
+    return mim_recipe(
+        write_colours(tmp_path / "data", per_class=6),
+        tokenizer,
+        model={"overrides": {"drop_path_rate": 0.2, "early_layers": 1, "head_layers": 1}},
+        split={"val_fraction": 0.2},
+        **{"epochs": 4, "ema_decay": 0.9, **options},
+    )
 
 
 @pytest.mark.slow
