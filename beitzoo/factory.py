@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from beitzoo.errors import InvalidOptionError, UnsupportedError
+from beitzoo.errors import InvalidOptionError, UnsupportedError, check
 from beitzoo.files import full_path
 from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
@@ -353,6 +353,28 @@ def look_up_tokenizer(name: str | Path) -> TokenizerEntry:
     from beitzoo.weights import tokenizers
 
     return tokenizers.read_folder(path)
+
+
+def check_tokenizer(model: MaskedImageModel, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that does not give one code of the model's vocabulary for each of its patches.
+
+    Raises:
+        InvalidValueError: Grids or vocabularies differ; says how, and what to do.
+    """
+    ours, theirs = model.backbone.config.grid_size, tokenizer.grid_size
+    check(
+        ours == theirs,
+        f"The model has {ours[0]} x {ours[1]} patches, and the tokenizer makes {theirs[0]} x {theirs[1]} tokens of an "
+        "image; there must be one for each patch. Choose another tokenizer or model, or another img_size of one.",
+    )
+    head = model.pretrained.head
+    named = f" {head.tokenizer!r}" if isinstance(head, Mim) and head.tokenizer else ""
+    check(
+        model.config.vocab_size == tokenizer.vocab_size,
+        f"The model predicts {model.config.vocab_size:,} visual tokens, and the tokenizer has "
+        f"{tokenizer.vocab_size:,}; they must be the same. Choose the tokenizer of its pretraining{named}, or make the "
+        f"model with vocab_size={tokenizer.vocab_size}.",
+    )
 
 
 def _build_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from beitzoo import create_tokenizer, save_tokenizer
+from beitzoo import create_model, create_tokenizer, save_tokenizer
+from beitzoo.factory import check_tokenizer
+from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.random_tokenizer import RandomTokenizer
 from beitzoo.models.tokenizers import Dvae, Vqkd
+from beitzoo.zoo.checkpoints import Mim
 from beitzoo.zoo.networks import RandomConfig
 from beitzoo.zoo.tokenizers import TOKENIZERS, find_tokenizer, override_tokenizer
 
@@ -145,6 +148,21 @@ def test_random_codes_are_the_nearest_and_the_same_on_every_machine() -> None:
     assert tokenizer.projection[0, :3].tolist() == [-0.10399645566940308, -1.2802802324295044, 0.23211121559143066]
     assert not torch.equal(tokenizer.codes, RandomTokenizer(replace(config, seed=4)).codes)
     assert 0.97 < tokenizer.projection.std() < 1.03
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused() -> None:
+    model = create_model("test_beit", head="mim", vocab_size=64)
+    assert isinstance(model, MaskedImageModel)
+    check_tokenizer(model, create_tokenizer("test_dvae"))
+    with pytest.raises(ValueError, match="has 4 x 4 patches, and the tokenizer makes 8 x 8 tokens"):
+        check_tokenizer(model, create_tokenizer("test_dvae", img_size=64))
+    with pytest.raises(
+        ValueError, match=r"64 visual tokens, and the tokenizer has 65; .* make the model with vocab_size=65"
+    ):
+        check_tokenizer(model, create_tokenizer("test_vqkd", vocab_size=65))
+    model.backbone.pretrained = replace(model.pretrained, head=Mim(tokenizer="test_vqkd"))
+    with pytest.raises(ValueError, match="Choose the tokenizer of its pretraining 'test_vqkd', or"):
+        check_tokenizer(model, create_tokenizer("test_vqkd", vocab_size=65))
 
 
 def test_the_table_is_complete() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from beitzoo.errors import check
-from beitzoo.factory import Tokenizer
+from beitzoo.factory import Tokenizer, check_tokenizer
 from beitzoo.files import write_atomically
 from beitzoo.images import pictures
 from beitzoo.images.files import ImageError, as_image
@@ -288,17 +288,8 @@ def _code_vectors(tokenizer: Tokenizer) -> Tensor:
 
 
 def _check_pair(model: MaskedImageModel, tokenizer: Tokenizer, masking: Masking) -> None:
+    check_tokenizer(model, tokenizer)
     grid = model.backbone.config.grid_size
-    check(
-        grid == tokenizer.grid_size,
-        f"The model has {grid[0]} x {grid[1]} patches, and the tokenizer makes {tokenizer.grid_size[0]} x "
-        f"{tokenizer.grid_size[1]} tokens of an image; they must be as many. Choose the tokenizer of its pretraining.",
-    )
-    check(
-        model.config.vocab_size == tokenizer.vocab_size,
-        f"The model predicts {model.config.vocab_size:,} visual tokens, and the tokenizer has "
-        f"{tokenizer.vocab_size:,}; they must be the same. Choose the tokenizer of its pretraining.",
-    )
     check(
         masking.grid == grid,
         f"The mask is one of {masking.grid[0]} x {masking.grid[1]} patches, and the model has {grid[0]} x {grid[1]}; "

@@ -281,8 +281,11 @@ def test_what_is_decayed_is_what_the_original_decays(colours: Path, tokenizer: P
         ({"batch_size": 99}, "There are 18 images to train on, less than one update of 99"),
         ({"layer_decay": 0.9}, "leave train.layer_decay out"),
         ({"model": {"overrides": {"vocab_size": 9}}}, "vocab_size comes from task.tokenizer"),
-        ({"model": {"overrides": {"img_size": 32}}}, "The network has patches: (2, 2), and the tokenizer"),
-        ({"model": {"overrides": {"in_chans": 1}}}, "The network has channels: 1, and the tokenizer"),
+        (
+            {"model": {"overrides": {"img_size": 32}}},
+            "The model has 2 x 2 patches, and the tokenizer makes 4 x 4 tokens",
+        ),
+        ({"model": {"overrides": {"in_chans": 1}}}, "The network has in_chans=1, and the tokenizer"),
     ],
     ids=str,
 )

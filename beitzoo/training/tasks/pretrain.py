@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation.probe import probe_backbone
-from beitzoo.factory import Tokenizer, create_model, create_tokenizer
+from beitzoo.factory import Tokenizer, check_tokenizer, create_model, create_tokenizer
 from beitzoo.images.augment import TwoViews
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.loading import Sample, load_batches
@@ -314,17 +314,16 @@ def _make_model(recipe: Recipe, tokenizer: Tokenizer) -> MaskedImageModel:
     model: object = create_model(section.name, section.pretrained, checkpoint_path=section.checkpoint, **options)
     assert isinstance(model, MaskedImageModel)
     network = model.backbone.config
-    for what, ours, theirs in (
-        ("patches", network.grid_size, tokenizer.grid_size),
-        ("channels", network.in_chans, tokenizer.in_chans),
-        ("visual tokens", model.config.vocab_size, tokenizer.vocab_size),
-    ):
-        if ours != theirs:
-            raise RecipeError(
-                f"The network has {what}: {ours}, and the tokenizer {recipe.task.tokenizer} has {theirs}. There must "
-                "be one visual token for each patch; choose another task.tokenizer, model.name or "
-                "model.overrides.img_size."
-            )
+    try:
+        check_tokenizer(model, tokenizer)
+    except InvalidValueError as error:
+        raise RecipeError(f"model and task.tokenizer: {error}") from error
+    if network.in_chans != tokenizer.in_chans:
+        raise RecipeError(
+            f"The network has in_chans={network.in_chans}, and the tokenizer {recipe.task.tokenizer} has "
+            f"{tokenizer.in_chans}; both see the same images. Choose model.overrides.in_chans={tokenizer.in_chans}, or "
+            "another task.tokenizer."
+        )
     head = Mim(network=model.config, tokenizer=recipe.task.tokenizer)
     model.backbone.pretrained = replace(
         model.pretrained, sources=(), tag=None, head=head, data=_data_config(recipe, network)
