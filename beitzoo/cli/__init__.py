@@ -13,7 +13,18 @@ import typer
 from typer.core import TyperGroup
 
 from beitzoo import __version__
-from beitzoo.cli import evaluate, finetune, measure, models, predict, pretrain, probe, reconstruct, train_tokenizer
+from beitzoo.cli import (
+    evaluate,
+    finetune,
+    measure,
+    models,
+    predict,
+    pretrain,
+    probe,
+    reconstruct,
+    replay,
+    train_tokenizer,
+)
 from beitzoo.errors import UserError, is_out_of_memory
 
 # What a shell reports for a program that was ended by SIGPIPE, as `head` does once it has read enough.
@@ -65,6 +76,7 @@ app.command()(reconstruct.reconstruct)
 app.command()(finetune.finetune)
 app.command()(pretrain.pretrain)
 app.command()(train_tokenizer.train_tokenizer)
+app.command()(replay.replay)
 app.command(context_settings=measure.PASS_ON)(measure.benchmark)
 app.command()(measure.report)
 

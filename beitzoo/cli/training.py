@@ -20,7 +20,7 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="section.key=v
 
 def require_extras() -> None:
     """Say what must be installed to train."""
-    extras.require("train", "accelerate", "sklearn")
+    extras.require("train", "accelerate", "sklearn", "tensorboard")
 
 
 def train_by(recipe: "Recipe", out: Path, train: Callable[["Recipe", Path], dict[str, Any]]) -> None:

@@ -54,5 +54,5 @@ def restore_generators(states: dict[str, Any], device: torch.device) -> None:
     random.setstate(states["python"])
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if device.type != "cpu":
+    if device.type != "cpu" and "device" in states:  # not if they are from a machine without one
         torch.get_device_module(device).set_rng_state(states["device"])

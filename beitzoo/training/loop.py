@@ -4,14 +4,15 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beitzoo.errors import UserError
 from beitzoo.training.board import Board
+from beitzoo.training.failure import NonFiniteError, Start, keep_failed
 from beitzoo.training.folder import BEST, LAST
 from beitzoo.training.generators import generators_kept
 from beitzoo.training.log import Display, Log, Value
@@ -20,13 +21,7 @@ from beitzoo.training.sections import RunSection, TrainSection
 from beitzoo.training.signals import Interrupted, StopSignals
 from beitzoo.training.state import TrainState, save_state
 from beitzoo.training.tally import Means, Watch
-from beitzoo.training.task import EndsEpochs, Metrics, Task
-
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NonFiniteError(UserError, ArithmeticError):
-    """A loss, a metric or a weight that is no number any more."""
+from beitzoo.training.task import EndsEpochs, Metrics, Task, compute_loss
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def fit(task: Task, state: TrainState, run: Run) -> None:
 
     Raises:
         Interrupted: A signal asked the run to stop; its state was saved.
-        NonFiniteError: A loss is not finite. Neither this model nor its state was saved.
+        NonFiniteError: A loss is not finite. The update that gave it is in `failed/`; what was saved before stays.
     """
     names = (*task.log_names, *task.metric_names, *(task.epoch_names if isinstance(task, EndsEpochs) else ()))
     shown = run.processes.is_main
@@ -77,6 +72,8 @@ class _Fit:
     Attributes:
         pending: Of the updates since the last line: items, images, sums over the items of the loss and of what the
             task logs, and norm of the gradient. They are read together, since each read would wait for the device.
+        starts: What these updates started from.
+        lost: Whether an update failed; from then on no step is taken.
         images: Seen by all processes since the last line.
         watch: Where the time goes.
     """
@@ -88,8 +85,14 @@ class _Fit:
     display: Display
     stop: StopSignals
     pending: list[Tensor] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    lost: Tensor = field(init=False)
     images: float = 0.0
     watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        self.lost = torch.zeros((), dtype=torch.bool, device=self.run.processes.device)
+        self._saved_names = frozenset(self.state.model.state_dict())
 
     def to(self, updates: int) -> None:
         """Do the updates that are left."""
@@ -121,6 +124,7 @@ class _Fit:
         """Take one step down the gradient of the mean loss over all items of all processes."""
         state, train, processes = self.state, self.run.train, self.run.processes
         state.schedule.set(state.optimizer, state.update)
+        self.starts.append(Start.of(state.model, self._saved_names, processes.device))
         # The mean over all items is known only when all parts are done; until then each part counts for this many.
         share = train.batch_size / (processes.count * train.accumulation)
         sums = [self._add_gradients(model, batches, share, left) for left in reversed(range(train.accumulation))]
@@ -133,7 +137,7 @@ class _Fit:
         norm = torch.nn.utils.get_total_norm(gradients)
         if train.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(state.model.parameters(), train.clip_grad, norm)
-        state.scaler.step(state.optimizer)
+        self._step(total, norm)
         state.scaler.update()
         state.optimizer.zero_grad()
         if state.ema is not None:
@@ -142,14 +146,26 @@ class _Fit:
         self.pending.append(torch.cat([total, norm.reshape(1)]))
         self.display.advance()
 
+    def _step(self, total: Tensor, norm: Tensor) -> None:
+        """Take a step, unless the gradient is not finite. After an update that failed no other changes the weights.
+
+        That it failed is read from the device later, with the line; till then the weights are those it started from.
+        """
+        overflowed = ~norm.isfinite()
+        self.lost |= ~total[2].isfinite()
+        if not self.state.scaler.is_enabled():  # the scaler of fp16 tries until its scale is right
+            self.lost |= overflowed
+        optimizer: Any = self.state.optimizer
+        optimizer.found_inf = (self.lost | overflowed).float()  # what the scaler tells a fused optimizer
+        optimizer.step()
+
     def _add_gradients(self, model: nn.Module, batches: Iterator[Any], share: float, left: int) -> Tensor:
         """Add the gradients of one batch, of which `left` more will come; return its items, images and sums."""
         processes, precision = self.run.processes, self.run.train.precision
         with self.watch.waiting():
             batch = next(batches)
         with processes.without_average(model) if left else nullcontext():
-            with torch.autocast(processes.device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
-                loss, count, logs = self.task.loss(model, batch)
+            loss, count, logs = compute_loss(self.task, model, batch, precision, processes.device)
             self.state.scaler.scale(loss * (count / share)).backward()
         means = [loss.detach().float(), *(logs[name].detach().float() for name in self.task.log_names)]
         one = torch.ones_like(means[0])
@@ -213,12 +229,21 @@ class _Fit:
             return
         first = self.state.update - len(self.pending) + 1
         for update, (items, images, *totals, norm) in enumerate(torch.stack(self.pending).tolist(), first):
-            if not math.isfinite(totals[0]):
-                raise self._non_finite(f"The loss is {totals[0] / max(items, 1)}: it", update)
+            lost = self._what_is_lost(items, totals[0], norm)
+            if lost:
+                raise self._failed(lost, update, self.starts[update - first])
             self.images += images
             self.state.line.add(items, totals, norm)
             self.state.epoch.add(items, totals, norm)
         self.pending.clear()
+        self.starts.clear()
+
+    def _what_is_lost(self, items: float, total: float, norm: float) -> str:
+        if not math.isfinite(total):
+            return f"The loss is {total / max(items, 1)}: it"
+        if not math.isfinite(norm) and not self.state.scaler.is_enabled():
+            return "The gradient"
+        return ""
 
     def _save(self) -> None:
         self._read_pending()
@@ -241,12 +266,22 @@ class _Fit:
             return self.stop.number
         return self.run.processes.largest(self.stop.number) if agreed else 0
 
-    def _non_finite(self, what: str, update: int) -> NonFiniteError:
+    def _failed(self, what: str, update: int, start: Start) -> NonFiniteError:
+        """Keep what an update started from."""
+        state, run = self.state, self.run
+        state.update = update - 1
+        batches = list(islice(self.task.batches(state.update), run.train.accumulation))
+        command = keep_failed(batches, state, start, run.directory, run.processes)
+        return self._non_finite(
+            what, update, f"Its batch and the state before it were kept; `{command}` does it again."
+        )
+
+    def _non_finite(self, what: str, update: int, kept: str = "Nothing of this was saved.") -> NonFiniteError:
         rate = self.state.schedule.lr(update - 1)
         return NonFiniteError(
             f"{what} is not finite any more at update {update} (epoch {-(-update // self.task.updates_per_epoch)}), "
-            f"with a learning rate of {rate:.3g}. Nothing of this was saved. In another folder, try a lower "
-            "train.lr, more train.warmup_epochs, train.clip_grad=1, or train.precision=fp32."
+            f"with a learning rate of {rate:.3g}. {kept} In another folder, try a lower train.lr, a longer warm-up, "
+            "train.clip_grad=1, or train.precision=fp32."
         )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from beitzoo.files import full_path, write_text
 from beitzoo.images.splits import SPLIT_FILE, read_split, write_split
 from beitzoo.results import environment
+from beitzoo.training.failure import FAILED
 from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed
 from beitzoo.training.loop import Run, fit
 from beitzoo.training.processes import Processes
@@ -41,20 +42,18 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
         RunError: The folder holds a finished run, or one of another recipe or other images.
         RecipeError: What the recipe asks for cannot be done. Nothing has been written then.
         Interrupted: A signal asked the run to stop; its state was saved.
-        NonFiniteError: The loss is not finite any more.
+        NonFiniteError: The loss is not finite any more. What is needed to do its update again is in `failed/`.
     """
     directory = full_path(directory)
     processes = Processes.join()
-    _check(recipe, processes)
-    task, model = prepare(recipe, processes)
-    if recipe.train.grad_checkpointing:
-        _checkpoint(model)
+    task, model = prepare_task(recipe, processes, prepare)
     with claimed(directory, recipe, processes):
         state = start_state(task, model, recipe.train, processes)
         goes_on = restore_state(state, directory, processes, recipe.train.seed)
         if goes_on and read_split(directory / SPLIT_FILE, task.images) != task.split:
             raise RunError(f"The images are not those of the run in {directory}; choose another folder with --out.")
         if processes.is_main:
+            shutil.rmtree(directory / FAILED, ignore_errors=True)
             print("\n".join([*task.describe(), *_describe(recipe, task, state, processes)]), file=sys.stderr)
             write_text(directory / RECIPE, dump_recipe(recipe))
             write_split(directory / SPLIT_FILE, task.images, task.split)
@@ -68,6 +67,19 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
         for folder in saved_states(directory):
             shutil.rmtree(folder)
         return metrics
+
+
+def prepare_task(recipe: Recipe, processes: Processes, prepare: Prepare) -> tuple[Task, nn.Module]:
+    """Make the task of a recipe and its model, as these processes train it.
+
+    Raises:
+        RecipeError: What the recipe asks for cannot be done.
+    """
+    _check(recipe, processes)
+    task, model = prepare(recipe, processes)
+    if recipe.train.grad_checkpointing:
+        _checkpoint(model)
+    return task, model
 
 
 def _check(recipe: Recipe, processes: Processes) -> None:

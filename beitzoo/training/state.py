@@ -96,16 +96,25 @@ def saved_states(directory: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_state(state: TrainState, directory: Path, processes: Processes) -> None:
-    """Save a state as a new folder; older ones stay until it is on disk. All processes call this."""
-    generators = processes.gather(generator_states(processes.device))
+def save_state(
+    state: TrainState, directory: Path, processes: Processes, generators: dict[str, Any] | None = None
+) -> None:
+    """Save a state as a new folder; older ones stay until it is on disk. All processes call this.
+
+    Args:
+        state: Is the same in all processes.
+        directory: Receives `state-N` for N updates.
+        processes: Those that train together.
+        generators: States of this process's generators, if they are not the present ones.
+    """
+    by_rank = processes.gather(generators or generator_states(processes.device))
     counts = {name: processes.sum(count.clone()) for name, count in state.counts.items()}
     if not processes.is_main:
         return
 
     def write(folder: Path) -> None:
         save_pickle({**_tensors(state), "counts": counts}, folder / _TENSORS)
-        save_pickle({"by_rank": generators}, folder / _GENERATORS)
+        save_pickle({"by_rank": by_rank}, folder / _GENERATORS)
         write_text(folder / _PROGRESS, json.dumps(_progress(state), indent=2) + "\n")
 
     *older, last = [*saved_states(directory), directory / f"state-{state.update}"]
@@ -134,7 +143,7 @@ def restore_state(state: TrainState, directory: Path, processes: Processes, seed
     try:
         progress = json.loads(read_text(found[-1] / _PROGRESS))
         tensors = torch.load(found[-1] / _TENSORS, map_location="cpu", weights_only=True)
-        generators = torch.load(found[-1] / _GENERATORS, weights_only=True)["by_rank"]
+        generators = read_generators(directory)
     except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
         raise StateError(f"{found[-1]} is damaged ({error}); remove it and start again.") from error
     _restore_tensors(state, tensors)
@@ -147,6 +156,11 @@ def restore_state(state: TrainState, directory: Path, processes: Processes, seed
     else:
         _seed_process(seed, processes, state.update)
     return True
+
+
+def read_generators(directory: Path) -> list[dict[str, Any]]:
+    """Read the states of the generators of each process, by rank, from the last saved state."""
+    return torch.load(saved_states(directory)[-1] / _GENERATORS, weights_only=True)["by_rank"]
 
 
 def _tensors(state: TrainState) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
 
 Metrics = dict[str, float]
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Task(Protocol):
@@ -68,6 +70,14 @@ class Task(Protocol):
 
     def measure_best(self, directory: Path) -> Metrics:
         """Measure the best model, read back from its folder, once at the end; all processes call this."""
+
+
+def compute_loss(
+    task: Task, model: nn.Module, batch: Any, precision: str, device: torch.device
+) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
+    """Ask a task for its loss in a precision of the recipe; see `Task.loss`."""
+    with torch.autocast(device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
+        return task.loss(model, batch)
 
 
 @runtime_checkable

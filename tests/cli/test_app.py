@@ -17,7 +17,7 @@ from beitzoo.cli import app, main
 from beitzoo.errors import InvalidValueError
 
 COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "probe", "reconstruct", "finetune", "pretrain"]
-COMMANDS += ["train-tokenizer", "benchmark", "report"]
+COMMANDS += ["train-tokenizer", "replay", "benchmark", "report"]
 
 
 def beitzoo_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -218,6 +218,7 @@ def test_the_options_are_frozen() -> None:
         "finetune": ["checkpoint", "out", "recipe", "settings"],
         "pretrain": ["out", "recipe", "settings"],
         "train-tokenizer": ["out", "recipe", "settings"],
+        "replay": ["run"],
         "evaluate": [
             "as_json",
             "batch_size",

@@ -1,0 +1,64 @@
+"""An update whose loss or gradient is no number: what of it is kept, so that it can be done again alone."""
+
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beitzoo.errors import UserError
+from beitzoo.files import write_atomically
+from beitzoo.training.generators import generator_states
+from beitzoo.training.processes import Processes
+from beitzoo.training.state import TrainState, save_state
+
+FAILED = "failed"
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """A loss, a gradient, a metric or a weight that is no number any more."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an update started from besides what an optimizer changes, which stays as it was if the update fails.
+
+    Attributes:
+        generators: States of the global generators of this process.
+        buffers: Those of the model that are saved: a forward pass may change them.
+    """
+
+    generators: dict[str, Any]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, saved: frozenset[str], device: torch.device) -> "Start":
+        """Copy it; `saved` are the names in the model's state."""
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved}
+        return cls(generator_states(device), buffers)
+
+
+def keep_failed(batches: list[Any], state: TrainState, start: Start, directory: Path, processes: Processes) -> str:
+    """Write `failed/`: the state before the update and the batches of each process; return the command that redoes it.
+
+    The moving average of the weights may be that of a few updates later. All processes call this.
+
+    Args:
+        batches: Of this process, in order.
+        state: Of an update that failed, with parameters and optimizer as they were before it.
+        start: What else it started from.
+        directory: The folder of the run.
+        processes: Those that train together.
+    """
+    folder = directory / FAILED
+    state.model.load_state_dict(start.buffers, strict=False)
+    if processes.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    save_state(state, folder, processes, start.generators)
+    processes.wait()
+    write_atomically(folder / f"batches-{processes.rank}.pt", lambda path: torch.save(batches, path))
+    processes.wait()
+    return f"beitzoo replay {shlex.quote(str(directory))}"
