@@ -23,6 +23,7 @@ from beitzoo.cli import (
     probe,
     reconstruct,
     replay,
+    tokenize,
     train_tokenizer,
 )
 from beitzoo.errors import UserError, is_out_of_memory
@@ -77,6 +78,7 @@ app.command()(finetune.finetune)
 app.command()(pretrain.pretrain)
 app.command()(train_tokenizer.train_tokenizer)
 app.command()(replay.replay)
+app.command()(tokenize.tokenize)
 app.command(context_settings=measure.PASS_ON)(measure.benchmark)
 app.command()(measure.report)
 

@@ -17,7 +17,7 @@ from beitzoo.cli import app, main
 from beitzoo.errors import InvalidValueError
 
 COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "probe", "reconstruct", "finetune", "pretrain"]
-COMMANDS += ["train-tokenizer", "replay", "benchmark", "report"]
+COMMANDS += ["train-tokenizer", "tokenize", "replay", "benchmark", "report"]
 
 
 def beitzoo_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -250,4 +250,5 @@ def test_the_options_are_frozen() -> None:
         "benchmark": [],
         "report": ["out", "results"],
         "reconstruct": ["device", "images", "mask_ratio", "masked", "model", "out", "seed", "tokenizer"],
+        "tokenize": ["batch_size", "device", "out", "recipe", "settings", "views"],
     }
