@@ -8,6 +8,7 @@ Shapes: h w patch grid, V codes, D channels of a code.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -200,40 +201,47 @@ def code_colours(vectors: Array) -> Array:
     return np.pad(levels, ((0, 0), (0, missing)), constant_values=(low + high) / 2).round().astype(np.uint8)
 
 
-def code_patches(
-    panels: Sequence[Image.Image], ids: Sequence[Array], colours: Array, width: int, codes: int = 6
-) -> list[Image.Image]:
-    """Show patches of the codes that most patches have, a strip for each code.
+@dataclass(frozen=True)
+class Coded:
+    """An image as a grid of codes.
+
+    Attributes:
+        panel: The image, at the size of all others.
+        ids: Code of each patch, (h, w).
+        nearness: How near a patch is to its code, (h, w); the larger the nearer.
+    """
+
+    panel: Image.Image
+    ids: Array
+    nearness: Array
+
+
+def code_patches(images: Sequence[Coded], colours: Array, width: int, codes: int = 6) -> list[Image.Image]:
+    """Show the nearest patches of the codes that most patches have, a strip for each code.
 
     Args:
-        panels: Images at one size.
-        ids: Codes of each, (h, w).
+        images: All that patches are taken from.
         colours: Of all codes, (V, 3), as in the map of codes.
         width: Of a strip at most; it says how many patches are shown.
         codes: Strips at most; a code that only one patch has tells nothing and gets none.
     """
-    counts = np.bincount(np.concatenate([one.ravel() for one in ids]), minlength=len(colours))
+    counts = np.bincount(np.concatenate([image.ids.ravel() for image in images]), minlength=len(colours))
     chosen = [int(code) for code in np.argsort(-counts, kind="stable")[:codes] if counts[code] > 1]
-    return [_strip(panels, ids, code, _colour(colours[code]), width) for code in chosen]
+    return [_strip(images, code, colours[code], width) for code in chosen]
 
 
-def _colour(levels: Array) -> Colour:
-    red, green, blue = map(int, levels)
-    return red, green, blue
-
-
-def _strip(panels: Sequence[Image.Image], ids: Sequence[Array], code: int, colour: Colour, width: int) -> Image.Image:
-    """Show a code's colour, its number and patches that have it, evenly spaced among all such patches."""
-    places = [(number, y, x) for number, one in enumerate(ids) for y, x in np.argwhere(one == code).tolist()]
+def _strip(images: Sequence[Coded], code: int, colour: Array, width: int) -> Image.Image:
+    """Show a code's colour, its number and the patches that are nearest to it, the nearest first."""
+    places = [(image, y, x) for image in images for y, x in np.argwhere(image.ids == code).tolist()]
+    places.sort(key=lambda place: -float(place[0].nearness[place[1], place[2]]))
     side, gap = 48, 8
+    swatch = Image.fromarray(np.full((side, side, 3), colour, dtype=np.uint8))
     label = text(f"code {code}: {len(places)} patches", 3 * side + 2 * gap, 14)
     room = width // (side + gap) - 4
-    shown = np.linspace(0, len(places) - 1, min(room, len(places))).round().astype(int)
-    patches = [_patch(panels[number], ids[number].shape, y, x, side) for number, y, x in (places[i] for i in shown)]
-    return beside([Image.new("RGB", (side, side), colour), label, *patches], gap)
+    return beside([swatch, label, *(_patch(*place, side) for place in places[:room])], gap)
 
 
-def _patch(panel: Image.Image, grid: tuple[int, ...], y: int, x: int, side: int) -> Image.Image:
-    height, width = panel.height // grid[0], panel.width // grid[1]
-    patch = panel.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+def _patch(image: Coded, y: int, x: int, side: int) -> Image.Image:
+    height, width = image.panel.height // image.ids.shape[0], image.panel.width // image.ids.shape[1]
+    patch = image.panel.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
     return patch.resize((side, side), Image.Resampling.NEAREST)

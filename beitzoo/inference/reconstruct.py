@@ -24,13 +24,13 @@ from beitzoo.files import write_atomically
 from beitzoo.images import pictures
 from beitzoo.images.files import ImageError, as_image
 from beitzoo.images.masks import Masking, draw_mask, sample_generator
-from beitzoo.images.pictures import Array
+from beitzoo.images.pictures import Array, Coded
 from beitzoo.images.transforms import create_transform, prepare, resolve_data_config
 from beitzoo.inference.classify import NOT_FINITE, eval_mode
 from beitzoo.inference.pipeline import Failure
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.random_tokenizer import RandomTokenizer
-from beitzoo.models.tokenizers import Vqkd
+from beitzoo.models.tokenizers import Dvae, Vqkd
 from beitzoo.zoo.networks import Pair
 
 _BATCH = 16  # images per forward pass
@@ -57,6 +57,7 @@ class Reconstruction:
         decoded: Both kinds of tokens made visible, the predicted and the image's own: decoded pixels, or one colour
             for each code.
         colours: Of all codes, (V, 3), where tokens are not decoded to pixels.
+        nearness: Cosine of the angle between each patch, before it is rounded, and its code, (h, w); there too.
         vocab_size: Codes that the model chooses from.
     """
 
@@ -68,6 +69,7 @@ class Reconstruction:
     losses: Array
     decoded: tuple[Image.Image, Image.Image]
     colours: Array | None
+    nearness: Array | None
     vocab_size: int
 
     @property
@@ -210,6 +212,9 @@ class _Comparison:
     def __init__(self, model: MaskedImageModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.device = model.lm_head.weight.device
+        self.coder = _coder(tokenizer)
+        codebook = None if self.coder is None else self.coder.codebook.double().numpy(force=True)
+        self.colours = None if codebook is None else pictures.code_colours(codebook)
         data = resolve_data_config(model)
         channels = tokenizer.in_chans
         self.mean, self.std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
@@ -242,14 +247,15 @@ class _Comparison:
             return []
         patch_views = torch.stack([look.patch_view for look in looks]).to(self.device, self.model.lm_head.weight.dtype)
         masks = torch.stack([look.mask for look in looks])
-        ids = self._encode(torch.stack([look.token_view for look in looks]))
+        token_views = torch.stack([look.token_view for look in looks]).to(self.device)
+        ids = self.tokenizer.encode(token_views).cpu()
         logits = self.model(patch_views, masks.to(self.device))
         of_masked = (logits if isinstance(logits, Tensor) else logits[0]).float().cpu()  # the last block's
         predicted, losses = ids.clone(), torch.full(ids.shape, math.nan)
         predicted[masks] = of_masked.argmax(dim=-1)
         losses[masks] = F.cross_entropy(of_masked, ids[masks], reduction="none")
-        colours = self._colours()
-        decoded = [self._decode(one, colours) for one in (predicted, ids)]
+        decoded = [self._decode(one) for one in (predicted, ids)]
+        nearness = self._nearness(token_views, ids)
         outcomes: list[Reconstruction | Failure] = []
         for place, look in enumerate(looks):
             record = Reconstruction(
@@ -260,31 +266,32 @@ class _Comparison:
                 predicted=predicted[place].numpy(),
                 losses=losses[place].numpy(),
                 decoded=(decoded[0][place], decoded[1][place]),
-                colours=colours,
+                colours=self.colours,
+                nearness=None if nearness is None else nearness[place],
                 vocab_size=self.tokenizer.vocab_size,
             )
             outcomes.append(record if np.isfinite(record.losses[record.mask]).all() else Failure(NOT_FINITE))
         return outcomes
 
-    def _encode(self, token_views: Tensor) -> Tensor:
-        return self.tokenizer.encode(token_views.to(self.device)).cpu()
-
-    def _decode(self, ids: Tensor, colours: Array | None) -> list[Image.Image]:
+    def _decode(self, ids: Tensor) -> list[Image.Image]:
         """Make codes (B, h, w) visible: as pixels, or in their colours."""
-        if colours is None:
+        if self.colours is None:
             return [_image(one) for one in self.tokenizer.decode(ids.to(self.device)).float().cpu()]
-        return [Image.fromarray(colours[one.numpy()]) for one in ids]
+        return [Image.fromarray(self.colours[one.numpy()]) for one in ids]
 
-    def _colours(self) -> Array | None:
-        if self.tokenizer.decodes_to == "pixels":
+    def _nearness(self, token_views: Tensor, ids: Tensor) -> Array | None:
+        """Return the cosine between what each patch was before it was rounded, and its code, (B, h, w)."""
+        if self.coder is None:
             return None
-        return pictures.code_colours(_code_vectors(self.tokenizer).double().numpy(force=True))
+        features = self.coder.features(token_views).float().unflatten(1, ids.shape[1:])
+        codes = F.embedding(ids.to(self.device), self.coder.codebook.float())
+        nearness: Array = F.cosine_similarity(features, codes, dim=-1).numpy(force=True)
+        return nearness
 
 
-def _code_vectors(tokenizer: Tokenizer) -> Tensor:
-    """Return the codebook, (V, D)."""
-    assert isinstance(tokenizer, Vqkd | RandomTokenizer)
-    return tokenizer.quantize.embedding.weight if isinstance(tokenizer, Vqkd) else tokenizer.codes
+def _coder(tokenizer: Tokenizer) -> Vqkd | RandomTokenizer | None:
+    """Return the tokenizer if its codes have no pixels, only vectors."""
+    return None if isinstance(tokenizer, Dvae) or tokenizer.decodes_to == "pixels" else tokenizer
 
 
 def _check_pair(model: MaskedImageModel, tokenizer: Tokenizer, masking: Masking) -> None:
@@ -320,9 +327,14 @@ def _scale(most: float, width: int, vocab_size: int) -> Image.Image:
 
 def _same_codes(records: Sequence[Reconstruction], size: Pair, colours: Array, width: int) -> list[Image.Image]:
     """Show patches that have the same code: what the codes stand for."""
-    panels = [pictures.fit(record.image, size) for record in records]
-    strips = pictures.code_patches(panels, [record.ids for record in records], colours, width)
-    return [pictures.text("patches of these images that have the same code", width, 16), *strips] if strips else []
+    coded = [
+        Coded(pictures.fit(record.image, size), record.ids, record.nearness)
+        for record in records
+        if record.nearness is not None
+    ]
+    strips = pictures.code_patches(coded, colours, width)
+    title = "the commonest codes of these images, and the patches nearest to each"
+    return [pictures.text(title, width, 16), *strips] if strips else []
 
 
 def _image(pixels: Tensor) -> Image.Image:

@@ -68,26 +68,43 @@ class RandomTokenizer(nn.Module):
         """
         self.config = replace(self.config, img_size=img_size)
 
+    @property
+    def codebook(self) -> Tensor:
+        """All codes, unit vectors, (V, D)."""
+        return self.codes
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Map images (B, in_chans, *img_size) with values in [0, 1] to codes (B, h, w), int64.
 
+        Contrast does not count, as codes are compared by angle.
+
+        Raises:
+            InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
+        """
+        features = self.features(images)
+        with torch.autocast(images.device.type, enabled=False):  # a rounded projection may be nearer to another code
+            found = (features @ self.codes.t()).argmax(dim=-1)
+        return found.unflatten(1, self.grid_size)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Map images (B, in_chans, *img_size) with values in [0, 1] to what is rounded to codes, (B, h w, D).
+
         A patch is projected as its deviations from its mean, and its mean as one number beside them. Brightness is in
         every pixel: projected as they are, nearly all patches would point in the same direction and share a few codes
         (BEST-RQ, section 3.1, normalises its input for the same reason). Without the mean, the code of a patch of one
-        colour would be chosen by rounding errors. Contrast does not count, as codes are compared by angle.
+        colour would be chosen by rounding errors.
 
         Raises:
             InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
         """
         check_images(images, self.in_chans, self.img_size)
-        with torch.autocast(images.device.type, enabled=False):  # a rounded projection may be nearer to another code
+        with torch.autocast(images.device.type, enabled=False):
             patch = self.config.patch_size
             pixels = F.unfold(images.to(self.projection.dtype), patch, stride=patch).transpose(1, 2)  # (B, h w, pixels)
             mean = pixels.mean(dim=-1, keepdim=True)
-            projected = torch.cat([pixels - mean, mean - 0.5], dim=-1) @ self.projection
-            found = (projected @ self.codes.t()).argmax(dim=-1)
-        return found.unflatten(1, self.grid_size)
+            return torch.cat([pixels - mean, mean - 0.5], dim=-1) @ self.projection
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -257,6 +257,11 @@ class Vqkd(nn.Module):
         passed = features + (rounded - features).detach()
         return Tokenized(self._predict(passed.unflatten(1, self.config.encoder.grid_size)), commitment, codes, features)
 
+    @property
+    def codebook(self) -> Tensor:
+        """All codes, unit vectors to rounding, (V, D)."""
+        return self.quantize.embedding.weight
+
     def features(self, images: Tensor) -> Tensor:
         """Map images (B, in_chans, *img_size) with values in [0, 1] to what is rounded to codes, (B, h w, D).
 

@@ -113,18 +113,23 @@ def test_codes_that_are_alike_have_colours_that_are_alike() -> None:
     assert pictures.code_colours(vectors[:, :2]).shape == (200, 3)
 
 
-def test_patches_of_the_commonest_codes() -> None:
-    panels = [Image.new("RGB", (96, 96), (250, 0, 0)), Image.new("RGB", (96, 96), (0, 250, 0))]
-    ids = [np.array([[3, 3], [1, 0]]), np.array([[3, 2], [1, 3]])]
+def test_nearest_patches_of_the_commonest_codes() -> None:
     colours = np.arange(12, dtype=np.uint8).reshape(4, 3)
-    strips = pictures.code_patches(panels, ids, colours, 600)
+    shades = np.arange(8, dtype=np.uint8).reshape(2, 2, 2) * 30  # of each patch another
+    ids = np.array([[[3, 3], [1, 0]], [[3, 2], [1, 3]]])
+    nearness = np.array([[[0.1, 0.9], [0.2, 1.0]], [[0.5, 1.0], [0.3, 0.7]]])
+    panels = [Image.fromarray(shade).resize((96, 96), Image.Resampling.NEAREST) for shade in shades]
+    images = [pictures.Coded(*image) for image in zip(panels, ids, nearness, strict=True)]
+    strips = pictures.code_patches(images, colours, 600)
     assert len(strips) == 2  # codes 3 and 1; of 0 and 2 there is one patch each
-    first, second = map(pixels, strips)
-    assert (first[:, :48] == (9, 10, 11)).all() and (second[:, :48] == (3, 4, 5)).all()
-    for strip, expected in ((first, [0, 0, 1, 1]), (second, [0, 1])):
-        assert strip.shape == (48, 224 + 56 * (len(expected) - 1) + 48, 3)
-        for place, number in enumerate(expected):
-            patch = strip[:, 224 + 56 * place : 272 + 56 * place]
-            assert (patch == ((250, 0, 0), (0, 250, 0))[number]).all()
-    each_once = [np.array([[0, 1], [2, 3]]), np.array([[4, 5], [6, 7]])]
-    assert pictures.code_patches(panels, each_once, np.zeros((8, 3), np.uint8), 600) == []
+    for strip, code in zip(strips, (3, 1), strict=True):
+        drawn = pixels(strip)
+        assert (drawn[:, :48] == colours[code]).all()
+        nearest_first = shades[ids == code][np.argsort(-nearness[ids == code])]
+        assert drawn.shape == (48, 224 + 56 * (len(nearest_first) - 1) + 48, 3)
+        for place, shade in enumerate(nearest_first):
+            assert (drawn[:, 224 + 56 * place : 272 + 56 * place] == shade).all()
+    narrow = pictures.code_patches(images, colours, 224 + 112)  # room for two patches
+    assert (pixels(narrow[0]) == pixels(strips[0])[:, : 224 + 56 + 48]).all()
+    each_once = [pictures.Coded(panels[0], np.arange(4).reshape(2, 2), nearness[0])]
+    assert pictures.code_patches(each_once, colours, 600) == []

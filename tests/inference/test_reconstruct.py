@@ -28,7 +28,6 @@ from beitzoo.inference.reconstruct import (
     write_reconstructions,
 )
 from beitzoo.models.mim import MaskedImageModel
-from beitzoo.models.tokenizers import Vqkd
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}
 PHOTOS = [SAMPLES / "chelsea.jpg", SAMPLES / "coffee.jpg"]
@@ -133,14 +132,21 @@ def test_every_panel_of_the_picture_is_in_its_place(model: MaskedImageModel) -> 
 def test_codes_without_pixels_are_drawn_in_colour(name: str, model: MaskedImageModel) -> None:
     tokenizer = beitzoo.create_tokenizer(name, img_size=64 if name == "test_vqkd" else 16, vocab_size=40)
     randomise(tokenizer)
+    tokenizer.codebook.data = F.normalize(tokenizer.codebook.data)
     found = records(model, tokenizer)
     whole = picture(found)
     drawn = panels(whole, rows=2, side=256)
-    codebook = tokenizer.quantize.embedding.weight if isinstance(tokenizer, Vqkd) else tokenizer.codes
-    colours = pictures.code_colours(codebook.double().numpy())
+    colours = pictures.code_colours(tokenizer.codebook.double().numpy())
     for record, row in zip(found, drawn, strict=True):
         for panel, codes in zip(row[2:4], (record.predicted, record.ids), strict=True):
             assert (panel == colours[codes].repeat(64, axis=0).repeat(64, axis=1)).all()
+    data = beitzoo.resolve_data_config(model) | {"input_size": (3, *tokenizer.img_size)}
+    transform = beitzoo.create_transform(**data | {"mean": (0,) * 3, "std": (1,) * 3})
+    with torch.no_grad():
+        features = F.normalize(tokenizer.features(transform(beitzoo.open_image(PHOTOS[0]))[None])[0], dim=-1)
+    angles = (features @ tokenizer.codebook.T).numpy()
+    assert found[0].nearness.ravel() == pytest.approx(angles.max(axis=1), abs=1e-5)
+    assert (found[0].ids.ravel() == angles.argmax(axis=1)).all()
     commonest = np.bincount(np.concatenate([record.ids.ravel() for record in found])).argmax()
     swatches = np.asarray(whole)[:, 16]
     assert (swatches == colours[commonest]).all(axis=-1).sum() >= 48
