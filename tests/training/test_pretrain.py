@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import beitzoo
 from beitzoo.factory import create_tokenizer
 from beitzoo.images.loading import Sample, load_batches
-from beitzoo.images.masks import draw_mask, sample_generator
+from beitzoo.images.masks import Masking, draw_mask, sample_generator
 from beitzoo.models.beit import Beit
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.saving import save_tokenizer
@@ -25,9 +25,10 @@ from beitzoo.training.masked_images import MaskedBatch
 from beitzoo.training.optim import make_optimizer
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, load_recipe
+from beitzoo.training.sections import Pretrain
 from beitzoo.training.tasks.finetune import prepare as prepare_finetuning
 from beitzoo.training.tasks.pretrain import PretrainTask, code_use, prepare, pretrain
-from beitzoo.zoo.checkpoints import Mim
+from beitzoo.zoo.checkpoints import HALF, IMAGENET_MEAN, IMAGENET_STD, Mim
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 AGGREGATION = {"early_layers": 1, "head_layers": 1}
@@ -269,6 +270,59 @@ def test_what_is_decayed_is_what_the_original_decays(colours: Path, tokenizer: P
     assert {of[id(p)]["lr_scale"] for name, p in model.named_parameters() if name.endswith(BIAS)} == {10}
     assert {of[id(p)]["lr_scale"] for name, p in model.named_parameters() if not name.endswith(BIAS)} == {1}
     assert {group["eps"] for group in make_optimizer(groups, recipe.train).param_groups} == {1e-8}
+
+
+# ---- the recipes ------------------------------------------------------------------------------------------------
+
+# unilm's models with their heads, counted from the original code.
+PUBLISHED = {
+    "beit_base": 91_965_776,
+    "beit_large": 311_534_016,
+    "beitv2_base": 106_143_056,
+    "beitv2_large": 336_728_512,
+}
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/pretrain").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_builds_the_network_for_its_tokenizer(path: Path) -> None:
+    recipe = load_recipe(path, kind="pretrain")
+    assert isinstance(recipe.task, Pretrain)
+    name = recipe.task.tokenizer
+    overrides: dict[str, Any] = {}
+    if name.startswith("runs/"):  # one that is trained before, by the recipe of the same name
+        section = load_recipe(path.stem, kind="tokenizer").model
+        name, overrides = section.name, section.overrides
+    with torch.device("meta"):
+        tokenizer = create_tokenizer(name, device="meta", **overrides)
+        options: dict[str, Any] = {**recipe.model.overrides, "head": "mim", "vocab_size": tokenizer.vocab_size}
+        model: object = beitzoo.create_model(recipe.model.name, device="meta", **options)
+    assert isinstance(model, MaskedImageModel)
+    network = model.backbone.config
+    assert (network.grid_size, network.in_chans) == (tokenizer.grid_size, tokenizer.in_chans)
+    assert Masking(grid=network.grid_size, **recipe.task.mask.model_dump())
+    assert network.use_mask_token
+    family = "_".join(path.stem.split("_")[:2])
+    if family in PUBLISHED:
+        assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[family]
+
+
+def test_recipes_of_the_originals_differ_where_they_do() -> None:
+    recipes = {path.stem: load_recipe(path, kind="pretrain") for path in Path("configs/pretrain").glob("beit*.toml")}
+    assert len(recipes) == 9
+    for name, recipe in recipes.items():
+        assert isinstance(recipe.task, Pretrain)
+        second, large = name.startswith("beitv2"), "large" in name
+        train, views, overrides = recipe.train, recipe.task.views, recipe.model.overrides
+        assert (train.batch_size, train.lr, train.min_lr, train.clip_grad) == (2048, 1.5e-3, 1e-5, 3)
+        assert train.betas == ((0.9, 0.98) if name.endswith("_300e") and second else (0.9, 0.999))
+        assert overrides["drop_path_rate"] == (0 if name.endswith("_300e") and second else 0.1)
+        assert overrides["init_values"] == (1e-5 if large else 0.1)
+        assert overrides.get("early_layers", 0) == (0 if not second else 21 if large else 9)
+        assert (recipe.task.mask.count, recipe.task.mask.exact) == (75, second)
+        assert views.scale == ((0.2, 1) if second else (0.08, 1))
+        assert views.mean == (HALF if "in22k" in name else IMAGENET_MEAN)
+        assert views.std == (HALF if "in22k" in name else IMAGENET_STD)
+        assert (train.warmup_updates, train.warmup_epochs) == ((10_000, 0) if "in22k" in name else (0, 10))
 
 
 # ---- what cannot be done ----------------------------------------------------------------------------------------
