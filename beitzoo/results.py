@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +99,19 @@ class Table:
 
     def append(self, row: Row) -> Row:
         """Append a row, which is on disk when this returns; return it with all columns."""
+        return self._add(row, lambda old: True)
+
+    def replace(self, row: Row) -> Row:
+        """Append a row as `append` does, in the place of those of the same measurement."""
+        return self._add(row, lambda old: self._key_of(old) != self._key_of(row))
+
+    def _add(self, row: Row, stays: Callable[[Row], bool]) -> Row:
         full = {name: row.get(name) for name in self.columns}
         assert row.keys() <= full.keys(), row.keys() - full.keys()
         if self.path is not None:
             self.check()
             with _locked(self.path):
-                self._write([*_parse(self.path, self.form)[1], full])
+                self._write([*filter(stays, _parse(self.path, self.form)[1]), full])
         return full
 
     def drop_failed(self, wanted: Sequence[Row]) -> None:

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from beitzoo import __version__
 from beitzoo.cli import (
+    collect,
     evaluate,
     finetune,
     measure,
@@ -79,6 +80,7 @@ app.command()(pretrain.pretrain)
 app.command()(train_tokenizer.train_tokenizer)
 app.command()(replay.replay)
 app.command()(tokenize.tokenize)
+app.command()(collect.collect)
 app.command(context_settings=measure.PASS_ON)(measure.benchmark)
 app.command()(measure.report)
 

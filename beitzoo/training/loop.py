@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from beitzoo.training.board import Board
 from beitzoo.training.failure import NonFiniteError, Start, keep_failed
-from beitzoo.training.folder import BEST, LAST
+from beitzoo.training.folder import BEST, LAST, LOG
 from beitzoo.training.generators import generators_kept
 from beitzoo.training.log import Display, Log, Value
 from beitzoo.training.processes import Processes
@@ -55,7 +55,7 @@ def fit(task: Task, state: TrainState, run: Run) -> None:
     names = (*task.log_names, *task.metric_names, *(task.epoch_names if isinstance(task, EndsEpochs) else ()))
     shown = run.processes.is_main
     board = Board(run.directory, state.update) if shown and run.settings.tensorboard else None
-    log = Log(run.directory / "log.csv", names, state.update, board) if shown else None
+    log = Log(run.directory / LOG, names, state.update, board) if shown else None
     updates = run.train.epochs * task.updates_per_epoch
     try:
         with Display(updates, state.update, shown) as display, StopSignals() as stop:

@@ -17,7 +17,7 @@ from beitzoo.cli import app, main
 from beitzoo.errors import InvalidValueError
 
 COMMANDS = ["list", "info", "download", "verify", "predict", "evaluate", "probe", "reconstruct", "finetune", "pretrain"]
-COMMANDS += ["train-tokenizer", "tokenize", "replay", "benchmark", "report"]
+COMMANDS += ["train-tokenizer", "tokenize", "replay", "collect", "benchmark", "report"]
 
 
 def beitzoo_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -247,6 +247,7 @@ def test_the_options_are_frozen() -> None:
             "train_per_class",
             "workers",
         ],
+        "collect": ["as_json", "results_file", "runs"],
         "benchmark": [],
         "report": ["out", "results"],
         "reconstruct": ["device", "images", "mask_ratio", "masked", "model", "out", "seed", "tokenizer"],

@@ -1,0 +1,196 @@
+"""Finished runs as rows of a table: what was trained, from what, at what cost, and how well it does."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beitzoo.errors import MissingFileError
+from beitzoo.files import full_path, read_text
+from beitzoo.results import ENVIRONMENT, Row, Value
+from beitzoo.training.folder import LOG, METRICS, RECIPE
+from beitzoo.training.recipe import Recipe, read_resolved
+from beitzoo.training.sections import Pretrain, TrainTokenizer
+
+# What makes two runs draws of the same experiment: all that was asked for but the seeds.
+_WHAT = ("task", "model", "start", "tokenizer", "teacher", "data", "train_per_class", "train_images")
+_SAME = (*_WHAT, "epochs", "updates", "batch_size", "precision")
+_SEEDS = ("seed", "split_seed", "label_seed", "start_seed", "tokenizer_seed")
+_COST = ("train_seconds", "earlier_seconds", "images_per_sec", "wait_share", "processes")
+_RIGHT = ("top1", "top5", "count", "failures", "val_top1")
+_OF_TOKENS = ("loss", "val_loss", "token_accuracy", "codes_used", "perplexity", "explained")
+COLUMNS = ("run", *_SAME, *_SEEDS, *_RIGHT, *_OF_TOKENS, "probe_linear", "probe_knn", *_COST, *ENVIRONMENT)
+# A run that is collected again replaces its row.
+KEY = ("run",)
+
+# What `start` says of random weights.
+SCRATCH = "random"
+
+
+class UnfinishedError(MissingFileError):
+    """A folder that holds no finished run."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left.
+
+    Attributes:
+        folder: Where.
+        recipe: By which it was trained.
+        metrics: The content of `metrics.json`.
+        log: The lines of `log.csv`.
+    """
+
+    folder: Path
+    recipe: Recipe
+    metrics: dict[str, Any]
+    log: list[dict[str, str]]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on its updates."""
+        return float(self.metrics["train_seconds"])
+
+    def last(self, name: str) -> Value:
+        """Return a value as the log has it last at the end of an epoch; None if it never does."""
+        values = [line[name] for line in self.log if line["line"] == "epoch" and line.get(name)]
+        return float(values[-1]) if values else None
+
+    def median(self, name: str) -> Value:
+        """Return the median of a value over the lines of updates; None if there is none."""
+        values = [float(line[name]) for line in self.log if line["line"] == "updates" and line.get(name)]
+        return round(statistics.median(values), 4) if values else None
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read the folder of a run.
+
+    Raises:
+        UnfinishedError: There is no finished run in it.
+        RecipeError: Its recipe is damaged, or of another version.
+    """
+    folder = full_path(folder)
+    for name, what in ((RECIPE, "no run"), (METRICS, "not finished")):
+        if not (folder / name).is_file():
+            raise UnfinishedError(f"{folder} is {what}: it has no {name}. Give the folder of a finished run.")
+    log = list(csv.DictReader(io.StringIO(read_text(folder / LOG))))
+    return FinishedRun(folder, read_resolved(folder / RECIPE), json.loads(read_text(folder / METRICS)), log)
+
+
+def row_of(run: FinishedRun, name: str) -> Row:
+    """Return the row of a run; `name` is what the row calls it."""
+    recipe, metrics = run.recipe, run.metrics
+    start, tokenizer = _start_of(run), _tokenizer_of(run)
+    earlier = [one.seconds for one in _earlier(run)]
+    row: Row = {
+        "run": name,
+        "task": recipe.task.kind,
+        "model": recipe.model.name if start is None else start.recipe.model.name,
+        "start": _start_name(recipe, start),
+        "tokenizer": _tokenizer_name(run, tokenizer),
+        "teacher": _teacher(run, tokenizer),
+        "data": recipe.data.source if recipe.data.path is None else recipe.data.path.name,
+        "train_per_class": recipe.data.train_per_class,
+        "label_seed": recipe.data.label_seed,
+        "start_seed": None if start is None else start.recipe.train.seed,
+        "tokenizer_seed": None if tokenizer is None else tokenizer.recipe.train.seed,
+        "earlier_seconds": round(sum(earlier), 3),
+        **{name: getattr(recipe.train, name) for name in ("epochs", "batch_size", "precision", "seed")},
+        **{name: run.median(name) for name in ("images_per_sec", "wait_share")},
+        **{name: run.last(name) for name in ("loss", "codes_used", "perplexity", "probe_linear", "probe_knn")},
+    }
+    measured = ("train_images", "updates", "split_seed", "train_seconds", "processes", "val_top1", "val_loss")
+    row |= {name: metrics.get(name) for name in (*measured, *ENVIRONMENT)}
+    for name in ("top1", "top5", "count", "failures", "token_accuracy", "explained"):
+        row[name] = _rounded(metrics.get(f"test_{name}", metrics.get(f"val_{name}", run.last(name))))
+    return {name: _rounded(row.get(name)) for name in COLUMNS}
+
+
+def summarise(rows: Sequence[Row]) -> list[str]:
+    """Say mean and sample standard deviation of top-1 over the runs that differ in their seeds only."""
+    groups: dict[tuple[Value, ...], list[float]] = {}
+    for row in rows:
+        if row["top1"] not in (None, ""):
+            groups.setdefault(tuple(row[name] for name in _SAME), []).append(float(row["top1"] or 0))
+    lines = []
+    for same, values in groups.items():
+        facts = dict(zip(_SAME, same, strict=True))
+        labels = f"{facts['train_per_class']} labels per class" if facts["train_per_class"] else "all labels"
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        origin = f"{facts['start']}" + f" ({facts['tokenizer']})" * bool(facts["tokenizer"])
+        lines.append(
+            f"{facts['data']}, {labels}, {facts['updates']} updates from {origin}: "
+            f"top1 {statistics.fmean(values):.2f}{spread} (n={len(values)})"
+        )
+    return lines
+
+
+def _run_at(name: str | Path) -> FinishedRun | None:
+    """Return the run that a model's or a tokenizer's name points into, if it is finished and there."""
+    path = full_path(str(name).removeprefix("local-dir:"))
+    for folder in (path, *path.parents[:2]):
+        if (folder / RECIPE).is_file() and (folder / METRICS).is_file():
+            return read_run(folder)
+    return None
+
+
+def _start_of(run: FinishedRun) -> FinishedRun | None:
+    """Return the run that gave a run the weights it started from."""
+    model = run.recipe.model
+    if model.checkpoint is not None:
+        return _run_at(model.checkpoint)
+    return _run_at(model.name) if model.pretrained else None
+
+
+def _tokenizer_of(run: FinishedRun) -> FinishedRun | None:
+    """Return the run that trained the tokenizer by which a run, or the one it started from, was pretrained."""
+    if isinstance(run.recipe.task, Pretrain):
+        return _run_at(run.recipe.task.tokenizer)
+    start = _start_of(run)
+    return None if start is None else _tokenizer_of(start)
+
+
+def _earlier(run: FinishedRun) -> Iterator[FinishedRun]:
+    """Yield the runs without which this one could not have been: its start's, and that of its tokenizer."""
+    start = _start_of(run)
+    if start is not None:
+        yield start
+        yield from _earlier(start)
+    elif isinstance(run.recipe.task, Pretrain):
+        tokenizer = _tokenizer_of(run)
+        if tokenizer is not None:
+            yield tokenizer
+
+
+def _start_name(recipe: Recipe, start: FinishedRun | None) -> str:
+    """Say what kind of weights a run started from: the task of the run that they are of, their name, or random."""
+    if start is not None:
+        return start.recipe.task.kind
+    if recipe.model.checkpoint is not None:
+        return recipe.model.checkpoint.name
+    return recipe.model.name if recipe.model.pretrained else SCRATCH
+
+
+def _tokenizer_name(run: FinishedRun, tokenizer: FinishedRun | None) -> str | None:
+    if tokenizer is not None:
+        return tokenizer.recipe.model.name
+    if isinstance(run.recipe.task, Pretrain):
+        return run.recipe.task.tokenizer
+    start = _start_of(run)
+    return None if start is None else _tokenizer_name(start, None)
+
+
+def _teacher(run: FinishedRun, tokenizer: FinishedRun | None) -> str | None:
+    for one in (run, tokenizer):
+        if one is not None and isinstance(one.recipe.task, TrainTokenizer):
+            return one.recipe.task.teacher
+    return None
+
+
+def _rounded(value: Value) -> Value:
+    return round(value, 3) if isinstance(value, float) else value

@@ -1,0 +1,150 @@
+"""Rows of finished runs: a chain of a tokenizer, pretraining and fine-tuning, as it is on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from colours import colour_recipe, write_colours
+
+from beitzoo.errors import UserError
+from beitzoo.training.collect import COLUMNS, UnfinishedError, read_run, row_of, summarise
+from beitzoo.training.recipe import Recipe, dump_recipe
+from beitzoo.training.tasks.finetune import finetune
+
+
+def write_run(folder: Path, recipe: dict[str, Any], log: str, **metrics: Any) -> Path:
+    """Write what a run would leave."""
+    train = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "seed": metrics["seed"]}
+    whole = {"data": {"source": "digits"}, "train": train, **recipe}
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(dump_recipe(Recipe.model_validate(whole)))
+    (folder / "metrics.json").write_text(json.dumps({"split_seed": 0, "updates": 10, "processes": 1, **metrics}))
+    (folder / "log.csv").write_text(log)
+    return folder
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    """Runs that build on each other: tokenizer, pretraining, and two draws of fine-tuning."""
+    lines = "line,loss,codes_used,perplexity\nupdates,5,,\nepoch,4,20,15.5\nepoch,3,,\n"
+    task = {"kind": "tokenizer", "teacher": "pixels"}
+    write_run(
+        tmp_path / "tok", {"model": {"name": "vqkd_nano_patch4_32"}, "task": task}, lines, seed=3, train_seconds=7
+    )
+    lines = (
+        "line,loss,token_accuracy,images_per_sec\nupdates,3,20,10\nupdates,3,20,40\nupdates,3,20,30\nepoch,2.5,33,\n"
+    )
+    task = {"kind": "pretrain", "tokenizer": str(tmp_path / "tok")}
+    write_run(
+        tmp_path / "mim",
+        {"model": {"name": "beit_nano_patch4_32"}, "task": task},
+        lines,
+        seed=4,
+        train_seconds=11.5,
+        val_loss=2.25,
+        val_token_accuracy=34.5678,
+    )
+    for seed, top1 in ((1, 90.0), (2, 92.0)):
+        model = {"name": f"local-dir:{tmp_path / 'mim' / 'best'}", "pretrained": True}
+        data = {"source": "digits", "train_per_class": 5, "label_seed": seed}
+        write_run(
+            tmp_path / f"fine-{seed}",
+            {"model": model, "data": data},
+            "line,loss\nepoch,0.5\n",
+            seed=seed,
+            train_seconds=2,
+            train_images=50,
+            test_top1=top1,
+            val_top1=95.0,
+            test_count=599,
+            torch="2",
+        )
+    return tmp_path
+
+
+def test_a_row_says_what_a_run_came_from_and_what_it_cost(chain: Path) -> None:
+    row = row_of(read_run(chain / "fine-2"), "fine-2")
+    assert tuple(row) == COLUMNS
+    assert {name: value for name, value in row.items() if value is not None} == {
+        "run": "fine-2",
+        "task": "finetune",
+        "model": "beit_nano_patch4_32",
+        "start": "pretrain",
+        "tokenizer": "vqkd_nano_patch4_32",
+        "teacher": "pixels",
+        "data": "digits",
+        "train_per_class": 5,
+        "train_images": 50,
+        "epochs": 2,
+        "updates": 10,
+        "batch_size": 8,
+        "precision": "fp32",
+        "seed": 2,
+        "split_seed": 0,
+        "label_seed": 2,
+        "start_seed": 4,
+        "tokenizer_seed": 3,
+        "top1": 92.0,
+        "count": 599,
+        "val_top1": 95.0,
+        "loss": 0.5,
+        "train_seconds": 2,
+        "earlier_seconds": 18.5,
+        "processes": 1,
+        "torch": "2",
+    }
+
+
+def test_pretraining_and_tokenizers_have_their_own_measures(chain: Path) -> None:
+    mim, tokenizer = (row_of(read_run(chain / name), name) for name in ("mim", "tok"))
+    assert (mim["start"], mim["tokenizer"], mim["teacher"], mim["earlier_seconds"]) == (
+        "random",
+        "vqkd_nano_patch4_32",
+        "pixels",
+        7.0,
+    )
+    assert (mim["loss"], mim["val_loss"], mim["token_accuracy"], mim["images_per_sec"]) == (2.5, 2.25, 34.568, 30.0)
+    assert (tokenizer["loss"], tokenizer["codes_used"], tokenizer["perplexity"]) == (3.0, 20.0, 15.5)
+    assert (tokenizer["teacher"], tokenizer["tokenizer"], tokenizer["top1"]) == ("pixels", None, None)
+
+
+def test_a_start_that_is_no_run_is_called_by_its_name(chain: Path) -> None:
+    model = {"name": "beit_nano_patch4_32.digits", "pretrained": True}
+    folder = write_run(chain / "other", {"model": model}, "line,loss\n", seed=0, train_seconds=1)
+    row = row_of(read_run(folder), "other")
+    assert (row["start"], row["model"], row["earlier_seconds"], row["loss"]) == (model["name"], model["name"], 0, None)
+    task = {"kind": "pretrain", "tokenizer": "random_patch4_32"}
+    folder = write_run(
+        chain / "control", {"model": {"name": "m"}, "task": task}, "line,loss\n", seed=0, train_seconds=1
+    )
+    row = row_of(read_run(folder), "control")
+    assert (row["tokenizer"], row["teacher"], row["tokenizer_seed"]) == ("random_patch4_32", None, None)
+
+
+def test_runs_that_differ_in_seeds_only_are_summed_up(chain: Path) -> None:
+    rows = [row_of(read_run(chain / name), name) for name in ("fine-1", "mim", "fine-2")]
+    assert summarise(rows) == [
+        "digits, 5 labels per class, 10 updates from pretrain (vqkd_nano_patch4_32): top1 91.00 ± 1.41 (n=2)"
+    ]
+
+
+def test_a_row_of_a_run_as_the_loop_leaves_it(tmp_path: Path) -> None:
+    metrics = finetune(colour_recipe(write_colours(tmp_path / "data")), tmp_path / "run")
+    row = row_of(read_run(tmp_path / "run"), "run")
+    assert (row["start"], row["task"], row["data"], row["train_images"]) == ("random", "finetune", "data", 18)
+    assert (row["top1"], row["count"]) == (round(metrics["test_top1"], 3), metrics["test_count"])
+    assert (row["torch"], row["threads"]) == (torch.__version__, torch.get_num_threads())
+    assert isinstance(row["images_per_sec"], float)
+
+
+def test_what_is_no_finished_run_is_said(chain: Path) -> None:
+    (chain / "fine-1" / "metrics.json").unlink()
+    with pytest.raises(UnfinishedError, match=r"fine-1 is not finished: it has no metrics\.json"):
+        read_run(chain / "fine-1")
+    with pytest.raises(UnfinishedError, match=r"is no run: it has no recipe\.json"):
+        read_run(chain)
+    (chain / "mim" / "recipe.json").write_text("{}")
+    with pytest.raises(UserError, match="is not the recipe of a run"):
+        read_run(chain / "mim")
