@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import beitzoo
+from beitzoo.errors import UserError
 from beitzoo.factory import create_tokenizer
 from beitzoo.images.loading import Sample, load_batches
 from beitzoo.images.masks import Masking, draw_mask, sample_generator
+from beitzoo.inference.tokenize import TokenJob, tokenize
 from beitzoo.models.beit import Beit
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.saving import save_tokenizer
@@ -139,7 +141,8 @@ def test_code_use_counts_codes_and_their_perplexity() -> None:
 
 
 def same(one: MaskedBatch, other: MaskedBatch) -> bool:
-    return all(map(torch.equal, one[:3], other[:3])) and one.unreadable == other.unreadable
+    tensors = [(one.images, other.images), (one.token_images, other.token_images), (one.masks, other.masks)]
+    return all(torch.equal(*pair) for pair in tensors) and one.unreadable == other.unreadable
 
 
 def test_workers_change_nothing(colours: Path, tokenizer: Path) -> None:
@@ -174,6 +177,61 @@ def test_images_to_validate_on_look_the_same_in_every_epoch(colours: Path, token
     assert first == task.validate(model)
     assert set(first) == {"val_loss", "val_token_accuracy"}
     assert first["val_loss"] == pytest.approx(math.log(64), abs=0.3)  # it has not learnt yet
+
+
+# ---- tokens that were computed before ---------------------------------------------------------------------------
+
+
+def token_job(recipe: Recipe, **changes: Any) -> TokenJob:
+    """What `beitzoo tokenize` makes of a recipe, two views of each image."""
+    task, _ = prepared(recipe)
+    options = {"tokenizer": task.tokenizer, "views": task._samples.views, "seed": recipe.train.seed, **changes}
+    return TokenJob(name="tokens", images=task.images, samples=task.split.train, count=2, **options)
+
+
+def test_tokens_computed_before_are_those_of_the_loop(colours: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """The same images, masks and targets in the first epochs; then the views come again, with other masks."""
+    recipe = mim_recipe(colours, tokenizer, split={"val_fraction": 0.2}, epochs=3, batch_size=14)
+    tokenize(token_job(recipe), tmp_path / "tokens")
+    task, model = prepared(recipe)
+    stored, _ = prepared(changed(recipe, "task", tokens=tmp_path / "tokens"))
+    stored.tokenizer.encode = fail  # type: ignore[method-assign, assignment]
+    batches = [[*one.batches(0)] for one in (task, stored)]
+    for epoch, (batch, cached) in enumerate(zip(*batches, strict=True)):
+        again = torch.equal(batch.images, cached.images)
+        assert again == (epoch < 2)
+        assert torch.equal(batch.masks, cached.masks)
+        assert [name for name, _ in batch.unreadable] == [name for name, _ in cached.unreadable]
+        losses = [one.loss(model.eval(), looked)[0] for one, looked in ((task, batch), (stored, cached))]
+        assert torch.equal(*losses) == again
+    first, last = batches[1][0], batches[1][2]  # in another order
+    assert sorted(image.sum().item() for image in first.images) == sorted(image.sum().item() for image in last.images)
+
+
+def fail(images: Tensor) -> Tensor:
+    raise AssertionError("the tokenizer runs")
+
+
+def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    document = recipe.model_dump()
+    document[section] |= values
+    return Recipe.model_validate(document)
+
+
+def test_tokens_of_something_else_are_refused(colours: Path, tokenizer: Path, tmp_path: Path) -> None:
+    recipe = mim_recipe(colours, tokenizer)
+    torch.manual_seed(2)
+    tokenize(token_job(recipe, tokenizer=create_tokenizer("test_dvae")), tmp_path / "weights")
+    tokenize(token_job(recipe), tmp_path / "tokens")
+    others = write_colours(tmp_path / "others", per_class=5)
+    for change, message in (
+        (changed(recipe, "task", tokens=tmp_path / "weights"), "are of tokens with other weights than those of"),
+        (changed(recipe, "task", tokens=tmp_path / "tokens", views={"hflip": 0.1}), "hflip is 0.5 there and 0.1 here"),
+        (changed(recipe, "task", tokens=tmp_path / "absent"), "so it holds no tokens"),
+        (mim_recipe(others, tokenizer, task={"tokens": tmp_path / "tokens"}), "are of other images than these"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            prepare(change, ALONE)
 
 
 # ---- what a run leaves ------------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from beitzoo.images.image_set import ImageSet
 from beitzoo.images.loading import Sample, load_batches
 from beitzoo.images.masks import Masking
 from beitzoo.images.splits import Split
+from beitzoo.images.token_views import TokenViews
 from beitzoo.inference.reconstruct import write_reconstructions
+from beitzoo.inference.tokenize import weights_checksum
 from beitzoo.models.mim import MaskedImageModel, mim_loss
 from beitzoo.saving import save_pretrained
 from beitzoo.training.data import Order, UnreadableImages, load_images, split_images
@@ -64,9 +66,7 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["PretrainTask", Maske
     seed_generators(derive_seed(recipe.train.seed, "weights"))
     model = _make_model(recipe, tokenizer)
     probe = _load_probe(recipe.task.probe)
-    task = PretrainTask(recipe, images, split, model.backbone.config, model.config, tokenizer, processes, probe)
-    task.check(model)
-    return task, model
+    return PretrainTask(recipe, images, split, model.backbone.config, model.config, tokenizer, processes, probe), model
 
 
 @dataclass
@@ -112,20 +112,9 @@ class PretrainTask:
             "codes": torch.zeros(self.tokenizer.vocab_size, dtype=torch.int64, device=self.processes.device),
             "unreadable": torch.zeros((), dtype=torch.int64, device=self.processes.device),
         }
-        self._samples = MaskedImages(self.images, self._views(), self._masking(), self.recipe.train.seed)
-
-    def check(self, model: MaskedImageModel) -> None:
-        """Take one made-up image through tokenizer and network, so that what cannot work fails before the run."""
-        device = self.processes.device
-        views = self._samples.views
-        with torch.inference_mode():
-            codes = self.tokenizer.encode(torch.zeros(1, self.network.in_chans, *views.token_size, device=device))
-            mask = torch.ones(1, *self.network.grid_size, dtype=torch.bool)
-            logits = model.eval()(torch.zeros(1, self.network.in_chans, *self.network.img_size), mask)
-        shapes = [tuple(one.shape) for one in ([logits] if isinstance(logits, Tensor) else logits)]
-        expected = (codes.numel(), self.tokenizer.vocab_size)
-        if any(shape != expected for shape in shapes):
-            raise RecipeError(f"The network gives logits of {shapes}, the tokenizer needs {expected}.")
+        drawn = self._views(), self._masking(), self.recipe.train.seed
+        self._fixed = MaskedImages(self.images, *drawn)
+        self._samples = MaskedImages(self.images, *drawn, self._open_tokens(drawn[0]))
 
     def describe(self) -> list[str]:
         """Say which images are for what."""
@@ -134,7 +123,7 @@ class PretrainTask:
             *self.images.describe(),
             f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
             f"{mask.count} of {grid[0]} x {grid[1]} patches are masked; {self.tokenizer.vocab_size:,} visual tokens of "
-            f"{self.section.tokenizer}.",
+            f"{self.section.tokenizer}{'' if self.section.tokens is None else f', computed in {self.section.tokens}'}.",
         ]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -160,7 +149,9 @@ class PretrainTask:
     def _targets(self, batch: MaskedBatch) -> Tensor:
         """Return the visual tokens of all masked patches, (M,)."""
         device = self.processes.device
-        if not len(batch.images):
+        if batch.codes is not None:
+            return batch.codes[batch.masks].to(device, non_blocking=True)
+        if batch.token_images is None:  # no image could be read
             return torch.empty(0, dtype=torch.int64, device=device)
         codes = self.tokenizer.encode(batch.token_images.to(device, non_blocking=True))
         return codes[batch.masks.to(device, non_blocking=True)]
@@ -237,7 +228,7 @@ class PretrainTask:
         parts = [[Sample(None, i) for i in share[start : start + size]] for start in range(0, len(share), size)]
         names = ("loss", *self.log_names)
         totals = torch.zeros(1 + len(names), dtype=torch.float64)
-        for batch in load_batches(self._samples, parts, self.recipe.run.workers):
+        for batch in load_batches(self._fixed, parts, self.recipe.run.workers):
             self._unreadable.add(batch.unreadable)
             loss, count, logs = self._loss(model, batch, self._targets(batch))
             means = torch.stack([loss, *(logs[name] for name in self.log_names)]).double().cpu()
@@ -260,6 +251,23 @@ class PretrainTask:
             patch_interpolation=views.interpolation,
             token_interpolation=self.tokenizer.interpolation,
         )
+
+    def _open_tokens(self, views: TwoViews) -> TokenViews | None:
+        """Open the tokens of the recipe, if they are those that would be computed in this run.
+
+        Raises:
+            UserError: They are of other images, views or weights.
+        """
+        if self.section.tokens is None:
+            return None
+        tokens = TokenViews.open(self.section.tokens)
+        tokens.check(self.images, self.split.train, views, self.tokenizer.vocab_size)
+        if tokens.request.weights != weights_checksum(self.tokenizer):
+            raise RecipeError(
+                f"The tokens in {self.section.tokens} are of {tokens.request.tokenizer} with other weights than those "
+                f"of {self.section.tokenizer}; set the same tokenizer, or make them again with `beitzoo tokenize`."
+            )
+        return tokens
 
     def _masking(self) -> Masking:
         try:
@@ -323,6 +331,11 @@ def _make_model(recipe: Recipe, tokenizer: Tokenizer) -> MaskedImageModel:
             f"The network has in_chans={network.in_chans}, and the tokenizer {recipe.task.tokenizer} has "
             f"{tokenizer.in_chans}; both see the same images. Choose model.overrides.in_chans={tokenizer.in_chans}, or "
             "another task.tokenizer."
+        )
+    if network.in_chans not in (1, 3):
+        raise RecipeError(
+            f"The network takes {network.in_chans} channels, but images are read as grey (1) or colour (3); set "
+            "model.overrides.in_chans, and a tokenizer of as many."
         )
     head = Mim(network=model.config, tokenizer=recipe.task.tokenizer)
     model.backbone.pretrained = replace(
