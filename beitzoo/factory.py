@@ -377,6 +377,16 @@ def check_tokenizer(model: MaskedImageModel, tokenizer: Tokenizer) -> None:
     )
 
 
+def names_tokenizer(name: str) -> bool:
+    """Tell whether a name is that of an image tokenizer: of the table, or a folder that holds one."""
+    if is_tokenizer(name):
+        return True
+    from beitzoo.weights import folder
+
+    path = folder.model_folder(full_path(name.removeprefix("local-dir:"))) / folder.CONFIG
+    return path.is_file() and folder.is_tokenizer(folder.read_json(path))
+
+
 def _build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     match config:
         case DvaeConfig():

@@ -57,7 +57,7 @@ def save_tokenizer(tokenizer: nn.Module, directory: str | Path) -> None:
     """
     from beitzoo.weights import tokenizers
 
-    inner = _unwrapped(tokenizer, Vqkd, Dvae, RandomTokenizer)
+    inner = _unwrapped(tokenizer, "an image tokenizer", Vqkd, Dvae, RandomTokenizer)
     assert isinstance(inner, Vqkd | Dvae | RandomTokenizer)
     checkpoint.save(inner.state_dict(), Path(directory) / tokenizers.WEIGHTS)
     write_text(Path(directory) / tokenizers.CONFIG, tokenizers.dump(inner.config))
@@ -119,7 +119,7 @@ def _describe(model: nn.Module) -> _Whole:
         InvalidOptionError: There is no BEiT in the model.
         InvalidValueError: The BEiT was changed; says what differs and what to do.
     """
-    inner = _unwrapped(model, Beit, MaskedImageModel)
+    inner = _unwrapped(model, "a Beit", Beit, MaskedImageModel)
     assert isinstance(inner, Beit | MaskedImageModel)
     beit = inner.backbone
     config, pretrained, state = beit.config, beit.pretrained, layouts.strip_backbone(inner.state_dict())
@@ -144,7 +144,7 @@ def _describe(model: nn.Module) -> _Whole:
     return _Whole(config, pretrained, state)
 
 
-def _unwrapped(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
+def _unwrapped(model: nn.Module, name: str, *kinds: type[nn.Module]) -> nn.Module:
     """Find the network inside DistributedDataParallel, DataParallel, `torch.compile` and moving averages."""
     inner: object = model
     while not isinstance(inner, kinds):
@@ -153,9 +153,9 @@ def _unwrapped(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
         if not isinstance(inner, nn.Module):
             merge = " Merge its adapters first (merge_and_unload())." if hasattr(outer, "merge_and_unload") else ""
             raise InvalidOptionError(
-                f"Got a {type(outer).__name__}; a {kinds[0].__name__} can be saved, alone or inside "
+                f"Got a {type(outer).__name__}; {name} can be saved, alone or inside "
                 f"DistributedDataParallel, torch.compile, AveragedModel or ModelEmaV3."
-                f"{merge or f' Save the {kinds[0].__name__} inside.'}"
+                f"{merge or ' Save the network inside.'}"
             )
     return inner
 

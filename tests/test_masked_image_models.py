@@ -193,6 +193,11 @@ def test_any_architecture_can_be_made_for_pretraining() -> None:
     assert model(torch.rand(2, 3, 32, 32), mask).shape == (18, 512)
     as_released = create_model("beitv2_large_patch16_224", head="mim", device="meta")
     assert as_released.config.early_layers == 21
+    # timm's 1e-5 of beitv2_base is that of nobody's pretraining.
+    scales = {"beit_base": 0.1, "beit_large": 1e-5, "beitv2_base": 0.1, "beitv2_large": 1e-5}
+    for name, scale in scales.items():
+        network = create_model(f"{name}_patch16_224", head="mim", device="meta").backbone.config
+        assert network.init_values == scale
     absolute = {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": 0.0}
     names = create_model("test_beit", head="mim", early_layers=1, head_layers=1, **absolute).state_dict()
     assert {"backbone.pos_embed", "cls_pt_layers.0.norm1.weight"} <= names.keys()
@@ -202,6 +207,8 @@ def test_any_architecture_can_be_made_for_pretraining() -> None:
 def test_a_classifier_is_no_start_of_pretraining() -> None:
     with pytest.raises(NotImplementedError, match="was not trained to predict visual tokens"):
         create_model("beit_nano_patch4_32", pretrained=True, head="mim")
+    with pytest.raises(NotImplementedError, match="segmentation; there is no way from there to a masked image model"):
+        create_model("beit_base_patch16_640.in22k_ft_in22k_ade20k", head="mim")
     with pytest.raises(TypeError, match="exclude each other"):
         create_model("test_beit", head="mim", num_classes=3)
     with pytest.raises(TypeError, match="head='mae'; it must be 'mim'"):

@@ -20,6 +20,7 @@ from beitzoo.zoo.checkpoints import (
     Head,
     HubFile,
     LocalFile,
+    Mim,
     PackageFile,
     ReleaseFile,
     Segment,
@@ -88,7 +89,9 @@ def info(name: str, as_json: AsJson = False) -> None:
 
     Size, cost, where its weights are, how images are prepared, published accuracy, licence and paper.
     """
-    facts = _tokenizer_facts(name) if is_tokenizer(name) else _facts(name)
+    from beitzoo.factory import names_tokenizer
+
+    facts = _tokenizer_facts(name) if names_tokenizer(name) else _facts(name)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -221,6 +224,7 @@ def _facts(name: str) -> dict[str, Any]:
         "gmacs": round(costs.macs(config) / 1e9, 2),
         "activations_millions": round(costs.activations(config) / 1e6, 1),
         "classes": config.num_classes,
+        **({"tokenizer": row.head.tokenizer} if row and isinstance(row.head, Mim) else {}),
         "input_size": list(data.input_size),
         "mean": list(data.mean),
         "std": list(data.std),
@@ -237,9 +241,9 @@ def _facts(name: str) -> dict[str, Any]:
 def _tokenizer_facts(name: str) -> dict[str, Any]:
     import torch
 
-    from beitzoo.factory import create_tokenizer
+    from beitzoo.factory import create_tokenizer, look_up_tokenizer
 
-    entry = find_tokenizer(name)
+    entry = look_up_tokenizer(name)
     with torch.device("meta"):
         tokenizer = create_tokenizer(name, device="meta")
     return {

@@ -100,6 +100,11 @@ def make_plan(
         raise InvalidOptionError(f"num_classes={classes} and head='mim' exclude each other; give one of them.")
     wanted = head or (type(trained) if classes is None else Classify if classes else None)
     adaptation = ADAPTATIONS.get((type(trained), wanted))
+    if adaptation is None and head is not None:
+        raise UnsupportedError(
+            f"{name} was trained with a head for {_JOBS[type(trained)]}; there is no way from there to a masked image "
+            "model. Name the architecture alone, for random values or for its checkpoint of masked image modelling."
+        )
     if adaptation is None:
         raise UnsupportedError(
             f"{name} was trained with a head for {_JOBS[type(trained)]}, which is not built here. Give num_classes=0 "

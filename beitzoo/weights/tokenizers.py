@@ -13,7 +13,7 @@ from torch import Tensor
 from beitzoo.errors import InvalidValueError, MissingFileError, check, describe_invalid
 from beitzoo.weights import checkpoint
 from beitzoo.weights.checkpoint import CheckpointError
-from beitzoo.weights.folder import CONFIG, check_bounds, model_folder, read_json
+from beitzoo.weights.folder import CONFIG, check_bounds, is_tokenizer, model_folder, read_json
 from beitzoo.weights.module_pickle import read_module_pickle
 from beitzoo.zoo.checkpoints import LocalFile
 from beitzoo.zoo.networks import BeitConfig, DvaeConfig, RandomConfig, VqkdConfig
@@ -51,7 +51,10 @@ def read_folder(directory: Path) -> TokenizerEntry:
     if not path.is_file():
         raise MissingFileError(f"There is no {path}; the folder of a tokenizer has a {CONFIG} and a {WEIGHTS}.")
     try:
-        form = _Form.model_validate_json(read_json(path))
+        document = read_json(path)
+        if not is_tokenizer(document):
+            raise CheckpointError(f"{path} is not the config of an image tokenizer; make models with create_model.")
+        form = _Form.model_validate_json(document)
         kind = _KINDS[form.tokenizer_kind]
         config = TypeAdapter(kind).validate_python(form.config, extra="forbid")
         _check_bounds(config)

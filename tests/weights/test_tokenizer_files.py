@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,14 @@ from fake_hub import FakeHub
 from huggingface_hub import constants
 from torch import Tensor
 
-from beitzoo import CheckpointError, DownloadError, create_model, create_tokenizer
+from beitzoo import (
+    CheckpointError,
+    DownloadError,
+    create_model,
+    create_tokenizer,
+    save_pretrained,
+    save_tokenizer,
+)
 from beitzoo.models.tokenizers import Dvae, Vqkd
 from beitzoo.weights import sources
 from beitzoo.zoo.checkpoints import ReleaseFile, WebFile
@@ -262,3 +270,40 @@ def test_models_and_tokenizers_are_not_mixed_up(tmp_path: Path) -> None:
     assert run("convert-tokenizer", "random_patch4_32", "--out", str(tmp_path)).exit_code == 0
     with pytest.raises(CheckpointError, match="is an image tokenizer, not a model"):
         create_model(tmp_path)
+    facts = json.loads(run("info", str(tmp_path), "--json").stdout)
+    assert (facts["tokenizer"], facts["vocab_size"], facts["grid_size"]) == (str(tmp_path), 512, [8, 8])
+    assert facts["weights"] == [str(tmp_path / "model.safetensors")]
+    save_pretrained(create_model("test_beit"), tmp_path)
+    with pytest.raises(CheckpointError, match="is not the config of an image tokenizer"):
+        create_tokenizer(tmp_path)
+    with pytest.raises(TypeError, match="Got a Linear; an image tokenizer can be saved, alone or inside"):
+        save_tokenizer(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_list_and_info() -> None:
+    assert run("list", "--tokenizers").stdout.split() == list(TOKENIZERS)
+    assert run("list", "vqkd*", "--tokenizers").stdout.split() == [name for name in TOKENIZERS if name[:4] == "vqkd"]
+    facts = json.loads(run("info", "dvae_patch8_112.dalle", "--json").stdout)
+    assert facts == {
+        "tokenizer": "dvae_patch8_112.dalle",
+        "parameters": 53_786_240 + 43_829_766,
+        "input_size": [3, 112, 112],
+        "interpolation": "lanczos",
+        "grid_size": [14, 14],
+        "vocab_size": 8192,
+        "decodes_to": "pixels",
+        "weights": ["https://cdn.openai.com/dall-e/encoder.pkl", "https://cdn.openai.com/dall-e/decoder.pkl"],
+        "license": "Modified MIT",
+        "paper": "https://arxiv.org/abs/2102.12092",
+    }
+    facts = json.loads(run("info", "beit_base_patch16_224.mim_in22k", "--json").stdout)
+    assert facts["tokenizer"] == "dvae_patch8_112.dalle"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", [name for name, entry in TOKENIZERS.items() if entry.files])
+def test_real_tokenizers_load(name: str) -> None:
+    tokenizer = create_tokenizer(name, pretrained=True)
+    codes = tokenizer.encode(torch.rand(1, 3, *tokenizer.img_size))
+    assert codes.shape == (1, 14, 14)
+    assert tokenizer.decode(codes).isfinite().all()
