@@ -30,7 +30,8 @@ def test_every_fine_tuning_recipe_describes_a_run(path: Path) -> None:
     assert isinstance(recipe.task, Finetune)
     model = beitzoo.create_model(recipe.model.name, **recipe.model.overrides)
     assert make_optimizer(parameter_groups(model, recipe.train), recipe.train).param_groups
-    assert training_transform(model, recipe.task.augment)(Image.new("L", (8, 8))).shape == (1, 32, 32)
+    image = Image.new("L" if model.in_chans == 1 else "RGB", (8, 8))
+    assert training_transform(model, recipe.task.augment)(image).shape == (model.in_chans, *model.config.img_size)
 
 
 def test_settings_change_a_recipe() -> None:
