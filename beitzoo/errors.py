@@ -1,8 +1,8 @@
 """Errors a user can correct: what came, what is possible, what to do. Commands catch `UserError` and nothing else."""
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -57,7 +57,24 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, matches))}?" if matches else f"there are {', '.join(sorted(known))}."
 
 
-def describe_invalid(error: "ValidationError") -> str:
-    """Say in one sentence what the first thing is that a pydantic model found wrong, and where."""
+def describe_invalid(error: "ValidationError", document: Any = None) -> str:
+    """Say in one sentence what the first thing is that a pydantic model found wrong, and where.
+
+    Args:
+        error: What the model raised.
+        document: What it was given, if it is one with unions told apart by `kind`: pydantic names the kind in the
+            place too, as if it were a key.
+    """
     first = error.errors(include_input=False, include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
+    return f"{'.'.join(_place(first['loc'], document)) or 'the document'}: {first['msg']}"
+
+
+def _place(parts: Iterable[int | str], document: Any) -> Iterator[str]:
+    for part in parts:
+        if isinstance(document, dict) and part not in document and document.get("kind") == part:
+            continue
+        yield str(part)
+        try:
+            document = document[part]
+        except (LookupError, TypeError):
+            document = None

@@ -83,7 +83,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = (), kind: str = "fin
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:
-        raise RecipeError(f"{path}: {describe_invalid(error)}.") from error
+        raise RecipeError(f"{path}: {describe_invalid(error, document)}.") from error
 
 
 def find_recipe(name: str | Path, kind: str) -> Path:
@@ -109,12 +109,13 @@ def read_resolved(path: Path) -> Recipe:
     Raises:
         RecipeError: The file is damaged, or of another version.
     """
+    document = None
     try:
-        return Recipe.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise RecipeError(
-            f"{path} is not the recipe of a run: {describe_invalid(error)}. Choose another folder."
-        ) from error
+        document = json.loads(path.read_bytes())
+        return Recipe.model_validate(document)
+    except ValueError as error:  # of JSON or of pydantic
+        reason = describe_invalid(error, document) if isinstance(error, ValidationError) else f"not JSON ({error})"
+        raise RecipeError(f"{path} is not the recipe of a run: {reason}. Choose another folder.") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

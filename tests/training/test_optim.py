@@ -65,3 +65,9 @@ def test_weight_decay_stays_where_nothing_else_is_said() -> None:
     optimizer = torch.optim.SGD([group], lr=1)
     Schedule(TrainSection(epochs=2, batch_size=1, lr=1.0), updates_per_epoch=5).set(optimizer, 7)
     assert optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_weight_decay_cannot_start_from_none() -> None:
+    """The groups that would be decayed are those that are."""
+    with pytest.raises(ValueError, match="weight_decay_end needs a weight_decay above 0"):
+        TrainSection(epochs=1, batch_size=1, lr=1.0, weight_decay=0, weight_decay_end=0.1)

@@ -48,7 +48,8 @@ def test_settings_change_a_recipe() -> None:
         ("train.leraning_rate=1", "train.leraning_rate: Extra inputs are not permitted"),
         ("train.lr=fast", "train.lr: Input should be a valid number"),
         ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1"),
-        ("task.augment.kind=none", "task.finetune.augment: Input tag 'none'"),
+        ("task.augment.kind=none", "task.augment: Input tag 'none'"),
+        ("task.augment.rotate=far", "task.augment.rotate: Input should be a valid number"),
         ("train.lr", "'train.lr' sets nothing; write section.key=value"),
         ("lr=1", "'lr=1' sets nothing"),
         ("model.overrides.num_classes=3", "the number of classes comes from the data"),
@@ -71,6 +72,9 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
         load_recipe("dgits")
     (tmp_path / "recipe.json").write_text("{}")
     with pytest.raises(RecipeError, match=r"recipe\.json is not the recipe of a run: model: Field required"):
+        read_resolved(tmp_path / "recipe.json")
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"recipe\.json is not the recipe of a run: not JSON \(Expecting"):
         read_resolved(tmp_path / "recipe.json")
 
 

@@ -1,0 +1,82 @@
+"""Several processes do what one does: the mean over all items, whoever has how many of them."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from colours import mim_recipe, write_colours
+from safetensors.torch import load_file
+
+from beitzoo.factory import create_tokenizer
+from beitzoo.saving import save_tokenizer
+from beitzoo.training.recipe import Recipe, dump_recipe
+from beitzoo.training.tasks.pretrain import pretrain
+
+_PROGRAM = Path(__file__).parents[1] / "killed_runs.py"
+
+
+def pretraining(directory: Path, **train: object) -> Recipe:
+    """Masks of unlike size, and a broken image, so that no two parts of an update have as many masked patches."""
+    tokenizer = directory / "tokenizer"
+    save_tokenizer(create_tokenizer("test_dvae"), tokenizer)
+    data = write_colours(directory / "data", per_class=6)
+    return mim_recipe(data, tokenizer, model={"overrides": {}}, run={"log_updates": 1}, batch_size=4, **train)
+
+
+def numbers(run: Path) -> list[list[float]]:
+    with (run / "log.csv").open() as file:
+        names = ("loss", "token_accuracy", "grad_norm", "lr")
+        return [[float(line[name]) for name in names] for line in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_in_two_parts(tmp_path: Path) -> None:
+    recipe = pretraining(tmp_path, accumulation=1)
+    (tmp_path / "recipe.json").write_text(dump_recipe(recipe))
+    command = [sys.executable, str(_PROGRAM), str(tmp_path / "recipe.json"), str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (tmp_path / "two").mkdir()
+    result = subprocess.run([*command, "0", "2", "events", "1", "0"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    train = {**recipe.train.model_dump(), "accumulation": 2}
+    torch.set_num_threads(1)
+    pretrain(Recipe.model_validate({**recipe.model_dump(), "train": train}), tmp_path / "one")
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two" / "whole")
+    assert len(one) == 2 * (4 + 1)
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-5, atol=1e-6)
+    ours, theirs = (
+        load_file(run / "best" / "model.safetensors") for run in (tmp_path / "one", tmp_path / "two" / "whole")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"], 2),
+        # On CPUs Accelerate starts several processes by MPI only.
+        (["accelerate.commands.launch", "--cpu", "--num_processes=1", "--mixed_precision=no", "-m"], 1),
+    ],
+)
+def test_launchers_start_the_command(tmp_path: Path, launcher: list[str], processes: int) -> None:
+    recipe = pretraining(tmp_path, epochs=1)
+    lines = [
+        f'[model]\nname="test_beit"\n[data]\nsource="folder"\npath="{recipe.data.path}"\n[train]\nepochs=1\nlr=1e-3',
+        f'batch_size=4\n[task]\nkind="pretrain"\ntokenizer="{tmp_path / "tokenizer"}"\npicture_epochs=0',
+        "mask={count=6, min_block=2}",
+    ]
+    (tmp_path / "recipe.toml").write_text("\n".join(lines))
+    command = ["beitzoo", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, *command], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["processes"] == processes
+    assert result.stderr.count(f"1 epochs of 4 updates of 4 images, in fp32 on {processes} x cpu") == 1
