@@ -19,8 +19,11 @@ _logger = logging.getLogger(__name__)
 # A file is opened as what it contains, whatever it is called; decoders outside this list never run.
 # Pillow can be built without a decoder for AVIF.
 READS_AVIF = bool(features.check("avif"))
-FORMATS = (*(("AVIF",) if READS_AVIF else ()), "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# They are tried in this order.
+FORMATS = ("JPEG", "PNG", "WEBP", *(("AVIF",) if READS_AVIF else ()), "BMP", "GIF", "PPM", "TIFF")
 
+# Notes of a JPEG that may say how it is turned; without them, looking costs a tenth of decoding a tiny image.
+_TURNING = {"exif", "xmp"}
 # What one image may take while it is decoded; the header says so beforehand. Enough for cameras of 60 megapixels.
 MAX_BYTES = 500_000_000
 # Pillow holds 4 bytes a pixel, and while it turns or converts an image, two of them.
@@ -28,6 +31,8 @@ _BYTES_PER_PIXEL = 8
 # libwebp has two canvases of its own, and so has libavif; a progressive JPEG all its coefficients; 16 bits become 8 by
 # way of 32.
 _BYTES_PER_PIXEL_MORE = 16
+# A file up to this size is read at once: decoders read a header in many small steps, which costs more in a file.
+_READ_AT_ONCE = 2**20
 # A progressive JPEG is gone through once per scan, of which a small file can have thousands; cameras write about ten.
 _MAX_SCANNED_PIXELS = 1_500_000_000
 
@@ -82,8 +87,10 @@ def open_image(path: str | Path, in_chans: int = 3) -> Image.Image:
         raise InvalidOptionError(
             f"open_image takes a path, and this is {_what(path)}; convert decoded images to PIL with Image.fromarray."
         )
-    path = Path(path if "\0" in str(path) or os.path.lexists(path) else os.path.expanduser(path))
-    return _decoded(path, str(path), in_chans)
+    name = str(path)
+    if name.startswith("~") and "\0" not in name and not os.path.lexists(name):
+        path = name = os.path.expanduser(name)
+    return _decoded(path if isinstance(path, Path) else Path(path), name, in_chans)
 
 
 def _decoded(source: Path | Encoded, name: str, in_chans: int) -> Image.Image:
@@ -171,7 +178,10 @@ def _bytes_of(source: Path | Encoded) -> BinaryIO:
         raise ImageError("the file is empty")
     # By the file and not by its name: Pillow maps some named files into memory, which ends the process where they are
     # cut short meanwhile, and scrambles the pixels of a turned TIFF (13.0).
-    return source.open("rb")
+    if status.st_size > _READ_AT_ONCE:
+        return source.open("rb")
+    with source.open("rb", buffering=0) as file:
+        return BytesIO(file.read())
 
 
 def _reason(error: Exception) -> str:
@@ -225,6 +235,8 @@ def _has_more_scans(file: BinaryIO, most: int) -> bool:
 
 def _upright(image: Image.Image, name: str, in_place: bool = False) -> Image.Image:
     """Turn an image as its EXIF data say; in place it takes less memory."""
+    if in_place and image.format == "JPEG" and not _TURNING & image.info.keys():
+        return image
     try:
         if not in_place:
             return ImageOps.exif_transpose(image)

@@ -118,21 +118,21 @@ class Order:
 
     def parts(self, update: int) -> Iterator[list[Sample]]:
         """Yield this process's part of each update from one on, in `accumulation` pieces."""
-        order: list[int] = []
+        order = torch.empty(0, dtype=torch.int64)
         size, pieces = self.train.batch_size, self.processes.count * self.train.accumulation
         first = self.processes.rank * self.train.accumulation
         for number in range(update, self.train.epochs * self.updates_per_epoch):
             epoch, place = divmod(number, self.updates_per_epoch)
-            if not order or not place:
+            if not len(order) or not place:
                 order = self._shuffled(epoch)
             batch = order[place * size : (place + 1) * size]
             for piece in range(first, first + self.train.accumulation):
                 share = batch[len(batch) * piece // pieces : len(batch) * (piece + 1) // pieces]
-                yield [Sample(epoch, index) for index in share]
+                yield [Sample(epoch, self.indices[index]) for index in share.tolist()]
 
-    def _shuffled(self, epoch: int) -> list[int]:
+    def _shuffled(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.train.seed, "order", epoch))
-        return [self.indices[place] for place in torch.randperm(len(self.indices), generator=generator).tolist()]
+        return torch.randperm(len(self.indices), generator=generator)
 
 
 class LoadedImages:
