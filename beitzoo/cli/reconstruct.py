@@ -105,7 +105,7 @@ def _load(model: str, tokenizer: str | None, device: "torch.device") -> "tuple[M
         )
     network = create_model(model, pretrained=True, head="mim", device=device)
     assert isinstance(network, MaskedImageModel)
-    return network, create_tokenizer(chosen, pretrained=True, device=device), f"model {entry.name}, tokenizer {chosen}"
+    return network, create_tokenizer(chosen, pretrained=True, device=device), f"model {model}, tokenizer {chosen}"
 
 
 def _masking(model: str, grid: "Pair", masked: int | None, mask_ratio: float | None) -> "Masking":

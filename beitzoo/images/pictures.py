@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from beitzoo.errors import check
 from beitzoo.zoo.networks import Pair
@@ -30,6 +30,8 @@ MASKED: Colour = (128, 128, 128)
 # print and without colour vision.
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 _PANEL = 224  # pixels that the longer side of a panel has about, whatever the image
+_TILE = 50  # pixels of a single patch that is shown
+_FRAME: Colour = (200, 200, 200)
 _LEVELS = (50, 235)  # darkest and lightest level of a code's colour
 
 
@@ -234,14 +236,18 @@ def _strip(images: Sequence[Coded], code: int, colour: Array, width: int) -> Ima
     """Show a code's colour, its number and the patches that are nearest to it, the nearest first."""
     places = [(image, y, x) for image in images for y, x in np.argwhere(image.ids == code).tolist()]
     places.sort(key=lambda place: -float(place[0].nearness[place[1], place[2]]))
-    side, gap = 48, 8
-    swatch = Image.fromarray(np.full((side, side, 3), colour, dtype=np.uint8))
-    label = text(f"code {code}: {len(places)} patches", 3 * side + 2 * gap, 14)
-    room = width // (side + gap) - 4
-    return beside([swatch, label, *(_patch(*place, side) for place in places[:room])], gap)
+    swatch = _tile(Image.fromarray(colour[None, None]))
+    label = text(f"code {code}: {len(places)} patches", 3 * _TILE, 14)
+    room = width // (_TILE + 8) - 4
+    return beside([swatch, label, *(_patch(*place) for place in places[:room])])
 
 
-def _patch(image: Coded, y: int, x: int, side: int) -> Image.Image:
+def _patch(image: Coded, y: int, x: int) -> Image.Image:
     height, width = image.panel.height // image.ids.shape[0], image.panel.width // image.ids.shape[1]
-    patch = image.panel.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
-    return patch.resize((side, side), Image.Resampling.NEAREST)
+    return _tile(image.panel.crop((x * width, y * height, (x + 1) * width, (y + 1) * height)))
+
+
+def _tile(patch: Image.Image) -> Image.Image:
+    """Show a small image at one size, in a frame, as a white one would not be seen on paper."""
+    side = _TILE - 2
+    return ImageOps.expand(patch.convert("RGB").resize((side, side), Image.Resampling.NEAREST), border=1, fill=_FRAME)

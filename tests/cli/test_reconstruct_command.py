@@ -41,7 +41,7 @@ def test_the_picture_is_that_of_the_networks_by_name(saved: Path, tmp_path: Path
     model = beitzoo.create_model(str(saved / "run"), pretrained=True)
     records = reconstruct(model, beitzoo.create_tokenizer("random_patch4_32"), [PHOTO, digit], seed=4)
     assert result.stdout.splitlines() == [record.describe() for record in records]
-    caption = f"model local-dir:{saved / 'run' / 'best'}, tokenizer random_patch4_32, seed 4"
+    caption = f"model {saved / 'run'}, tokenizer random_patch4_32, seed 4"
     with Image.open(out) as drawn:
         assert (np.asarray(drawn) == np.asarray(picture(records, caption))).all()
 

@@ -124,12 +124,13 @@ def test_nearest_patches_of_the_commonest_codes() -> None:
     assert len(strips) == 2  # codes 3 and 1; of 0 and 2 there is one patch each
     for strip, code in zip(strips, (3, 1), strict=True):
         drawn = pixels(strip)
-        assert (drawn[:, :48] == colours[code]).all()
+        assert (drawn[1:-1, 1:49] == colours[code]).all()
         nearest_first = shades[ids == code][np.argsort(-nearness[ids == code])]
-        assert drawn.shape == (48, 224 + 56 * (len(nearest_first) - 1) + 48, 3)
+        assert drawn.shape == (50, 216 + 58 * (len(nearest_first) - 1) + 50, 3)
         for place, shade in enumerate(nearest_first):
-            assert (drawn[:, 224 + 56 * place : 272 + 56 * place] == shade).all()
-    narrow = pictures.code_patches(images, colours, 224 + 112)  # room for two patches
-    assert (pixels(narrow[0]) == pixels(strips[0])[:, : 224 + 56 + 48]).all()
+            tile = drawn[:, 216 + 58 * place : 266 + 58 * place]
+            assert (tile[1:-1, 1:-1] == shade).all() and (tile[[0, -1]] == 200).all()
+    narrow = pictures.code_patches(images, colours, 58 * 6)  # room for two patches
+    assert (pixels(narrow[0]) == pixels(strips[0])[:, : 216 + 58 + 50]).all()
     each_once = [pictures.Coded(panels[0], np.arange(4).reshape(2, 2), nearness[0])]
     assert pictures.code_patches(each_once, colours, 600) == []

@@ -148,7 +148,7 @@ def test_codes_without_pixels_are_drawn_in_colour(name: str, model: MaskedImageM
     assert found[0].nearness.ravel() == pytest.approx(angles.max(axis=1), abs=1e-5)
     assert (found[0].ids.ravel() == angles.argmax(axis=1)).all()
     commonest = np.bincount(np.concatenate([record.ids.ravel() for record in found])).argmax()
-    swatches = np.asarray(whole)[:, 16]
+    swatches = np.asarray(whole)[:, 17]
     assert (swatches == colours[commonest]).all(axis=-1).sum() >= 48
 
 
