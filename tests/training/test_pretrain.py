@@ -3,7 +3,10 @@
 import csv
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +124,7 @@ def test_a_batch_without_images_has_gradients(colours: Path, tokenizer: Path) ->
     """Other processes wait for them; the broken image is counted."""
     task, model = prepared(mim_recipe(colours, tokenizer, model={"overrides": AGGREGATION}))
     broken = next(place for place, path in enumerate(task.images.images) if Path(str(path)).match("red/0.png"))
-    batch = next(iter(load_batches(task._samples, [[Sample(0, broken)]], 0)))
+    batch = next(iter(load_batches(task.samples, [[Sample(0, broken)]], 0)))
     loss, count, logs = task.loss(model.train(), batch)
     loss.backward()
     assert (loss.item(), count, {value.item() for value in logs.values()}) == (0, 0, {0})
@@ -158,17 +161,17 @@ def test_masks_and_views_are_of_the_seed_the_epoch_and_the_image(colours: Path, 
     """As they are said to be drawn; not of the order, nor of what was drawn before."""
     task, _ = prepared(mim_recipe(colours, tokenizer, seed=3))
     first, second, again = (
-        next(iter(load_batches(task._samples, [[Sample(epoch, image) for image in images]], 0)))
+        next(iter(load_batches(task.samples, [[Sample(epoch, image) for image in images]], 0)))
         for epoch, images in ((0, (4, 7)), (1, (4, 7)), (0, (7,)))
     )
-    assert torch.equal(first.masks[1], draw_mask(task._samples.masking, sample_generator(3, 0, 7, "mask")))
+    assert torch.equal(first.masks[1], draw_mask(task.samples.masking, sample_generator(3, 0, 7, "mask")))
     assert torch.equal(first.masks[1], again.masks[0])
     assert torch.equal(first.images[1], again.images[0])
     assert torch.equal(first.token_images[1], again.token_images[0])
     assert not torch.equal(first.masks, second.masks)
     assert not torch.equal(first.images, second.images)
     other, _ = prepared(mim_recipe(colours, tokenizer, seed=4))
-    assert not same(first, other._samples.__getitems__([Sample(0, 4), Sample(0, 7)]))
+    assert not same(first, other.samples.__getitems__([Sample(0, 4), Sample(0, 7)]))
 
 
 def test_images_to_validate_on_look_the_same_in_every_epoch(colours: Path, tokenizer: Path) -> None:
@@ -185,7 +188,7 @@ def test_images_to_validate_on_look_the_same_in_every_epoch(colours: Path, token
 def token_job(recipe: Recipe, **changes: Any) -> TokenJob:
     """What `beitzoo tokenize` makes of a recipe, two views of each image."""
     task, _ = prepared(recipe)
-    options = {"tokenizer": task.tokenizer, "views": task._samples.views, "seed": recipe.train.seed, **changes}
+    options = {"tokenizer": task.tokenizer, "views": task.samples.views, "seed": recipe.train.seed, **changes}
     return TokenJob(name="tokens", images=task.images, samples=task.split.train, count=2, **options)
 
 
@@ -280,6 +283,35 @@ def test_the_number_of_parts_changes_nothing_but_rounding(colours: Path, tokeniz
         weights.append(beitzoo.create_model(out, pretrained=True).state_dict())
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_accumulation(colours: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Up to rounding; each counts its own targets and images that cannot be read, and the log has the sums."""
+    settings = ["train.accumulation=2", "train.accumulation=1"]
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'[model]\nname="test_beit"\noverrides={{early_layers=1, head_layers=1}}\n'
+        f'[data]\nsource="folder"\npath="{colours}"\nval_fraction=0.2\n'
+        f"[train]\nepochs=3\nbatch_size=6\nlr=1e-3\n[run]\nworkers=1\n"
+        f'[task]\nkind="pretrain"\ntokenizer="{tokenizer}"\nmask={{count=6, min_block=2}}\npicture_epochs=0\n'
+    )
+    for count, setting in enumerate(settings, start=1):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "beitzoo"]
+        command = [*launch, "pretrain", str(path), "--set", setting, "--out", str(tmp_path / str(count))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+    one, two = (beitzoo.create_model(tmp_path / name, pretrained=True).state_dict() for name in ("1", "2"))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], atol=2e-5, rtol=1e-3)
+    ends = [[row for row in log_of(tmp_path / name) if row["line"] == "epoch"] for name in ("1", "2")]
+    for first, second in zip(*ends, strict=True):
+        assert float(first["loss"]) == pytest.approx(float(second["loss"]), rel=1e-4)
+        assert float(first["val_loss"]) == pytest.approx(float(second["val_loss"]), rel=1e-3)
+        assert [first[name] for name in ("codes_used", "unreadable")] == [
+            second[name] for name in ("codes_used", "unreadable")
+        ]
 
 
 def test_finetuning_takes_the_result_by_path(run: Path, colours: Path) -> None:
@@ -407,6 +439,12 @@ def test_what_cannot_be_done_is_known_before(
     with pytest.raises(RecipeError, match=re.escape(message)):
         pretrain(mim_recipe(colours, tokenizer, **change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_images_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        prepare(mim_recipe(tmp_path / "empty", tokenizer, split={"source": "images"}), ALONE)
 
 
 def test_a_probe_needs_classes(colours: Path, tokenizer: Path) -> None:

@@ -85,6 +85,7 @@ class PretrainTask:
         tokenizer: Gives the targets. It computes in the precision of the run, as the network does.
         processes: Those that train together.
         probe: Labelled images and their split, on which features are probed now and then.
+        samples: What is trained on, masked.
     """
 
     recipe: Recipe
@@ -114,7 +115,7 @@ class PretrainTask:
         }
         drawn = self._views(), self._masking(), self.recipe.train.seed
         self._fixed = MaskedImages(self.images, *drawn)
-        self._samples = MaskedImages(self.images, *drawn, self._open_tokens(drawn[0]))
+        self.samples = MaskedImages(self.images, *drawn, self._open_tokens(drawn[0]))
 
     def describe(self) -> list[str]:
         """Say which images are for what."""
@@ -132,7 +133,7 @@ class PretrainTask:
 
     def batches(self, update: int) -> Iterator[MaskedBatch]:
         """Yield images in two views with masks."""
-        for batch in load_batches(self._samples, self.order.parts(update), self.recipe.run.workers):
+        for batch in load_batches(self.samples, self.order.parts(update), self.recipe.run.workers):
             self._unreadable.add(batch.unreadable)
             yield batch
 
@@ -200,7 +201,7 @@ class PretrainTask:
         """Draw reconstructions of a few images, of those that are not trained on if there are any."""
         chosen = (self.split.val or self.split.test or self.split.train)[:_DRAWN]
         images = [self.images.images[index] for index in chosen]
-        write_reconstructions(model, self.tokenizer, images, path, masking=self._samples.masking)
+        write_reconstructions(model, self.tokenizer, images, path, masking=self.samples.masking)
 
     def better(self, metrics: Metrics, best: Metrics) -> bool:
         """Tell whether the loss on the validation images is lower."""
