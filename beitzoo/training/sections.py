@@ -279,7 +279,9 @@ class TrainTokenizer(Section):
         kind: Names this task.
         teacher: What the decoder predicts: `pixels`, or the patch features of a model, `timm:NAME`,
             `transformers:NAME` or `local-dir:PATH`.
-        views: Crop, flip and jitter of the one view; mean and std are the tokenizer's own.
+        projection: Map the teacher's features into the space that its images share with texts, as BEiT v2 does with
+            CLIP's.
+        views: Crop, flip, jitter and filter of the one view; it has no mean and std, a tokenizer takes [0, 1].
         commitment: Weight of the distance from features to their codes.
         codebook_decay: Of the moving average that codes are.
         kmeans_init: Start the codebook from k-means on the first batch.
@@ -288,6 +290,7 @@ class TrainTokenizer(Section):
 
     kind: Literal["tokenizer"]
     teacher: str
+    projection: bool = False
     views: ViewsSection = ViewsSection(jitter=0.0)
     commitment: Annotated[float, Field(ge=0)] = 1.0
     codebook_decay: Fraction = 0.99

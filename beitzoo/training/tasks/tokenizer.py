@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitzoo.factory import create_tokenizer
+from beitzoo.factory import create_tokenizer, look_up_tokenizer
 from beitzoo.images.augment import TwoViews
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.loading import Sample, load_batches
@@ -27,9 +27,12 @@ from beitzoo.training.optim import groups_without_layers
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
-from beitzoo.training.sections import TrainTokenizer
+from beitzoo.training.sections import TrainTokenizer, ViewsSection
 from beitzoo.training.task import Metrics
+from beitzoo.training.teachers import Teacher, load_teacher
 from beitzoo.training.viewed_images import ViewBatch, ViewedImages
+from beitzoo.zoo.networks import VqkdConfig
+from beitzoo.zoo.tokenizers import override_tokenizer
 
 PIXELS = "pixels"
 
@@ -52,9 +55,11 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["TokenizerTask", Vqkd
     _check(recipe)
     images = load_images(recipe.data)
     split = split_images(images, recipe.data, test_fraction=0.0, val_fraction=0.0)
+    teacher = _load_teacher(recipe)
+    target = {"target": PIXELS} if teacher is None else {"target": "features", "teacher_dim": teacher.dim}
     seed_generators(derive_seed(recipe.train.seed, "weights"))
-    model = _make_tokenizer(recipe, {"target": "pixels"})
-    return TokenizerTask(recipe, images, split, model, processes), model
+    model = _make_tokenizer(recipe, target)
+    return TokenizerTask(recipe, images, split, model, teacher, processes), model
 
 
 @dataclass
@@ -68,6 +73,7 @@ class TokenizerTask:
         images: All images.
         split: Which are for what.
         model: The tokenizer, not wrapped for several processes.
+        teacher: Whose features are predicted; None for pixels.
         processes: Those that train together.
     """
 
@@ -75,6 +81,7 @@ class TokenizerTask:
     images: ImageSet
     split: Split
     model: Vqkd
+    teacher: Teacher | None
     processes: Processes
     _parts: list[Tokenized] = field(default_factory=list)
     _update: int = 0
@@ -86,7 +93,9 @@ class TokenizerTask:
         self.order = Order(self.split.train, self.recipe.train, self.processes)
         self.updates_per_epoch = self.order.updates_per_epoch
         self._unreadable = UnreadableImages(self.processes)
-        self.quality: tuple[str, ...] = ("error", "explained")
+        self.quality: tuple[str, ...] = ("error", "explained") if self.teacher is None else ("cosine",)
+        if self.teacher is not None:
+            self.teacher.to(self.processes.device)
         self.log_names: tuple[str, ...] = (*self.quality, "commitment")
         self.metric_names: tuple[str, ...] = ()
         if self.split.val:
@@ -112,10 +121,11 @@ class TokenizerTask:
         """Say which images are for what, and what codes are to tell."""
         split, model = self.split, self.model
         rows, columns = model.grid_size
+        what = PIXELS if self.teacher is None else f"features of {self.section.teacher}"
         return [
             *self.images.describe(),
             f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
-            f"{rows} x {columns} tokens of {model.vocab_size:,} codes, to predict {self.section.teacher} from.",
+            f"{rows} x {columns} tokens of {model.vocab_size:,} codes, to predict {what} from.",
         ]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -155,14 +165,22 @@ class TokenizerTask:
     @torch.no_grad()
     def _targets(self, images: Tensor) -> Tensor:
         """Return what is to be predicted from the codes, (B, h w, prediction_dim)."""
-        return self.model.pixel_targets(images)
+        targets: Tensor = self.model.pixel_targets(images) if self.teacher is None else self.teacher(images)
+        return targets.float()
 
     def _compare(self, found: Tokenized, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of predictions, and what the log tells of it."""
-        error = F.mse_loss(found.prediction.float(), targets)
-        explained = 1 - error / targets.var(correction=0).clamp(min=_LEAST_VARIANCE)
-        logs = {"error": error, "explained": explained, "commitment": found.commitment}
-        return error + self.section.commitment * found.commitment, logs
+        """Return the loss of predictions, and what the log tells of it.
+
+        Pixels are compared by their squared error, and features by their angle, as in the original.
+        """
+        if self.teacher is None:
+            error = F.mse_loss(found.prediction.float(), targets)
+            explained = 1 - error / targets.var(correction=0).clamp(min=_LEAST_VARIANCE)
+            logs = {"error": error, "explained": explained}
+        else:
+            cosine = F.cosine_similarity(found.prediction.float(), targets, dim=-1).mean()
+            error, logs = 1 - cosine, {"cosine": cosine}
+        return error + self.section.commitment * found.commitment, {**logs, "commitment": found.commitment}
 
     def _start_codebook(self) -> None:
         """Give a fresh codebook its start from all images of this update, whichever process sees them.
@@ -254,7 +272,7 @@ class TokenizerTask:
         loss, quality, mean, square = (total / max(items, 1) for total in totals)
         uses = self.processes.sum(uses)
         metrics = {"loss": loss, self.quality[0]: quality}
-        if PIXELS in self.section.teacher:
+        if self.teacher is None:
             metrics["explained"] = 1 - quality / max(square - mean**2, _LEAST_VARIANCE)
         return {**metrics, "codes_used": float((uses > 0).sum()), "perplexity": perplexity(uses)}
 
@@ -286,10 +304,28 @@ def _chunks(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 
 def _check(recipe: Recipe) -> None:
     """Refuse what has no meaning for a tokenizer."""
+    section, plain = recipe.task, ViewsSection()
+    assert isinstance(section, TrainTokenizer)
+    if (section.views.mean, section.views.std) != (plain.mean, plain.std):
+        raise RecipeError("A tokenizer takes images in [0, 1]; leave out task.views.mean and task.views.std.")
+    if {"target", "teacher_dim"} & recipe.model.overrides.keys():
+        raise RecipeError("What is predicted follows from task.teacher; leave target and teacher_dim out of overrides.")
     if recipe.train.ema_decay:
         raise RecipeError("Codes are moving averages already; leave out train.ema_decay.")
     if recipe.train.layer_decay != 1:
         raise RecipeError("A tokenizer's two networks have no common order of layers; leave out train.layer_decay.")
+
+
+def _load_teacher(recipe: Recipe) -> Teacher | None:
+    """Load the teacher of a recipe, on the grid of its tokenizer; None if pixels are to be predicted."""
+    section = recipe.task
+    assert isinstance(section, TrainTokenizer)
+    config = override_tokenizer(look_up_tokenizer(recipe.model.name).config, recipe.model.overrides)
+    if not isinstance(config, VqkdConfig):
+        raise RecipeError(f"{recipe.model.name} is not trained here; name a VQ-KD, such as vqkd_nano_patch4_32.")
+    if section.teacher == PIXELS:
+        return None
+    return load_teacher(section.teacher, config.encoder.grid_size, config.encoder.in_chans, section.projection)
 
 
 def _make_tokenizer(recipe: Recipe, target: dict[str, Any]) -> Vqkd:
@@ -297,10 +333,7 @@ def _make_tokenizer(recipe: Recipe, target: dict[str, Any]) -> Vqkd:
     section = recipe.model
     overrides: dict[str, Any] = {**section.overrides, **target}
     model = create_tokenizer(section.name, section.pretrained, checkpoint_path=section.checkpoint, **overrides)
-    if not isinstance(model, Vqkd):
-        raise RecipeError(
-            f"{section.name} ({type(model).__name__}) is not trained here; name a VQ-KD, such as vqkd_nano_patch4_32."
-        )
+    assert isinstance(model, Vqkd)
     if not (section.pretrained or section.checkpoint):
         model.quantize.embedding.initted.zero_()
     return model
