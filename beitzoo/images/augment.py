@@ -9,13 +9,13 @@ and applied again, to either view alone.
 It is faster than torchvision's transforms, as only the crop is changed in colour, by one table of levels where channels
 do not mix, and as PyTorch resizes bytes faster than Pillow. On photographs, 97 % of the values are torchvision's and
 all but one of 1,000 are within one of 255 levels; the mean that contrast needs is of a sample in large images. A few
-pixels at hard edges of some crops are up to 16 levels off: bicubic overshoots, and Pillow, which resizes columns before
+pixels at hard edges of some crops are up to 20 levels off: bicubic overshoots, and Pillow, which resizes columns before
 rows there, cuts that off at another place.
 """
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -154,27 +154,41 @@ def _cut(image: "Image", view: View) -> Tensor:
     return pixels
 
 
-def _jittered(crop: "Image", image: "Image", jitter: Iterable[tuple[Colour, float]]) -> "Image":
+def _jittered(crop: "Image", image: "Image", jitter: Sequence[tuple[Colour, float]]) -> "Image":
     """Change the colours of a crop as if those of the whole image had been changed before it was cut.
 
     Brightness and saturation change each pixel by itself. Contrast needs the mean of the whole image, with what comes
-    before it done to that as well; a sample of the pixels will do. What changes all channels alike is gathered in one
-    table of the 256 levels.
+    before it done to that as well; a sample of the pixels will do.
+    """
+    from PIL.ImageStat import Stat
+
+    names = [name for name, _ in jitter]
+    if "contrast" not in names:
+        return _changed(crop, jitter, grey=0)
+    place = names.index("contrast")
+    before = _changed(_sampled(image), jitter[:place], grey=0)
+    return _changed(crop, jitter, grey=int(Stat(before.convert("L")).mean[0] + 0.5))
+
+
+def _changed(image: "Image", jitter: Sequence[tuple[Colour, float]], grey: int) -> "Image":
+    """Change colours in order; what changes all channels alike is gathered in one table of the 256 levels.
+
+    Args:
+        image: Of any mode of 8 bits.
+        jitter: The changes with their factors.
+        grey: The level from which contrast grows.
     """
     from PIL import Image
     from PIL.ImageEnhance import Color
-    from PIL.ImageStat import Stat
 
-    sample = _sampled(image)
-    table = untouched = Image.frombytes("L", (256, 1), bytes(range(256)))
+    table = None
     for name, factor in jitter:
         if name == "saturation":
-            crop, sample = (Color(_looked_up(part, table)).enhance(factor) for part in (crop, sample))
-            table = untouched
-            continue
-        grey = 0 if name == "brightness" else int(Stat(_looked_up(sample, table).convert("L")).mean[0] + 0.5)
-        table = Image.blend(Image.new("L", (256, 1), grey), table, factor)
-    return _looked_up(crop, table)
+            image, table = Color(_looked_up(image, table)).enhance(factor), None
+        else:
+            levels = table or Image.frombytes("L", (256, 1), bytes(range(256)))
+            table = Image.blend(Image.new("L", (256, 1), grey if name == "contrast" else 0), levels, factor)
+    return _looked_up(image, table)
 
 
 def _sampled(image: "Image") -> "Image":
@@ -186,9 +200,9 @@ def _sampled(image: "Image") -> "Image":
     return image.resize(size, Resampling.NEAREST)
 
 
-def _looked_up(image: "Image", table: "Image") -> "Image":
-    """Replace each level of each channel by the one in the table."""
-    return image.point(table.tobytes() * len(image.getbands()))
+def _looked_up(image: "Image", table: "Image | None") -> "Image":
+    """Replace each level of each channel by the one in the table, if there is one."""
+    return image if table is None else image.point(table.tobytes() * len(image.getbands()))
 
 
 def _resized(pixels: Tensor, size: Pair, interpolation: Interpolation, flip: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is timed (forward passes, training steps, loading, decoding), the clocks, and statistics of their readings."""
+"""What is timed (forward passes, training steps, loading), the clocks, and statistics of their readings."""
 
 import math
 import random
@@ -17,13 +17,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from beitzoo.factory import create_model
-from beitzoo.images.fast import FastTransform, open_tensor
-from beitzoo.images.files import open_image
-from beitzoo.images.transforms import create_transform
-from beitzoo.measure.options import DATA_MODEL, BenchmarkOptions, Precision
+from beitzoo.measure.options import BenchmarkOptions, Precision
 from beitzoo.results import Row
 from beitzoo.zoo.networks import BeitConfig
-from beitzoo.zoo.pretrained import PRETRAINED
 
 CPU = torch.device("cpu")
 # A ratio whose interval is wider than this factor is not published.
@@ -252,53 +248,6 @@ LIBRARIES: dict[str, Callable[[Load], Callable[[], nn.Module]]] = {
     "timm": _load_with_timm,
     "transformers": _load_with_transformers,
 }
-
-
-# Ways from an image file to a tensor, by their names in the column `route`.
-DATA_PATHS = ("timm", "exact", "fast", "fast from open_tensor")
-
-
-def measure_data(options: BenchmarkOptions) -> list[Row]:
-    """Time each way from an image file to a tensor with one thread, and compare its pixels with timm's."""
-    torch.set_num_threads(1)
-    paths = dict(zip(DATA_PATHS, _data_paths(), strict=True))
-    images = options.images
-    expected = [paths["timm"](path) for path in images]
-    calls = {name: _for_all(way, images) for name, way in paths.items()}
-    seconds = time_rounds(calls, options.num_bench_iter, CPU, options.seed)
-    rows = []
-    for name, way in paths.items():
-        levels = [(way(path) - one).abs() * 127.5 for path, one in zip(images, expected, strict=True)]
-        rows.append(
-            ratio_columns(seconds["timm"], seconds[name])
-            | {
-                "images_per_sec": round(len(images) / statistics.median(seconds[name]), 1),
-                "max_difference": round(max(float(one.max()) for one in levels), 3),
-                "mean_difference": round(statistics.mean(float(one.mean()) for one in levels), 4),
-                "mean_pixels": round(statistics.mean(math.prod(open_image(path).size) for path in images)),
-            }
-        )
-    return rows
-
-
-def _data_paths() -> list[Callable[[Path], Tensor]]:
-    from timm.data import create_transform as create_timm_transform
-
-    data = PRETRAINED[DATA_MODEL].data
-    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    options = {name: getattr(data, name) for name in names}
-    theirs, exact = create_timm_transform(**options), create_transform(**options)
-    fast = FastTransform(exact, options)
-    return [
-        lambda path: theirs(open_image(path)),
-        lambda path: exact(open_image(path)),
-        lambda path: fast(open_image(path)),
-        lambda path: fast(open_tensor(path)),
-    ]
-
-
-def _for_all(way: Callable[[Path], Tensor], images: Sequence[Path]) -> Callable[[], list[Tensor]]:
-    return lambda: [way(path) for path in images]
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> float:

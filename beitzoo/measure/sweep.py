@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from beitzoo.errors import InvalidValueError, UserError, is_out_of_memory
 from beitzoo.factory import create_model
-from beitzoo.measure import steps
+from beitzoo.measure import data_path, steps
 from beitzoo.measure.options import BenchmarkOptions
 from beitzoo.measure.peers import check_installed, compare, peer_version
 from beitzoo.results import ENVIRONMENT, Row, Table
@@ -217,11 +217,12 @@ def _loading_columns(theirs: Sequence[Row], ours: Sequence[Row]) -> Row:
 
 def _ask_data(job: BenchmarkOptions) -> list[Row]:
     images = " ".join(path.name for path in job.images)
-    return [{"route": name, "images": images, "rounds": job.num_bench_iter, "threads": 1} for name in steps.DATA_PATHS]
+    known: Row = {"images": images, "rounds": job.num_bench_iter, "threads": 1}
+    return [{"route": route.name, **known} for route in data_path.ROUTES]
 
 
 def _measure_data(job: BenchmarkOptions) -> list[Row]:
-    outcome = run_in_child(steps.measure_data, job)
+    outcome = run_in_child(data_path.measure_data, job)
     if outcome.result is None:
         raise InvalidValueError(f"The images could not be timed: {outcome.error}")
     return outcome.result

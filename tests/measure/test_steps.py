@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,14 +165,3 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     before = steps.peak_memory(CPU)
     held = torch.ones(2**26)  # 268 MB
     assert steps.peak_memory(CPU) >= max(before, held.numel() * 4 / 1e6)
-
-
-def test_every_way_from_an_image_to_a_tensor_is_timed_against_timms() -> None:
-    images = tuple(Path("beitzoo/assets/samples", name) for name in ("digit_0.png", "digit_1.png"))
-    threads = torch.get_num_threads()
-    rows = steps.measure_data(BenchmarkOptions(model="test_beit", bench="data", num_bench_iter=1, images=images))
-    torch.set_num_threads(threads)
-    assert len(rows) == len(steps.DATA_PATHS)
-    assert [row["ratio"] for row in rows[:1]] == [1.0]
-    assert [row["max_difference"] for row in rows[:2]] == [0.0, 0.0]
-    assert all(float(row["images_per_sec"] or 0) > 0 and row["mean_pixels"] == 64 for row in rows)

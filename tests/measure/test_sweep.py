@@ -18,6 +18,7 @@ from tqdm import tqdm
 from beitzoo.errors import InvalidValueError
 from beitzoo.measure import steps
 from beitzoo.measure import sweep as room
+from beitzoo.measure.data_path import ROUTES
 from beitzoo.measure.options import BenchmarkOptions
 from beitzoo.measure.sweep import EXPERIMENTS, Outcome, run_in_child, sweep
 from beitzoo.results import ENVIRONMENT, Row, Table, read_rows
@@ -123,16 +124,16 @@ def test_loading_gives_a_row_for_each_library(tmp_path: Path, monkeypatch: pytes
 def test_what_failed_is_not_kept_where_there_is_no_column_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "run_in_child", lambda *_: Outcome([{"ratio": 2.0}] * 3 + [{"error": "too wide"}]))
+    monkeypatch.setattr(room, "run_in_child", lambda *_: Outcome([{"ratio": 2.0}] * 3 + [{"error": "too wide"}] * 5))
     job = BenchmarkOptions(model="test_beit", bench="data", images=(Path("a b/x.jpg"), Path("y.jpg")))
     measured = list(sweep([job], STAMP, table(tmp_path / "rows.csv", "data")))
-    assert [(row["route"], row.get("error")) for row in measured][2:] == [
+    assert [(row["route"], row.get("error")) for row in measured][2:4] == [
         ("fast", None),
         ("fast from open_tensor", "too wide"),
     ]
     kept = read_rows(tmp_path / "rows.csv")
     assert [(row["route"], row["images"], row["threads"]) for row in kept] == [
-        (name, "x.jpg y.jpg", "1") for name in steps.DATA_PATHS[:3]
+        (route.name, "x.jpg y.jpg", "1") for route in ROUTES[:3]
     ]
 
 
