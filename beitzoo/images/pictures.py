@@ -238,7 +238,7 @@ def _strip(images: Sequence[Coded], code: int, colour: Array, width: int) -> Ima
     places.sort(key=lambda place: -float(place[0].nearness[place[1], place[2]]))
     swatch = _tile(Image.fromarray(colour[None, None]))
     label = text(f"code {code}: {len(places)} patches", 3 * _TILE, 14)
-    room = width // (_TILE + 8) - 4
+    room = (width - swatch.width - label.width - 8) // (_TILE + 8)
     return beside([swatch, label, *(_patch(*place) for place in places[:room])])
 
 

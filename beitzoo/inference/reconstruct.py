@@ -239,7 +239,7 @@ class _Comparison:
             token_view = prepare(images[wanted[1]], self.token_transform)
         except ImageError as error:
             return Failure(str(error))
-        return _Look(name, patch_view, token_view, draw_mask(masking, sample_generator(seed, 0, place)))
+        return _Look(name, patch_view, token_view, draw_mask(masking, sample_generator(seed, 0, place, "mask")))
 
     def __call__(self, looks: Sequence[_Look]) -> list[Reconstruction | Failure]:
         """Run both networks on a batch; where a loss is not finite, that is the outcome."""

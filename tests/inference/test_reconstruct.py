@@ -71,7 +71,7 @@ def test_tokens_and_losses_are_those_of_the_networks(model: MaskedImageModel) ->
     transform = beitzoo.create_transform(**beitzoo.resolve_data_config(model))
     for place, record in enumerate(records(model, Levels(), seed=5)):
         view = transform(beitzoo.open_image(PHOTOS[place]))[None]
-        mask = draw_mask(MASKING, sample_generator(5, 0, place))
+        mask = draw_mask(MASKING, sample_generator(5, 0, place, "mask"))
         assert (record.mask == mask.numpy()).all() and record.mask.sum() == 6
         # The same centre at half the size: a level more or less at most, of those that are not on an edge.
         coarse = F.avg_pool2d(view[0] * 0.5 + 0.5, 16).mean(0) * 39
