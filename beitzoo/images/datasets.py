@@ -147,5 +147,5 @@ def _refuse_parts(root: Path, names: Sequence[str], all_alone: bool) -> None:
     if both or (all_alone and parts and len(parts) == len(names)):
         raise InvalidValueError(
             f"{root} has {', '.join(parts)}, which are parts of a data set and not classes. Give one of them, such as "
-            f"{root / parts[0]}, or rename them if they are classes."
+            f"{root / parts[0]} (in a recipe, data.test_path takes the other), or rename them if they are classes."
         )

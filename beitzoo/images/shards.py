@@ -66,8 +66,11 @@ def find_shards(path: Path, suffixes: tuple[str, ...], kind: str) -> Shards:
     return Shards(root, _in_parts(root, files))
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Walk through a folder in order of names, past what is hidden."""
+def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Walk through a folder in order of names, past what is hidden and links back to a folder they are in."""
+    within = above | {os.path.realpath(folder)}
+    if within == above:
+        return
     try:
         with os.scandir(folder) as entries:
             inside = sorted((entry.name, entry.is_dir()) for entry in entries)
@@ -75,7 +78,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
         raise FileAccessError(f"The folder {folder} cannot be listed: {error.strerror}. Give another one.") from error
     for name, is_folder in inside:
         if is_folder and why_not(name, is_folder) is None:
-            yield from _files_below(folder / name)
+            yield from _files_below(folder / name, within)
         elif not is_folder and not name.startswith("."):
             yield folder / name
 

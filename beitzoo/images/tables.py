@@ -109,6 +109,8 @@ class Table:
     def _write(self, file: Path) -> None:
         import pyarrow as pa
 
+        if _copy_of(self.path, self._form) != self.copy:  # its images would go by the name of the old ones
+            raise InvalidValueError(f"{self.path} is another file than it was when it was found. Start again.")
         schema = pa.schema([("bytes", pa.large_binary())])
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for part in _image_bytes(self.path, self._form):
@@ -180,19 +182,28 @@ def find_tables(path: Path) -> ImageSet:
         raise UnsupportedError("Parquet files need pyarrow, which is not installed: pip install 'beitzoo[train]'")
     shards = find_shards(path, (".parquet",), "Parquet files")
     forms = {file: _form(file) for file in shards.files}
-    copied = sum(_image_size(file, form) for file, form in forms.items()) > _MOST_IN_MEMORY
-    tables = [Table(file, form, _copy_of(file, form) if copied else None) for file, form in forms.items()]
-    missing = sum(1 for table in tables if table.copy is not None and not table.copy.is_file())
-    if missing:
-        _logger.warning(
-            "Copying the images of %d tables once to %s, where they can be read one by one.", missing, _copies()
-        )
     names = {form.names for form in forms.values() if form.names}
     if len(names) > 1:
         raise InvalidValueError(f"The tables at {shards.root} have different classes; give those of one data set.")
     found = [_labels(file, form) for file, form in forms.items()]
     classes = classes_of(shards, found, next(iter(names), ()))
-    return images_of(shards, [_opened(table) for table in tables], classes, LeftOut())
+    return images_of(shards, _tables(forms), classes, LeftOut())
+
+
+def _tables(forms: dict[Path, _Form]) -> list[Table]:
+    """Read the images into memory if they are few, or else see to it that they are copied."""
+    sizes = {file: _image_size(file, form) for file, form in forms.items()}
+    copied = sum(sizes.values()) > _MOST_IN_MEMORY
+    tables = [Table(file, form, _copy_of(file, form) if copied else None) for file, form in forms.items()]
+    missing = [sizes[table.path] for table in tables if table.copy is not None and not table.copy.is_file()]
+    if missing:
+        _logger.warning(
+            "Copying the images of %d tables (%.1f GB) once to %s, where each can be read alone; HF_HOME moves it.",
+            len(missing),
+            sum(missing) / 1e9,
+            _copies(),
+        )
+    return [_opened(table) for table in tables]
 
 
 def _opened(table: Table) -> Table:

@@ -107,8 +107,8 @@ def _indexed(path: Path, root: Path, left_out: LeftOut) -> tuple[Tar, list[int |
     labels: list[int | str | None] = []
     seen: set[str] = set()
     for key, image, label in _samples(path):
-        shown = f"{path.relative_to(root).as_posix()}:{key if image is None else image.name}"
         if image is None or image.name in seen:
+            shown = f"{path.relative_to(root).as_posix()}:{key if image is None else image.name}"
             left_out.add(NO_IMAGE if image is None else TWICE, shown)
             continue
         seen.add(image.name)

@@ -143,7 +143,7 @@ def test_large_tables_are_copied_once_and_anew_when_they_change(
     path = write_table(tmp_path / "data" / "t.parquet", [png(shade) for shade in range(5)])
     images = find_images("parquet", path)
     assert shades(images) == list(range(5))
-    assert f"Copying the images of 1 tables once to {folder}" in caplog.text
+    assert f"Copying the images of 1 tables (0.0 GB) once to {folder}" in caplog.text
     (copy,) = folder.glob("*.arrow")
     before = copy.stat().st_mtime_ns
     caplog.clear()
@@ -151,6 +151,9 @@ def test_large_tables_are_copied_once_and_anew_when_they_change(
     assert (copy.stat().st_mtime_ns, caplog.text) == (before, "")
     write_table(path, [png(shade) for shade in range(90, 95)])
     os.utime(path, ns=(before + 10**9, before + 10**9))
+    copy.unlink()
+    with pytest.raises(InvalidValueError, match="is another file than it was"):
+        pickle.loads(pickle.dumps(images.images))[0].size  # noqa: B018
     assert shades(find_images("parquet", path)) == list(range(90, 95))
     assert copy not in folder.glob("*.arrow")
     assert len(list(folder.glob("*.arrow"))) == 1

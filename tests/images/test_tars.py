@@ -65,6 +65,8 @@ def test_tars_of_a_folder_with_names_of_classes_and_parts(tmp_path: Path) -> Non
     for name, shade, label in (("x-train-0001", 2, b"1"), ("x-train-0000", 1, b"0"), ("x-val-0000", 3, b"1")):
         write_tar(tmp_path / f"{name}.tar", {"1.png": png(shade), "1.cls": label})
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "again").symlink_to(tmp_path)
+    write_tar(tmp_path / ".cache" / "x.tar", {"1.png": png(9)})
     images = find_images("webdataset", tmp_path)
     assert (images.names, images.labels, shades(images)) == (("cat", "dog"), [0, 1, 1], [1, 2, 3])
     assert images.parts == {"train": range(2), "validation": range(2, 3)}
