@@ -53,7 +53,8 @@ def find_images(source: Source, path: Path | None = None) -> ImageSet:
 def guess_source(path: Path) -> Source:
     """Tell by names whether what lies there are tables of images, tars of images or images in class folders."""
     for suffix, source in _SUFFIXES.items():
-        if path.suffix.lower() == suffix or any(path.glob(f"*{suffix}")):
+        # In the hub's repositories tables are in a folder `data`; whole trees of images are not searched for them.
+        if path.suffix.lower() == suffix or any(any(path.glob(f"{place}*{suffix}")) for place in ("", "data/")):
             return source
     return "folder"
 

@@ -18,7 +18,6 @@ from beitzoo.images.datasets import find_images
 from beitzoo.images.files import as_image
 from beitzoo.images.image_set import ImageSet, with_held_out
 from beitzoo.images.loading import Sample, Unreadable, load_each
-from beitzoo.images.loading import load_batches as load_batches  # what the tasks use of it
 from beitzoo.images.splits import Split, choose_per_class, draw_split
 from beitzoo.images.transforms import Transform, create_transform, prepare, resolve_data_config
 from beitzoo.models.beit import Beit

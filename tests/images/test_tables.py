@@ -15,7 +15,7 @@ from PIL import Image
 
 from beitzoo.errors import InvalidValueError, MissingFileError
 from beitzoo.images import tables
-from beitzoo.images.datasets import find_images
+from beitzoo.images.datasets import find_images, guess_source
 from beitzoo.images.files import Encoded, ImageError, as_image
 from beitzoo.images.image_set import ImageSet
 
@@ -62,7 +62,7 @@ def test_rows_are_images_with_the_classes_that_the_hub_notes(tmp_path: Path) -> 
 def test_parts_by_the_names_of_the_files(tmp_path: Path) -> None:
     for name, shade in (("test-00000-of-00001", 3), ("train-00000-of-00002", 1), ("train-00001-of-00002", 2)):
         write_table(tmp_path / "data" / f"{name}.parquet", [png(shade)] * 2, [0, 1])
-    images = find_images("parquet", tmp_path)
+    images = find_images(guess_source(tmp_path), tmp_path)
     assert images.parts == {"train": range(4), "test": range(4, 6)}
     assert [shades(images, part) for part in images.parts.values()] == [[1, 1, 2, 2], [3, 3]]
     assert images.describe()[1] == "Parts of its own: 4 train, 2 test; only train is for training."
