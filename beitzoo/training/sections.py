@@ -201,26 +201,38 @@ class Finetune(Section):
     bias_init_std: Annotated[float, Field(ge=0)] = 0.0
 
 
-class ViewsSection(Section):
-    """How the two views of an image are drawn from one crop box; sizes are those of the network and the tokenizer.
+class ViewSection(Section):
+    """How the one view of an image that a tokenizer learns from is drawn; it has no mean and std, but is in [0, 1].
 
     Attributes:
         scale: Range of the crop's area, as shares of the image.
         ratio: Range of the crop's width by its height.
         jitter: Strength of random brightness, contrast and saturation.
         hflip: Probability of a horizontal flip.
-        mean: Of the network's view, per channel.
-        std: Of the network's view, per channel.
-        interpolation: Filter of the network's view; that of the other is the tokenizer's.
+        interpolation: Filter by which the crop is resized.
     """
 
     scale: tuple[PartOfOne, PartOfOne] = (0.08, 1.0)
     ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
-    jitter: Annotated[float, Field(ge=0)] = 0.4
+    jitter: Annotated[float, Field(ge=0)] = 0.0
     hflip: Fraction = 0.5
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+
+
+class ViewsSection(ViewSection):
+    """How the two views of an image are drawn from one crop box; sizes are those of the network and the tokenizer.
+
+    `interpolation` is the filter of the network's view; that of the other is the tokenizer's.
+
+    Attributes:
+        jitter: Strength of random brightness, contrast and saturation.
+        mean: Of the network's view, per channel.
+        std: Of the network's view, per channel.
+    """
+
+    jitter: Annotated[float, Field(ge=0)] = 0.4
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
-    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
 
 
 class MaskSection(Section):
@@ -281,7 +293,7 @@ class TrainTokenizer(Section):
             `transformers:NAME` or `local-dir:PATH`.
         projection: Map the teacher's features into the space that its images share with texts, as BEiT v2 does with
             CLIP's.
-        views: Crop, flip, jitter and filter of the one view; it has no mean and std, a tokenizer takes [0, 1].
+        views: Crop, flip and jitter of the one view.
         commitment: Weight of the distance from features to their codes.
         codebook_decay: Of the moving average that codes are.
         kmeans_init: Start the codebook from k-means on the first batch.
@@ -291,7 +303,7 @@ class TrainTokenizer(Section):
     kind: Literal["tokenizer"]
     teacher: str
     projection: bool = False
-    views: ViewsSection = ViewsSection(jitter=0.0)
+    views: ViewSection = ViewSection()
     commitment: Annotated[float, Field(ge=0)] = 1.0
     codebook_decay: Fraction = 0.99
     kmeans_init: bool = True

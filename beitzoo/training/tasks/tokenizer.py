@@ -27,7 +27,7 @@ from beitzoo.training.optim import groups_without_layers
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
-from beitzoo.training.sections import TrainTokenizer, ViewsSection
+from beitzoo.training.sections import TrainTokenizer
 from beitzoo.training.task import Metrics
 from beitzoo.training.teachers import Teacher, load_teacher
 from beitzoo.training.viewed_images import ViewBatch, ViewedImages
@@ -304,10 +304,6 @@ def _chunks(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 
 def _check(recipe: Recipe) -> None:
     """Refuse what has no meaning for a tokenizer."""
-    section, plain = recipe.task, ViewsSection()
-    assert isinstance(section, TrainTokenizer)
-    if (section.views.mean, section.views.std) != (plain.mean, plain.std):
-        raise RecipeError("A tokenizer takes images in [0, 1]; leave out task.views.mean and task.views.std.")
     if {"target", "teacher_dim"} & recipe.model.overrides.keys():
         raise RecipeError("What is predicted follows from task.teacher; leave target and teacher_dim out of overrides.")
     if recipe.train.ema_decay:
