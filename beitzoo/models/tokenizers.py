@@ -76,8 +76,14 @@ class DvaeEncoder(nn.Module):
         self.blocks = nn.Sequential(OrderedDict(layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map squeezed pixels (B, in_chans, 8 h, 8 w) to logits (B, V, h, w)."""
-        logits: Tensor = self.blocks(pixels)
+        """Map squeezed pixels (B, in_chans, 8 h, 8 w) to logits (B, V, h, w).
+
+        The last convolution computes in float32 under any autocast, as in the original: of logits that are rounded to
+        bfloat16 several are the largest.
+        """
+        hidden = self.blocks[:-1](pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            logits: Tensor = self.blocks[-1](hidden.to(next(self.parameters()).dtype))
         return logits
 
 

@@ -69,6 +69,18 @@ def test_dvae_is_the_reference() -> None:
     assert relative_error(decoded, pixels) < 1e-5
 
 
+def test_logits_of_dvae_are_not_rounded_under_autocast() -> None:
+    """Of logits in bfloat16 several would be the largest, and the first of them the code."""
+    model = Dvae(DvaeConfig(img_size=(32, 32), hidden_dim=8, vocab_size=4096)).eval()
+    images = torch.rand(8, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model.encoder(images)
+    assert logits.dtype == torch.float32
+    best = logits.topk(2, dim=1).values
+    assert (best[:, 0] > best[:, 1]).all()
+    assert (logits.argmax(dim=1) == model.encoder(images).argmax(dim=1)).float().mean() > 0.9
+
+
 def test_sizes_are_those_of_the_released_files() -> None:
     """OpenAI's two files and unilm's three, without the teacher; counted from the published architectures."""
     plain = {"num_classes": 0, "use_abs_pos_emb": True, "use_rel_pos_bias": False, "init_values": 0.0}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beitzoo.errors import InvalidValueError
+from beitzoo.errors import InvalidValueError, check
 from beitzoo.evaluation.probe import probe_backbone
 from beitzoo.factory import Tokenizer, check_tokenizer, create_model, create_tokenizer
 from beitzoo.images.augment import TwoViews
@@ -39,9 +39,10 @@ from beitzoo.zoo.networks import BeitConfig, MimConfig
 
 # Logged besides the sum of the losses; of patch aggregation both heads are.
 _ONE_HEAD = ("token_accuracy",)
+_TWO_HEADS = ("token_accuracy", "token_loss", "aggregation_accuracy", "aggregation_loss")
+# Logged at the end of an epoch.
 _COUNTED = ("codes_used", "code_perplexity", "unreadable")
 _PROBED = ("probe_linear", "probe_knn")
-_TWO_HEADS = ("token_accuracy", "token_loss", "aggregation_accuracy", "aggregation_loss")
 
 PICTURES = "pictures"
 _DRAWN = 6  # images of a picture
@@ -175,11 +176,12 @@ class PretrainTask:
 
     def validate(self, model: nn.Module) -> Metrics:
         """Measure the loss and the accuracy on the validation images, whose views and masks never change."""
-        self._unreadable.report()
         self._counted = {name: self.processes.sum(count.clone()) for name, count in self.counts.items()}
         for count in self.counts.values():
             count.zero_()
-        return self.measure(model, self.split.val, "val_") if self.split.val else {}
+        metrics = self.measure(model, self.split.val, "val_") if self.split.val else {}
+        self._unreadable.report()
+        return metrics
 
     def end_epoch(self, model: nn.Module, epoch: int, directory: Path) -> Metrics:
         """Say what was counted in the epoch; draw reconstructions and probe features if they are due."""
@@ -223,6 +225,9 @@ class PretrainTask:
         """Return the loss and what is logged besides, over all masked patches of some images.
 
         Each process takes its share of the images, and all get the same values.
+
+        Raises:
+            InvalidValueError: None of the images can be read.
         """
         share = indices[self.processes.rank :: self.processes.count]
         size = max(self.recipe.train.batch_size // self.processes.count, 1)
@@ -235,7 +240,8 @@ class PretrainTask:
             means = torch.stack([loss, *(logs[name] for name in self.log_names)]).double().cpu()
             totals += count * torch.cat([torch.ones(1, dtype=torch.float64), means])
         items, *sums = torch.stack(self.processes.gather(totals)).sum(0).tolist()
-        return {prefix + name: value / max(items, 1.0) for name, value in zip(names, sums, strict=True)}
+        check(items > 0, f"None of {len(indices):,} images to measure the model on could be read; replace them.")
+        return {prefix + name: value / items for name, value in zip(names, sums, strict=True)}
 
     def _views(self) -> TwoViews:
         views = self.section.views
