@@ -14,7 +14,16 @@ PartOfOne = Annotated[float, Field(gt=0, le=1)]
 # `~` is the home folder, and a run that goes on elsewhere means the same files.
 FullPath = Annotated[Path, AfterValidator(lambda path: full_path(path).absolute())]
 # Arguments of `create_model` that the recipe says elsewhere, or that make something else than a classifier.
-_NOT_OVERRIDES = {"model_name", "pretrained", "features_only", "checkpoint_path", "cache_dir", "device", "dtype"}
+_NOT_OVERRIDES = {
+    "model_name",
+    "pretrained",
+    "features_only",
+    "checkpoint_path",
+    "cache_dir",
+    "device",
+    "dtype",
+    "head",
+}
 
 
 class Section(BaseModel):

@@ -3,10 +3,7 @@
 import csv
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -283,35 +280,6 @@ def test_the_number_of_parts_changes_nothing_but_rounding(colours: Path, tokeniz
         weights.append(beitzoo.create_model(out, pretrained=True).state_dict())
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=2e-5, rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_accumulation(colours: Path, tokenizer: Path, tmp_path: Path) -> None:
-    """Up to rounding; each counts its own targets and images that cannot be read, and the log has the sums."""
-    settings = ["train.accumulation=2", "train.accumulation=1"]
-    path = tmp_path / "recipe.toml"
-    path.write_text(
-        f'[model]\nname="test_beit"\noverrides={{early_layers=1, head_layers=1}}\n'
-        f'[data]\nsource="folder"\npath="{colours}"\nval_fraction=0.2\n'
-        f"[train]\nepochs=3\nbatch_size=6\nlr=1e-3\n[run]\nworkers=1\n"
-        f'[task]\nkind="pretrain"\ntokenizer="{tokenizer}"\nmask={{count=6, min_block=2}}\npicture_epochs=0\n'
-    )
-    for count, setting in enumerate(settings, start=1):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "beitzoo"]
-        command = [*launch, "pretrain", str(path), "--set", setting, "--out", str(tmp_path / str(count))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stderr
-    one, two = (beitzoo.create_model(tmp_path / name, pretrained=True).state_dict() for name in ("1", "2"))
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, two[name], atol=2e-5, rtol=1e-3)
-    ends = [[row for row in log_of(tmp_path / name) if row["line"] == "epoch"] for name in ("1", "2")]
-    for first, second in zip(*ends, strict=True):
-        assert float(first["loss"]) == pytest.approx(float(second["loss"]), rel=1e-4)
-        assert float(first["val_loss"]) == pytest.approx(float(second["val_loss"]), rel=1e-3)
-        assert [first[name] for name in ("codes_used", "unreadable")] == [
-            second[name] for name in ("codes_used", "unreadable")
-        ]
 
 
 def test_finetuning_takes_the_result_by_path(run: Path, colours: Path) -> None:
