@@ -47,21 +47,22 @@ def collect(
         print(json.dumps(rows, indent=2))
     else:
         _print_table(rows)
-        print("\n".join(summarise(rows)))
+        for line in summarise(rows):
+            print(line)
     if unfinished:
         raise typer.Exit(1)
 
 
 def _print_table(rows: list["Row"]) -> None:
-    columns = {"run": "run", "start": "from", "train_seconds": "s", "loss": "loss", "val_loss": "val loss"}
-    columns |= {"token_accuracy": "tokens %", "codes_used": "codes", "top1": "top1"}
+    """Print what differs between tasks where they have it; decimals as a reader compares them."""
+    columns = {"run": "run", "start": "from", "train_seconds": "seconds", "loss": "loss", "val_loss": "val loss"}
+    columns |= {"token_accuracy": "tokens, %", "codes_used": "codes", "top1": "top1"}
+    decimals = {"train_seconds": 0, "codes_used": 0, "loss": 4, "val_loss": 4}
     table = Table(*columns.values(), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(_shown(row[name]) for name in columns))
+        table.add_row(*(_shown(row[name], decimals.get(name, 2)) for name in columns))
     Console().print(table)
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 1000 or value.is_integer() else f"{value:.2f}"
-    return "" if value is None else str(value)
+def _shown(value: object, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if isinstance(value, float) else "" if value is None else str(value)

@@ -102,12 +102,14 @@ def row_of(run: FinishedRun, name: str) -> Row:
         "earlier_seconds": round(sum(earlier), 3),
         **{name: getattr(recipe.train, name) for name in ("epochs", "batch_size", "precision", "seed")},
         **{name: run.median(name) for name in ("images_per_sec", "wait_share")},
-        **{name: run.last(name) for name in ("loss", "codes_used", "perplexity", "probe_linear", "probe_knn")},
+        **{name: run.last(name) for name in ("loss", "codes_used", "probe_linear", "probe_knn")},
+        # Of codes that a tokenizer gives, or that a network in pretraining is asked for.
+        "perplexity": run.last("perplexity") or run.last("code_perplexity"),
     }
     measured = ("train_images", "updates", "split_seed", "train_seconds", "processes", "val_top1", "val_loss")
     row |= {name: metrics.get(name) for name in (*measured, *ENVIRONMENT)}
     for name in ("top1", "top5", "count", "failures", "token_accuracy", "explained"):
-        row[name] = _rounded(metrics.get(f"test_{name}", metrics.get(f"val_{name}", run.last(name))))
+        row[name] = metrics.get(f"test_{name}", metrics.get(f"val_{name}", run.last(name)))
     return {name: _rounded(row.get(name)) for name in COLUMNS}
 
 
@@ -193,4 +195,4 @@ def _teacher(run: FinishedRun, tokenizer: FinishedRun | None) -> str | None:
 
 
 def _rounded(value: Value) -> Value:
-    return round(value, 3) if isinstance(value, float) else value
+    return round(value, 5) if isinstance(value, float) else value

@@ -211,3 +211,17 @@ def test_few_images_of_each_class_leave_what_is_held_out_as_it_is() -> None:
 def test_digits_are_in_no_place(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"leave out data\.path"):
         load_images(DataSection(source="digits", path=tmp_path))
+
+
+def test_a_seed_of_its_own_draws_few_labels_while_the_held_out_images_stay() -> None:
+    images = load_images(DataSection(source="digits"))
+    splits = [
+        split_images(images, DataSection(source="digits", train_per_class=3, label_seed=seed), 1 / 3, 0.1)
+        for seed in (None, 0, 1)
+    ]
+    first, same, other = splits
+    assert first == same  # the seed of the split, where there is no other
+    assert (other.val, other.test) == (first.val, first.test)
+    assert set(other.train) != set(first.train)
+    assert images.labels is not None
+    assert sorted(images.labels[index] for index in other.train) == sorted([*range(10)] * 3)
