@@ -23,6 +23,9 @@ from beitzoo.training.state import TrainState, save_state
 from beitzoo.training.tally import Means, Watch
 from beitzoo.training.task import EndsEpochs, Metrics, Task, compute_loss
 
+# Updates that are read from the device together, at most: what each started from is kept until then.
+_UNREAD = 50
+
 
 @dataclass(frozen=True)
 class Run:
@@ -144,6 +147,8 @@ class _Fit:
             state.ema.update(state.model)
         state.update += 1
         self.pending.append(torch.cat([total, norm.reshape(1)]))
+        if len(self.pending) == _UNREAD:
+            self._read_pending()
         self.display.advance()
 
     def _step(self, total: Tensor, norm: Tensor) -> None:

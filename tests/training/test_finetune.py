@@ -94,6 +94,14 @@ def test_losses_of_lines_make_the_loss_of_their_epoch(tmp_path: Path) -> None:
     assert rates == pytest.approx([0, 1e-3, 2e-3])
 
 
+@pytest.mark.parametrize(("warmup", "told"), [(3, True), (2, False)])
+def test_a_warmup_that_does_not_end_is_told(
+    colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], warmup: int, told: bool
+) -> None:
+    finetune(colour_recipe(colours, epochs=1, warmup_updates=warmup), tmp_path / "out")
+    assert ("The warm-up is not shorter than the run" in capsys.readouterr().err) is told
+
+
 def test_a_trained_model_knows_its_classes(run: Path) -> None:
     model = beitzoo.create_model(f"local-dir:{run / 'best'}", pretrained=True)
     assert model.class_names == COLOURS

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from beitzoo.images.datasets import ImageSet
 from beitzoo.images.splits import Split
+from beitzoo.training import loop
 from beitzoo.training.loop import Run, fit
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import RunSection, TrainSection
@@ -109,6 +110,15 @@ def test_items_weigh_the_same_wherever_they_are(tmp_path: Path) -> None:
     assert [float(line["weight_decay"]) for line in lines] == pytest.approx([0.5, 0.3, 0.3])
     assert float(second["lr"]) == pytest.approx(0.125)
     assert next(state.model.parameters()).item() > weight
+
+
+def test_reading_sooner_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in long lines, since what updates start from is kept until they are read."""
+    _, _, lines = fitted([[1.0], [2.0]], tmp_path / "line")
+    monkeypatch.setattr(loop, "_UNREAD", 1)
+    _, _, sooner = fitted([[1.0], [2.0]], tmp_path / "sooner")
+    names = ("line", "update", "loss", "grad_norm", "distance", "weight")
+    assert [[line[name] for name in names] for line in sooner] == [[line[name] for name in names] for line in lines]
 
 
 def test_the_norm_is_that_before_clipping(tmp_path: Path) -> None:
