@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from beitzoo.files import full_path
 from beitzoo.images.masks import MaskKind
 from beitzoo.zoo.checkpoints import HALF
+from beitzoo.zoo.tokenizers import is_tokenizer
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PartOfOne = Annotated[float, Field(gt=0, le=1)]
@@ -24,6 +25,12 @@ _NOT_OVERRIDES = {
     "dtype",
     "head",
 }
+
+
+def _findable(tokenizer: str) -> str:
+    """Return the name of a tokenizer; of a folder its full path, as what is trained on it is used from elsewhere."""
+    path = full_path(tokenizer)
+    return str(path.absolute()) if path.is_dir() and not is_tokenizer(tokenizer) else tokenizer
 
 
 class Section(BaseModel):
@@ -284,7 +291,7 @@ class Pretrain(Section):
     """
 
     kind: Literal["pretrain"]
-    tokenizer: str
+    tokenizer: Annotated[str, AfterValidator(_findable)]
     tokens: FullPath | None = None
     views: ViewsSection = ViewsSection()
     mask: MaskSection = MaskSection()

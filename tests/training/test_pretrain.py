@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def test_the_loss_is_that_of_the_tokens_of_masked_patches(colours: Path, tokeniz
         assert logs["aggregation_loss"].item() == pytest.approx(expected[1][0], abs=1e-5)
         assert logs["aggregation_accuracy"].item() == pytest.approx(expected[1][1])
     assert torch.equal(task.counts["codes"], torch.bincount(torch.tensor(targets), minlength=64))
+
+
+def test_images_are_cropped_as_for_the_network_that_was_named(
+    colours: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = beitzoo.create_model("test_beit")
+    named.pretrained = replace(named.pretrained, data=replace(named.pretrained.data, crop_pct=1.0))
+    beitzoo.save_pretrained(named, tmp_path)
+    monkeypatch.chdir(tokenizer.parent)
+    recipe = changed(mim_recipe(colours, Path(tokenizer.name)), "model", name=str(tmp_path))
+    assert recipe.task.tokenizer == str(tokenizer)  # a folder is found from elsewhere, too
+    assert prepared(recipe)[1].pretrained.data.crop_pct == 1.0
 
 
 def test_the_tokenizer_does_not_learn(colours: Path, tokenizer: Path) -> None:

@@ -245,7 +245,7 @@ class PretrainTask:
 
     def _views(self) -> TwoViews:
         views = self.section.views
-        data = _data_config(self.recipe, self.network)
+        data = _data_config(self.section, DataConfig(), self.network)
         return TwoViews(
             patch_size=self.network.img_size,
             token_size=self.tokenizer.img_size,
@@ -345,18 +345,16 @@ def _make_model(recipe: Recipe, tokenizer: Tokenizer) -> MaskedImageModel:
             "model.overrides.in_chans, and a tokenizer of as many."
         )
     head = Mim(network=model.config, tokenizer=recipe.task.tokenizer)
-    model.backbone.pretrained = replace(
-        model.pretrained, sources=(), tag=None, head=head, data=_data_config(recipe, network)
-    )
+    data = _data_config(recipe.task, model.pretrained.data, network)
+    model.backbone.pretrained = replace(model.pretrained, sources=(), tag=None, head=head, data=data)
     if recipe.task.bias_init_std:
         spread_bias_tables(model, recipe.task.bias_init_std)
     return model
 
 
-def _data_config(recipe: Recipe, network: BeitConfig) -> DataConfig:
-    """Say how images are prepared for the network: as its view in pretraining, but for what is random."""
-    assert isinstance(recipe.task, Pretrain)
-    views = recipe.task.views
+def _data_config(section: Pretrain, data: DataConfig, network: BeitConfig) -> DataConfig:
+    """Say how images are prepared for the network: normalised and resized as in pretraining, cropped as it was."""
+    views = section.views
     size = (len(views.mean), *network.img_size)
-    data = DataConfig(input_size=size, mean=views.mean, std=views.std, interpolation=views.interpolation)
-    return data.fitted_to(network)
+    chosen = replace(data, input_size=size, mean=views.mean, std=views.std, interpolation=views.interpolation)
+    return chosen.fitted_to(network)
