@@ -61,3 +61,16 @@ def mim_recipe(
             },
         }
     )
+
+
+def tokenizer_recipe(data: Path, task: dict[str, Any] | None = None, **train: object) -> Recipe:
+    """Tokenizer training on such a folder; keywords change its `train` section."""
+    return Recipe.model_validate(
+        {
+            "model": {"name": "test_vqkd", "overrides": {"vocab_size": 16}},
+            "data": {"source": "folder", "path": data, "val_fraction": 0.25},
+            "train": {"epochs": 2, "batch_size": 6, "lr": 2e-3, "clip_grad": 1.0, **train},
+            "run": {"log_updates": 2},
+            "task": {"kind": "tokenizer", "teacher": "pixels", **(task or {})},
+        }
+    )

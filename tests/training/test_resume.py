@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from colours import colour_recipe, mim_recipe, write_colours
+from colours import colour_recipe, mim_recipe, tokenizer_recipe, write_colours
 
 from beitzoo.factory import create_tokenizer
 from beitzoo.saving import save_tokenizer
@@ -54,6 +54,14 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
 def test_kills_of_pretraining_change_nothing(tmp_path: Path) -> None:
     """What was counted in an epoch is kept, too, and pictures are drawn again."""
     recipe = _pretraining(tmp_path, run={"save_updates": 2}, task={"picture_epochs": 2}, epochs=2)
+    check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 3)
+
+
+def test_kills_of_tokenizer_training_change_nothing(tmp_path: Path) -> None:
+    """The codebook, how often codes were used, and which restart, are those of a run without kills."""
+    data = write_colours(tmp_path / "data", per_class=6)
+    recipe = tokenizer_recipe(data, {"restart_codes": 2}, epochs=3, accumulation=2, batch_size=4)
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"save_updates": 2})})
     check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 3)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import write_colours
+from colours import tokenizer_recipe, write_colours
 from oracles import randomise
 from torch.nn import functional as F
 
@@ -23,19 +23,6 @@ from beitzoo.training.tasks.tokenizer import TokenizerTask, prepare, train_token
 from beitzoo.training.viewed_images import ViewBatch
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-def tokenizer_recipe(data: Path, task: dict[str, object] | None = None, **train: object) -> Recipe:
-    """A run on a folder of colours; keywords change its `train` section."""
-    return Recipe.model_validate(
-        {
-            "model": {"name": "test_vqkd", "overrides": {"vocab_size": 16}},
-            "data": {"source": "folder", "path": data, "val_fraction": 0.25},
-            "train": {"epochs": 2, "batch_size": 6, "lr": 2e-3, "clip_grad": 1.0, **train},
-            "run": {"log_updates": 2},
-            "task": {"kind": "tokenizer", "teacher": "pixels", **(task or {})},
-        }
-    )
 
 
 def prepared(recipe: Recipe) -> TokenizerTask:
