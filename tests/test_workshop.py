@@ -30,7 +30,7 @@ def test_tools_are_clean(command: list[str]) -> None:
 
 def test_readme_is_short_and_starts_with_its_two_commands() -> None:
     lines = README.splitlines()
-    assert len(lines) <= 160
+    assert len(lines) <= 200
     commands = [line for line in lines[:12] if line.startswith("pip install")]
     assert commands == [
         "pip install -e . && beitzoo predict beitzoo/assets/samples/*.png",
@@ -50,7 +50,7 @@ def test_readme_python_runs(code: str, tmp_path: Path) -> None:
 
 
 def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each as written and in order, but training for one epoch and timing a small model for one step."""
+    """Each as written and in order, but training for one epoch of few images and timing a small model for one step."""
     lines = [line for language, body in BLOCKS if language == "bash" for line in body.splitlines()]
     commands = [part.strip() for line in lines for part in line.split("&&") if "pip install" not in part]
     assert len(commands) >= 8
@@ -62,8 +62,8 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         if program == "python" or arguments[0] == "benchmark":
             arguments = [word.replace("beit_base_patch16_224", "test_beit") for word in arguments]
             short = ["--num-warm-iter", "0", "--num-bench-iter", "1"]
-        elif arguments[0] == "finetune":
-            short = ["--set", "train.epochs=1"]
+        elif arguments[0] in ("finetune", "pretrain", "train-tokenizer"):
+            short = ["--set", "train.epochs=1", "--set", "data.train_per_class=7"]
         if program == "python":
             arguments[0] = arguments[0].removesuffix(".py")  # whose door is that of the command
         monkeypatch.setattr(sys, "argv", ["beitzoo", *arguments, *short])
