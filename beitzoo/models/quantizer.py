@@ -51,8 +51,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (..., D) of any length to codes (...), int64."""
-        return _nearest(F.normalize(features, dim=-1), self.embedding.weight)
+        """Map features (..., D) of any length to codes (...), int64; in their own precision under any autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            return _nearest(F.normalize(features, dim=-1), self.embedding.weight)
 
     @torch.no_grad()
     def start(self, features: Tensor, generator: torch.Generator | None) -> None:

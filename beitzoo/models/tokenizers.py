@@ -291,9 +291,7 @@ class Vqkd(nn.Module):
         Raises:
             InvalidValueError: The images are of another size, channel count or type than the tokenizer's.
         """
-        features = self.features(images)
-        with torch.autocast(images.device.type, enabled=False):
-            codes: Tensor = self.quantize(features)
+        codes: Tensor = self.quantize(self.features(images))
         return codes.unflatten(1, self.config.encoder.grid_size)
 
     @torch.no_grad()

@@ -156,9 +156,10 @@ def test_codes_decode_to_images_where_pixels_are_the_target() -> None:
 
 def test_features_are_rounded_in_float32_under_autocast() -> None:
     model = small()
-    images = torch.rand(2, 3, 12, 16)
+    images = torch.rand(64, 3, 12, 16)
     with torch.autocast("cpu", torch.bfloat16):
         found = model(images)
+    assert torch.equal(found.codes, model.quantize(found.features))
     assert found.features.dtype == found.commitment.dtype == torch.float32
     assert found.prediction.dtype == torch.bfloat16
 
