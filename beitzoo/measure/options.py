@@ -4,18 +4,19 @@ import argparse
 import ast
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from beitzoo.errors import InvalidOptionError, InvalidValueError, check
 from beitzoo.results import Format
-from beitzoo.zoo.checkpoints import Classify
-from beitzoo.zoo.networks import BeitConfig, override
+from beitzoo.zoo.checkpoints import Classify, Mim
+from beitzoo.zoo.networks import BeitConfig, MimConfig
 
 if TYPE_CHECKING:
     import torch
 
+    from beitzoo.weights.adapt import Plan
     from beitzoo.zoo.registry import Entry
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
@@ -32,6 +33,8 @@ _OF_FILES = {"model", "bench", "num_bench_iter", "images", "seed"}
 # What has a column of its own; all else that was asked for goes into the column `options`.
 _COLUMNS = {"model", "bench", "img_size", "input_size", "batch_size", "precision", "device", "peer", "subject"}
 _COLUMNS |= {"subject_precision", "num_warm_iter", "num_bench_iter", "retry"}
+# What is not timm's default where visual tokens are predicted: as in BEiT's pretraining.
+_OF_PRETRAINING: dict[str, Any] = {"opt": "adamw", "smoothing": 0.0}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ class BenchmarkOptions:
         Bench,
         Flag(
             "inference, train, both (the default), or profile (count, run nothing); with --compare inference (the "
-            "default) or train; load: from a file to the first logits; data: from an image file to a tensor."
+            "default) or train; load: from a file to the first logits; data: from an image file to a tensor. "
+            "A checkpoint of masked image modelling is trained to predict visual tokens of masked patches; inference "
+            "runs it without that head."
         ),
     ] = "inference"
     batch_size: Annotated[
@@ -94,7 +99,10 @@ class BenchmarkOptions:
     gp: Annotated[str | None, Flag("Pooling: avg or token.")] = None
     model_kwargs: Annotated[
         tuple[tuple[str, Any], ...],
-        Flag("Fields of BeitConfig: field=value ...", reads={"type": pair, "nargs": "*", "metavar": "FIELD=VALUE"}),
+        Flag(
+            "Fields of BeitConfig, or what else create_model takes: field=value ...",
+            reads={"type": pair, "nargs": "*", "metavar": "FIELD=VALUE"},
+        ),
     ] = ()
     channels_last: Annotated[bool, Flag("Keep images and kernels in that memory format.")] = False
     torchcompile: Annotated[
@@ -115,7 +123,7 @@ class BenchmarkOptions:
     ] = True
     detail: Annotated[bool, Flag("Time forward, backward and update of a training step as well.")] = False
     seed: Annotated[int, Flag("Of weights, images and the order of rounds.")] = 0
-    opt: Annotated[str, Flag("Any optimizer of timm.")] = "sgd"
+    opt: Annotated[str, Flag("Any optimizer of timm; adamw where visual tokens are predicted.")] = "sgd"
     opt_eps: Annotated[float | None, Flag("Its epsilon.")] = None
     opt_betas: Annotated[tuple[float, float] | None, Flag("Its betas.")] = None
     momentum: Annotated[float, Flag("Its momentum.")] = 0.9
@@ -123,7 +131,7 @@ class BenchmarkOptions:
     lr: Annotated[float, Flag("Its learning rate.")] = 0.0001
     clip_grad: Annotated[float | None, Flag("Bound of the gradient.")] = None
     clip_mode: Annotated[ClipMode, Flag("What that bounds: norm, value, or agc (relative to the weights).")] = "norm"
-    smoothing: Annotated[float, Flag("Label smoothing.")] = 0.1
+    smoothing: Annotated[float, Flag("Label smoothing; none where visual tokens are predicted.")] = 0.1
     drop: Annotated[float, Flag("Dropout before the head.")] = 0.0
     drop_path: Annotated[float | None, Flag("Stochastic depth.")] = None
     subject: Annotated[str, Flag("Our side of a comparison: beitzoo, beitzoo+compile or beitzoo+optimize.")] = "beitzoo"
@@ -156,7 +164,7 @@ class BenchmarkOptions:
             bool(self.images) == (self.bench == "data"),
             f"--bench {self.bench} {'needs' if self.bench == 'data' else 'has no use for'} --images FILE ...",
         )
-        self.network()
+        self._check_head()
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -167,8 +175,9 @@ class BenchmarkOptions:
     def overrides(self) -> dict[str, Any]:
         """The arguments of `create_model` behind the name."""
         channels, *size = self.input_size or (None, self.img_size, self.img_size)
-        pretrained = self._entry().pretrained
-        headless = pretrained is not None and not isinstance(pretrained.head, Classify)
+        trained = self._entry().pretrained
+        kept = (Classify, Mim) if self.bench == "train" else Classify
+        headless = trained is not None and not isinstance(trained.head, kept)
         return {
             "in_chans": channels,
             "img_size": None if size[0] is None else tuple(size),
@@ -186,7 +195,16 @@ class BenchmarkOptions:
             InvalidValueError: The name is unknown, or the network impossible.
             InvalidOptionError: It has no such field.
         """
-        return override(self._entry().config, **self.overrides)
+        return self._plan().wanted
+
+    @property
+    def mim(self) -> MimConfig | None:
+        """The head of masked image modelling, if that is trained."""
+        return self._plan().mim
+
+    def phase(self, phase: Phase) -> "BenchmarkOptions":
+        """Return the options of one of the phases."""
+        return replace(self, bench=phase)
 
     def others(self) -> str:
         """Write what was asked for beside what has a column of its own, as flags; empty if nothing was."""
@@ -206,7 +224,34 @@ class BenchmarkOptions:
     def _entry(self) -> "Entry":
         from beitzoo.factory import look_up
 
-        return look_up(self.model)
+        return look_up(self.model, head=Mim if self._head() == "mim" else None)
+
+    def _head(self) -> object:
+        return dict(self.model_kwargs).get("head")
+
+    def _plan(self) -> "Plan":
+        from beitzoo.weights.adapt import make_plan
+
+        entry = self._entry()
+        trained = entry.pretrained.head if entry.pretrained else Classify(num_classes=entry.config.num_classes)
+        wanted = {name: value for name, value in self.overrides.items() if name != "head"}
+        return make_plan(entry.name, entry.config, trained, wanted, Mim if self._head() == "mim" else None)
+
+    def _check_head(self) -> None:
+        """Make sure that the network can be built, and trained as asked for."""
+        check(
+            self._head() is None or (self._head() == "mim" and self.bench == "train"),
+            f"head={self._head()} with --bench {self.bench}; there is head=mim with --bench train.",
+        )
+        self.network()
+        if self.bench == "both":
+            self.phase("train")
+        unused = [name for name in ("drop", "gp") if getattr(self, name)] if self.mim else []
+        check(
+            not unused,
+            f"--{' and --'.join(unused)} without a head for classes: {self.model} is trained to predict visual tokens. "
+            "Leave that out, or give --num-classes.",
+        )
 
     def _check_files(self) -> None:
         asked = [f"--{_spelled(one.name)}" for one in fields(self) if getattr(self, one.name) != one.default]
@@ -249,7 +294,9 @@ class SweepOptions:
         else:
             device = usable_device(given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
             given = {"batch_size": 1 if device.type == "cpu" else 256, **given, "device": str(device)}
-        return [BenchmarkOptions(model=name, peer=peer, **given) for name in names for peer in peers]
+        return [
+            _with_defaults(BenchmarkOptions(model=name, peer=peer, **given), given) for name in names for peer in peers
+        ]
 
     def _precision(self) -> str:
         """Join timm's three flags."""
@@ -261,6 +308,13 @@ class SweepOptions:
         if self.amp or precision == "amp":
             return "amp" if self.amp_dtype == "float16" else "amp_bfloat16"
         return precision
+
+
+def _with_defaults(job: BenchmarkOptions, given: Mapping[str, Any]) -> BenchmarkOptions:
+    """Fill in what was not given as BEiT's pretraining has it, if that is what is timed."""
+    missing = {name: value for name, value in _OF_PRETRAINING.items() if name not in given}
+    pretrains = "train" in job.phases and job.phase("train").mim is not None
+    return replace(job, **missing) if pretrains else job
 
 
 def usable_device(name: str) -> "torch.device":

@@ -18,9 +18,11 @@ from beitzoo.measure import steps
 from beitzoo.measure.options import BenchmarkOptions, Precision
 from beitzoo.measure.steps import rounded
 from beitzoo.models.beit import Beit
+from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.optimize import optimize
 from beitzoo.results import Row
 from beitzoo.saving import save_pretrained, save_transformers
+from beitzoo.weights.timm_form import timm_lacks
 from beitzoo.zoo import costs
 from beitzoo.zoo.networks import BeitConfig
 
@@ -38,13 +40,15 @@ class Side:
         images: (B, in_chans, height, width), float32.
         options: What was asked for, with the precision of this side.
         folder: Where it can put files.
+        mask: (B, h w), of a masked image model; None for any other.
     """
 
     name: str
-    model: Beit
+    model: Beit | MaskedImageModel
     images: Tensor
     options: BenchmarkOptions
     folder: Path
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Peer:
 
     Attributes:
         packages: Distributions it needs; the first is the one whose version counts.
-        module: Makes a module that maps images to our model's output, float32.
+        module: Makes a module that maps images, with the mask if there is one, to our model's output, float32.
         compiled: Run the module through torch.compile.
         runtime: Makes a call that returns the output for the images.
     """
@@ -83,23 +87,19 @@ def compare(options: BenchmarkOptions) -> Row:
         UserError: One of them cannot do what was asked for.
     """
     assert options.peer is not None
-    torch.manual_seed(options.seed)
-    model = create_model(
-        options.model, checkpoint_path=options.checkpoint, device=options.device, **options.overrides
-    ).eval()
-    if options.checkpoint is None:
-        randomise(model)
-    images = steps.random_images(model.config, options, model.cls_token.device)
-    with torch.inference_mode():
-        exact = model(images)
-    steps.set_switches(options)
-    own = replace(options, precision=options.subject_precision or options.precision)
     with tempfile.TemporaryDirectory() as folder:
-        ours = _prepare(Side(options.subject, model, images, own, Path(folder, "ours")))
-        theirs = _prepare(Side(options.peer, model, images, options, Path(folder, "theirs")))
-        times = _time(ours, theirs, model.config, own)
+        their_side = _side(options, Path(folder, "theirs"))
+        own = replace(options, precision=options.subject_precision or options.precision)
+        our_side = replace(their_side, name=options.subject, options=own, folder=Path(folder, "ours"))
+        model, config = our_side.model, our_side.model.backbone.config
+        inputs = [one for one in (our_side.images, our_side.mask) if one is not None]
+        with torch.inference_mode():
+            exact = steps.stacked(model(*inputs))
+        steps.set_switches(options)
+        ours, theirs = _prepare(our_side), _prepare(their_side)
+        times = _time(ours, theirs, config, own)
     return publishable(
-        _timed_columns(times, model.config, options)
+        _timed_columns(times, config, options)
         | {
             "output_difference": rounded(relative_difference(theirs.output, ours.output)),
             "subject_error": rounded(relative_difference(ours.output, exact)),
@@ -109,6 +109,30 @@ def compare(options: BenchmarkOptions) -> Row:
             "peer_version": peer_version(options.peer),
         }
     )
+
+
+def measure_memory(options: BenchmarkOptions) -> Row:
+    """Take training steps with the peer alone; return the most memory in use, in MB, of a process that does no more."""
+    steps.set_switches(options)
+    with tempfile.TemporaryDirectory() as folder:
+        training = _training(_side(options, Path(folder, "peer")))
+    for _ in range(2):  # from the second on, the optimizer has its state
+        training()
+    return {"peak_memory": round(steps.peak_memory(torch.device(options.device)), 1)}
+
+
+def _side(options: BenchmarkOptions, folder: Path) -> Side:
+    """Make the peer's side: our network with random weights, and a random batch."""
+    assert options.peer is not None
+    torch.manual_seed(options.seed)
+    model = create_model(
+        options.model, checkpoint_path=options.checkpoint, device=options.device, **options.overrides
+    ).eval()
+    if options.checkpoint is None:
+        randomise(model)
+    config = model.backbone.config
+    images = steps.random_images(config, options, model.backbone.cls_token.device)
+    return Side(options.peer, model, images, options, folder, steps.random_mask(config, options, images.device))
 
 
 def publishable(row: Row) -> Row:
@@ -125,27 +149,38 @@ def publishable(row: Row) -> Row:
 
 def _prepare(side: Side) -> _Ready:
     """Build one side and run it once."""
-    side.folder.mkdir()
-    peer, options, device = PEERS[side.name], side.options, side.images.device
+    runtime, device = PEERS[side.name].runtime, side.images.device
+    if side.options.bench == "train":
+        training = _training(side)
+        with torch.no_grad():
+            output = training.outputs()
+        return _Ready(training, output, steps.time_call(training, device))
+    if runtime is not None:
+        side.folder.mkdir()
+        return _run_once(runtime(side), device)
+    network, options = _network(side)
+    network = steps.prepared(network.eval(), options)
+    return _run_once(steps.inference_step(network, side.images, options.precision), device)
+
+
+def _training(side: Side) -> steps.TrainingStep:
+    network, options = _network(side)
+    return steps.TrainingStep(network, side.images, options, side.mask)
+
+
+def _network(side: Side) -> tuple[nn.Module, BenchmarkOptions]:
+    """Build a side that is a module; return with it the options by which it is prepared."""
+    peer, options = PEERS[side.name], side.options
     if peer.module is None:
-        assert peer.runtime is not None
-        if options.bench == "train":
-            raise UnsupportedError(f"{side.name} does not train; compare it with --bench inference.")
-        return _run_once(peer.runtime(side), device)
+        raise UnsupportedError(f"{side.name} does not train; compare it with --bench inference.")
     if options.precision == "int8":
         raise UnsupportedError(
             f"{side.name} has no int8; compare it in another --precision, ours by --subject-precision."
         )
-    network = peer.module(side).to(device)
+    side.folder.mkdir()
     # Only those are compiled whose name says so.
-    options = replace(options, torchcompile=(options.torchcompile or "inductor") if peer.compiled else None)
-    if options.bench == "train":
-        training = steps.TrainingStep(network, side.images, options)
-        with torch.no_grad():
-            output = training.outputs()
-        return _Ready(training, output, steps.time_call(training, device))
-    network = steps.prepared(network.eval(), options)
-    return _run_once(steps.inference_step(network, side.images, options.precision), device)
+    compiler = (options.torchcompile or "inductor") if peer.compiled else None
+    return peer.module(side).to(side.images.device), replace(options, torchcompile=compiler)
 
 
 def _run_once(step: Callable[[], Any], device: torch.device) -> _Ready:
@@ -186,7 +221,10 @@ def _gemm_columns(times: dict[str, list[float]], config: BeitConfig, options: Be
     A training step is counted as three forward passes, the usual estimate.
     """
     passes = 3 if options.bench == "train" else 1
-    work = 2 * passes * options.batch_size * costs.macs(config)
+    macs = costs.macs(config)
+    if (mim := options.mim) is not None:
+        macs = costs.mim_macs(config, mim, steps.masked_patches(config.grid_size))
+    work = 2 * passes * options.batch_size * macs
     row: Row = {"gflops": rounded(work / statistics.median(times["ours"]) / 1e9)}
     if "gemm" not in times:
         return row
@@ -275,16 +313,17 @@ def peer_version(name: str) -> str:
 
 
 class _Logits(nn.Module):
-    """A network of transformers that gives its output alone, not a record of outputs."""
+    """A network of transformers that gives what is read of its outputs; with a mask, where that is."""
 
-    def __init__(self, network: nn.Module, output: str) -> None:
+    def __init__(self, network: nn.Module, read: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.network = network
-        self.output = output
+        self.read = read
 
-    def forward(self, images: Tensor) -> Tensor:
-        output: Tensor = getattr(self.network(images), self.output)
-        return output
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            return self.read(self.network(images))
+        return self.read(self.network(images, bool_masked_pos=mask))[mask]
 
     def set_grad_checkpointing(self) -> None:
         self.network.gradient_checkpointing_enable()  # type: ignore[operator]
@@ -297,6 +336,14 @@ def _ours(side: Side) -> nn.Module:
 def _timm(side: Side) -> nn.Module:
     import timm
 
+    if side.mask is not None:
+        raise UnsupportedError(
+            f"timm has no masked image modelling to train {side.options.model} by; compare it with transformers, or "
+            "give --num-classes to train it as a classifier."
+        )
+    lacking = timm_lacks(side.model.backbone.config)
+    if lacking is not None:
+        raise UnsupportedError(f"timm cannot build {side.options.model}: {lacking}. Compare it with transformers.")
     save_pretrained(side.model, side.folder / "timm")
     network: nn.Module = timm.create_model(f"local-dir:{side.folder / 'timm'}", pretrained=True)
     return network
@@ -307,10 +354,35 @@ def _transformers(side: Side) -> nn.Module:
 
     transformers.utils.logging.disable_progress_bar()
     folder = side.folder / "transformers"
+    if isinstance(side.model, MaskedImageModel) and side.model.config.early_layers:
+        raise UnsupportedError(
+            f"transformers has no patch aggregation, with which {side.options.model} is trained; time our network "
+            "alone by leaving out --compare, or use --bench inference."
+        )
     save_transformers(side.model, folder)
+    if isinstance(side.model, MaskedImageModel):
+        return _Logits(transformers.BeitForMaskedImageModeling.from_pretrained(folder), _logits)
     if side.model.num_classes:
-        return _Logits(transformers.BeitForImageClassification.from_pretrained(folder), "logits")
-    return _Logits(transformers.BeitModel.from_pretrained(folder), "pooler_output")
+        return _Logits(transformers.BeitForImageClassification.from_pretrained(folder), _logits)
+    config = side.model.config
+    read = _mean_of_patches if config.global_pool == "avg" and not config.norm_after_pooling else _pooled
+    return _Logits(transformers.BeitModel.from_pretrained(folder), read)
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits: Tensor = outputs.logits
+    return logits
+
+
+def _pooled(outputs: Any) -> Tensor:
+    features: Tensor = outputs.pooler_output
+    return features
+
+
+def _mean_of_patches(outputs: Any) -> Tensor:
+    """Pool normed tokens: where they are normed, transformers' pooler takes the class token."""
+    tokens: Tensor = outputs.last_hidden_state
+    return tokens[:, 1:].mean(dim=1)
 
 
 def _optimized(side: Side) -> Callable[[], Tensor]:

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from beitzoo.factory import create_model
+from beitzoo.images.masks import Masking, draw_mask, sample_generator
 from beitzoo.measure.options import BenchmarkOptions, Precision
 from beitzoo.results import Row
-from beitzoo.zoo.networks import BeitConfig
+from beitzoo.zoo.networks import BeitConfig, Pair
 
 CPU = torch.device("cpu")
 # A ratio whose interval is wider than this factor is not published.
@@ -43,14 +44,17 @@ def measure_steps(options: BenchmarkOptions) -> Row:
         options.model, checkpoint_path=options.checkpoint, device=options.device, dtype=dtype, **options.overrides
     )
     load_time = time.perf_counter() - started
-    images = random_images(model.config, options, model.cls_token.device)
-    training = TrainingStep(model, images, options) if options.bench == "train" else None
+    config = model.backbone.config
+    images = random_images(config, options, model.backbone.cls_token.device)
+    training = None
+    if options.bench == "train":
+        training = TrainingStep(model, images, options, random_mask(config, options, images.device))
     step = training or inference_step(prepared(model.eval(), options), images, options.precision)
     compile_time = round(time_call(step, images.device), 3) if options.torchcompile else None
     times = time_steps(step, options.num_warm_iter, options.num_bench_iter, images.device)
     prefix = "train" if training else "infer"
     return {
-        f"{prefix}_img_size": model.config.img_size[1],
+        f"{prefix}_img_size": config.img_size[1],
         **timed_columns(prefix, times, options.batch_size),
         **(training.parts(options.num_bench_iter) if training and options.detail else {}),
         "load_time": round(load_time, 3),
@@ -86,6 +90,21 @@ def random_images(config: BeitConfig, options: BenchmarkOptions, device: torch.d
     return images.contiguous(memory_format=torch.channels_last) if options.channels_last else images
 
 
+def random_mask(config: BeitConfig, options: BenchmarkOptions, device: torch.device) -> Tensor | None:
+    """Mask blocks of patches, as many in each image, (B, h w); None where no visual tokens are predicted."""
+    if options.mim is None:
+        return None
+    masking = Masking(grid=config.grid_size, count=masked_patches(config.grid_size), exact=True)
+    images = range(options.batch_size)
+    masks = [draw_mask(masking, sample_generator(options.seed, 0, image, "mask")) for image in images]
+    return torch.stack(masks).flatten(1).to(device)
+
+
+def masked_patches(grid: Pair) -> int:
+    """Say how many patches of a grid are masked: BEiT's share, 75 of 196."""
+    return max(1, round(math.prod(grid) * 75 / 196))
+
+
 def prepared(network: nn.Module, options: BenchmarkOptions) -> nn.Module:
     """Bring a network, ours or a peer's, into the asked precision and memory format, and compile it if asked to."""
     network = network.to(stored_dtype(options.precision))
@@ -118,16 +137,23 @@ def casting(precision: Precision, device: torch.device) -> AbstractContextManage
 class TrainingStep:
     """Forward, backward and update of a network on one fixed batch, by timm's optimizers; call it for one step.
 
+    With a mask, (B, h w), the network is called with it too. It returns logits of the masked patches, those of patch
+    aggregation beside, and their losses are added.
+
     Attributes:
         network: What is trained, prepared as asked for.
     """
 
-    def __init__(self, network: nn.Module, images: Tensor, options: BenchmarkOptions) -> None:
+    def __init__(
+        self, network: nn.Module, images: Tensor, options: BenchmarkOptions, mask: Tensor | None = None
+    ) -> None:
         from timm.optim import create_optimizer_v2  # late: importing timm costs seconds
 
         self._options, self._precision = options, options.precision
         self.network = prepared(network.train(), options)
-        self._images = images.to(stored_dtype(self._precision))
+        images = images.to(stored_dtype(self._precision))
+        self._inputs = (images,) if mask is None else (images, mask)
+        self._device = images.device
         self._targets: Tensor | None = None
         self._loss: Tensor | None = None
         given: dict[str, Any] = {"eps": options.opt_eps, "betas": options.opt_betas}
@@ -148,29 +174,37 @@ class TrainingStep:
         self._update()
 
     def outputs(self) -> Tensor:
-        """Return what the network makes of the batch without dropout."""
+        """Return what the network makes of the batch without dropout; that of several heads is stacked."""
         self.network.eval()
-        with casting(self._precision, self._images.device):
-            output: Tensor = self.network(self._images)
+        with casting(self._precision, self._device):
+            output = stacked(self.network(*self._inputs))
         self.network.train()
         return output
+
+    def loss(self) -> Tensor:
+        """Return the loss of the batch."""
+        with casting(self._precision, self._device):
+            outputs = self.network(*self._inputs)
+            several = [outputs] if isinstance(outputs, Tensor) else outputs
+            # Tokens that were not pooled are classified one by one.
+            logits = [one.flatten(0, -2) for one in several]
+            if self._targets is None:
+                count, classes = logits[0].shape
+                generator = torch.Generator().manual_seed(self._options.seed)
+                self._targets = torch.randint(classes, (count,), generator=generator).to(self._device)
+            losses = [F.cross_entropy(one, self._targets, label_smoothing=self._options.smoothing) for one in logits]
+            return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def parts(self, count: int) -> Row:
         """Time the three parts of a step each, `count` times; return the mean milliseconds."""
         times: dict[str, list[float]] = {"fwd": [], "bwd": [], "opt": []}
         for _ in range(count):
             for name, part in {"fwd": self._forward, "bwd": self._backward, "opt": self._update}.items():
-                times[name].append(1e3 * time_call(part, self._images.device))
+                times[name].append(1e3 * time_call(part, self._device))
         return {f"train_{name}_time": round(statistics.fmean(values), 3) for name, values in times.items()}
 
     def _forward(self) -> None:
-        with casting(self._precision, self._images.device):
-            outputs = self.network(self._images).flatten(0, -2)  # tokens that were not pooled are classified one by one
-            if self._targets is None:
-                count, classes = outputs.shape
-                generator = torch.Generator().manual_seed(self._options.seed)
-                self._targets = torch.randint(classes, (count,), generator=generator).to(outputs.device)
-            self._loss = F.cross_entropy(outputs, self._targets, label_smoothing=self._options.smoothing)
+        self._loss = self.loss()
 
     def _backward(self) -> None:
         assert self._loss is not None
@@ -187,6 +221,11 @@ class TrainingStep:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
+
+
+def stacked(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return the output of a network, or those of its several heads as one tensor."""
+    return outputs if isinstance(outputs, Tensor) else torch.stack(list(outputs))
 
 
 def stored_dtype(precision: Precision) -> torch.dtype:

@@ -25,7 +25,7 @@ from beitzoo.errors import InvalidValueError, UserError, is_out_of_memory
 from beitzoo.factory import create_model
 from beitzoo.measure import data_path, steps
 from beitzoo.measure.options import BenchmarkOptions
-from beitzoo.measure.peers import check_installed, compare, peer_version
+from beitzoo.measure.peers import check_installed, compare, measure_memory, peer_version
 from beitzoo.results import ENVIRONMENT, Row, Table
 from beitzoo.saving import save_pretrained, save_transformers
 from beitzoo.zoo import costs
@@ -52,7 +52,8 @@ _PIXELS = ("images_per_sec", "max_difference", "mean_difference", "images", "mea
 _TIMM = ("model", *_INFER, *_TRAIN, "param_count", "infer_gmacs", "infer_macts")
 _SIDES = ("peer", "peer_version", "subject", "subject_precision")
 _PEER_STEP = tuple(f"peer_{name}" for name in _STEP)
-_COMPARED = (*_RATIO, *_STEP, *_PEER_STEP, *_ERRORS, *_RATES, "subject_precision", "peer_version")
+_MEMORY = ("peak_memory", "peer_peak_memory")
+_COMPARED = (*_RATIO, *_STEP, *_PEER_STEP, *_ERRORS, *_RATES, *_MEMORY, "subject_precision", "peer_version")
 BENCHMARK_COLUMNS = (*_TIMM, *_SPREAD, "load_time", *_ASKED, *ENVIRONMENT, "error")
 COMPARISON_COLUMNS = ("model", "peer", "subject", *_COMPARED, *_ASKED, *ENVIRONMENT, "error")
 LOADING_COLUMNS = ("model", "library", *_RATIO, "load_time", "logits_time", "added_memory", "rounds", *ENVIRONMENT)
@@ -130,12 +131,13 @@ def _ask_speed(job: BenchmarkOptions) -> list[Row]:
 
 
 def _measure_speed(job: BenchmarkOptions) -> list[Row]:
-    row: Row = {**costs.columns(job.network())}
+    mim = job.phase("train").mim if "train" in job.phases else None
+    row: Row = {**costs.columns(job.network(), mim)}
     if job.bench == "profile":
         return [row | {"infer_img_size": job.network().img_size[1], "infer_batch_size": 1}]  # nothing runs
     errors = []
     for phase in job.phases:
-        outcome = _run_phase(replace(job, bench=phase))
+        outcome = _run_phase(job.phase(phase))
         row |= outcome.result or {}
         if outcome.error is not None:
             errors.append(f"{phase}: {outcome.error}" if len(job.phases) > 1 else outcome.error)
@@ -180,7 +182,23 @@ def _measure_comparison(job: BenchmarkOptions) -> list[Row]:
     except InvalidValueError as error:
         return [{"error": str(error)}]
     outcome = run_in_child(compare, job, limit_memory=job.device == "cpu")
-    return [{"error": outcome.error} if outcome.result is None else outcome.result]
+    if outcome.result is None:
+        return [{"error": outcome.error}]
+    return [outcome.result | _measure_memory(job)] if job.bench == "train" else [outcome.result]
+
+
+def _measure_memory(job: BenchmarkOptions) -> Row:
+    """Let each side take training steps in a process of its own, and return the most memory it had in use."""
+    row: Row = {}
+    sides = {"": (job.subject, job.subject_precision or job.precision), "peer_": (job.peer, job.precision)}
+    for prefix, (name, precision) in sides.items():
+        alone = replace(job, peer=name, precision=precision)
+        outcome = run_in_child(measure_memory, alone, limit_memory=job.device == "cpu")
+        if outcome.result is None:
+            row["error"] = f"memory of {name}: {outcome.error}"
+        else:
+            row[f"{prefix}peak_memory"] = outcome.result["peak_memory"]
+    return row
 
 
 def _ask_loading(job: BenchmarkOptions) -> list[Row]:

@@ -151,7 +151,7 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
 
 def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
     """Write the config.json from which `parse`, and timm, build the same network and transform."""
-    lacking = _timm_lacks(config)
+    lacking = timm_lacks(config)
     if lacking is not None and not isinstance(pretrained.head, Mim):  # of those nobody expects it
         _logger.warning("timm will not read this model: %s.", lacking)
     settled = replace(config, use_fc_norm=config.norm_after_pooling)
@@ -182,7 +182,7 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-def _timm_lacks(config: BeitConfig) -> str | None:
+def timm_lacks(config: BeitConfig) -> str | None:
     """Say what timm 1.0.31 would read as something else; None if nothing.
 
     An epsilon below its own, such as transformers' 1e-12, moves outputs by rounding only and is let pass.

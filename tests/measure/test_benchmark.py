@@ -14,6 +14,7 @@ from beitzoo.measure import benchmark, sweep
 from beitzoo.measure.options import BenchmarkOptions
 from beitzoo.measure.sweep import Outcome
 from beitzoo.results import Row
+from beitzoo.zoo.networks import MimConfig
 from beitzoo.zoo.registry import list_models
 
 TIMM_COLUMNS = ["model", "infer_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size"]
@@ -114,6 +115,29 @@ def test_a_checkpoint_without_classes_is_run_as_a_backbone() -> None:
     assert BenchmarkOptions(model="beit_base_patch16_224.mim_in22k", num_classes=3).network().num_classes == 3
 
 
+def test_a_checkpoint_of_masked_image_modelling_is_trained_as_in_its_pretraining(asked: list[BenchmarkOptions]) -> None:
+    line = "-m beitv2_base_patch16_224.mim_in1k --device cpu --bench"
+    assert call(f"{line} train") == call(f"{line} both") == call(f"{line} inference") == 0
+    assert call(f"{line} train --num-classes 10") == call(f"{line} train --opt sgd --smoothing 0.2") == 0
+    flags = "--opt adamw --smoothing 0.0"
+    assert [job.others() for job in asked] == [flags, flags, "", "--num-classes 10", "--smoothing 0.2"]
+    heads = [MimConfig(early_layers=9), None, None, None, MimConfig(early_layers=9)]
+    assert [job.mim for job in asked] == heads
+    assert asked[1].phase("train").mim == heads[0]
+    assert call("-m test_beit --bench train --model-kwargs head=mim vocab_size=40 --device cpu") == 0
+    assert (asked[-1].mim, asked[-1].opt) == (MimConfig(vocab_size=40), "adamw")
+
+
+def test_what_is_trained_is_what_is_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "run_in_child", lambda *_, **__: Outcome({}))
+    counts = {"train": 91.97, "both": 91.97, "inference": 85.67}
+    for bench, count in counts.items():
+        assert call(f"-m beit_base_patch16_224.mim_in22k --bench {bench} --device cpu") == 0
+        assert json.loads(capsys.readouterr().out.partition("--result\n")[2])["param_count"] == count
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -144,6 +168,15 @@ def test_a_checkpoint_without_classes_is_run_as_a_backbone() -> None:
         ("--model test_beit --bench load --img-size 64", "--bench load has no use for --img-size; leave that out"),
         ("--model test_beit --bench data --images x", "--bench data uses the transform of beit_base_patch16_224.in22k"),
         ("--bench data", "--bench data needs --images FILE"),
+        (
+            "--model test_beit --model-kwargs head=mim",
+            "head=mim with --bench both; there is head=mim with --bench train",
+        ),
+        ("--model test_beit --bench train --model-kwargs head=mae", "head=mae with --bench train; there is head=mim"),
+        (
+            "--model beit_base_patch16_224.mim_in22k --bench train --drop 0.1 --gp avg",
+            "--drop and --gp without a head for classes",
+        ),
         ("--model test_beit --images x", "--bench both has no use for --images"),
         ("--model test_beit --compare tim", "There is no peer 'tim'; did you mean 'timm'"),
         ("--model test_beit --compare timm --subject timm+zoo", "There is no peer 'timm+zoo'"),

@@ -20,6 +20,7 @@ from beitzoo.results import read_rows
 from beitzoo.zoo import costs
 from beitzoo.zoo.networks import BeitConfig
 
+SIDES = ("beitzoo", "transformers")
 OPTIONS = BenchmarkOptions(model="test_beit", batch_size=2, num_warm_iter=0, num_bench_iter=1, peer="timm")
 
 
@@ -67,6 +68,49 @@ def test_training_steps_are_compared(peer: str) -> None:
     assert float(row["ratio"] or 0) > 0
 
 
+MIM = replace(
+    OPTIONS,
+    peer="transformers",
+    bench="train",
+    model_kwargs=(("head", "mim"), ("vocab_size", 40)),
+    opt="adamw",
+    smoothing=0.0,
+)
+
+
+def test_transformers_has_the_same_loss_of_masked_patches(tmp_path: Path) -> None:
+    ours, theirs = (peers._training(peers._side(replace(MIM, peer=name), tmp_path / name)) for name in SIDES)
+    assert isinstance(theirs.network, peers._Logits)
+    assert type(theirs.network.network).__name__ == "BeitForMaskedImageModeling"
+    assert theirs.outputs().shape == (12, 40)
+    for _ in range(2):  # before the first step, and behind it
+        assert theirs.loss().item() == pytest.approx(ours.loss().item(), abs=1e-4)
+        ours(), theirs()
+
+
+@pytest.mark.usefixtures("no_inference_tensors")
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("amp_bfloat16", 3e-2)])
+def test_steps_of_masked_image_modelling_are_compared(precision: Any, tolerance: float) -> None:
+    row = compare(replace(MIM, precision=precision))
+    assert set(row) <= set(COMPARISON_COLUMNS)
+    assert row["output_difference"] is not None
+    assert float(row["output_difference"] or 0) < tolerance
+    assert float(row["ratio"] or 0) > 0
+
+
+@pytest.mark.usefixtures("no_inference_tensors")
+def test_without_its_head_a_masked_image_model_is_compared_as_features(tmp_path: Path) -> None:
+    beitzoo.save_pretrained(beitzoo.create_model("test_beit", head="mim", vocab_size=40), tmp_path)
+    options = replace(OPTIONS, model=str(tmp_path), peer="transformers")
+    assert 0 < float(compare(options)["output_difference"] or 0) < 1e-5
+    with pytest.raises(UnsupportedError, match=r"timm cannot build .*: it has no mask token"):
+        compare(replace(options, peer="timm"))
+
+
+def test_the_memory_of_training_is_measured() -> None:
+    assert float(peers.measure_memory(replace(MIM, peer="beitzoo"))["peak_memory"] or 0) > 100
+
+
 @pytest.mark.parametrize("peer", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_runtimes_take_our_network_as_onnx(peer: str) -> None:
     with warnings.catch_warnings():
@@ -93,6 +137,14 @@ def test_int8_is_compared_with_what_it_is_not() -> None:
         ),
         ({"peer": "openvino", "bench": "train"}, "openvino does not train"),
         ({"peer": "timm", "precision": "int8"}, "beitzoo has no int8"),
+        (
+            {"bench": "train", "model_kwargs": (("head", "mim"),)},
+            "timm has no masked image modelling to train test_beit by",
+        ),
+        (
+            {"peer": "transformers", "bench": "train", "model_kwargs": (("head", "mim"), ("early_layers", 1))},
+            "transformers has no patch aggregation, with which test_beit is trained",
+        ),
     ],
 )
 def test_what_cannot_be_compared_says_why(changed: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 import beitzoo
 from beitzoo.measure import steps
 from beitzoo.measure.options import BenchmarkOptions
+from beitzoo.models.mim import mim_loss
 
 CPU = torch.device("cpu")
 OPTIONS = BenchmarkOptions(model="test_beit", batch_size=2, num_warm_iter=0, num_bench_iter=1)
@@ -37,6 +38,45 @@ def test_the_parts_of_a_step_are_timed_when_asked_for() -> None:
     row = steps.measure_steps(replace(OPTIONS, bench="train", detail=True))
     parts = [float(row[f"train_{name}_time"] or 0) for name in ("fwd", "bwd", "opt")]
     assert all(part > 0 for part in parts)
+
+
+MIM = (("head", "mim"), ("vocab_size", 40))
+AGGREGATION = (*MIM, ("early_layers", 1), ("head_layers", 1))
+
+
+@pytest.mark.parametrize("fields", [MIM, AGGREGATION], ids=["one head", "patch aggregation"])
+def test_visual_tokens_of_masked_patches_are_learned(fields: Any) -> None:
+    options = replace(OPTIONS, bench="train", model_kwargs=fields, precision="amp_bfloat16", opt="adamw", detail=True)
+    row = steps.measure_steps(options)
+    assert (row["train_img_size"], row["train_batch_size"]) == (64, 2)
+    assert all(float(row[f"train_{name}"] or 0) > 0 for name in ("step_time", "fwd_time", "peak_memory"))
+
+
+@pytest.mark.parametrize("fields", [MIM, AGGREGATION], ids=["one head", "patch aggregation"])
+def test_the_loss_of_a_masked_image_model_is_that_of_pretraining(fields: Any) -> None:
+    options = replace(OPTIONS, bench="train", model_kwargs=fields, opt="adamw", smoothing=0.0, lr=1e-3)
+    model = beitzoo.create_model("test_beit", **options.overrides)
+    mask = steps.random_mask(model.backbone.config, options, CPU)
+    assert mask is not None
+    assert mask.sum(dim=1).tolist() == [6, 6]  # 6 of 16 are the nearest to 75 of 196
+    images = torch.randn(2, 3, 64, 64)
+    training = steps.TrainingStep(model, images, options, mask)
+    targets = torch.randint(40, (12,), generator=torch.Generator().manual_seed(options.seed))
+    before = training.loss().item()
+    assert before == pytest.approx(mim_loss(model(images, mask), targets).item(), abs=1e-5)
+    for _ in range(3):
+        training()
+    assert training.loss().item() < before - 0.1
+
+
+def test_seventy_five_patches_of_an_image_at_224_are_masked() -> None:
+    options = replace(OPTIONS, model="beit_base_patch16_224.mim_in22k", bench="train", batch_size=4)
+    mask = steps.random_mask(options.network(), options, CPU)
+    assert mask is not None
+    assert mask.sum(dim=1).tolist() == [75] * 4
+    assert len({tuple(one) for one in mask.tolist()}) == 4
+    blocks = mask.view(4, 14, 14)
+    assert (blocks[:, 1:] == blocks[:, :-1]).float().mean() > 0.75  # 0.53 of patches that are drawn one by one
 
 
 def stepped(**changed: Any) -> dict[str, Tensor]:

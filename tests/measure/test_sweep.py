@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from beitzoo.errors import InvalidValueError
-from beitzoo.measure import steps
+from beitzoo.measure import peers, steps
 from beitzoo.measure import sweep as room
 from beitzoo.measure.data_path import ROUTES
 from beitzoo.measure.options import BenchmarkOptions
@@ -44,7 +44,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
     assert [row["infer_gmacs"] for row in first] == [0.0, 0.0]
     measured: list[dict[str, float]] = []
     original = room.costs.columns
-    monkeypatch.setattr(room.costs, "columns", lambda config: measured.append(original(config)) or measured[-1])
+    monkeypatch.setattr(room.costs, "columns", lambda *asked: measured.append(original(*asked)) or measured[-1])
     assert len(list(sweep(jobs(4), {**STAMP, "date": "2030-01-01"}, table(path)))) == 4
     assert len(measured) == 2
     assert sizes(path) == [1, 2, 3, 4]
@@ -96,6 +96,23 @@ def test_an_absent_peer_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = sweep([job], STAMP, table(None, "comparison"))
     assert row["peer"] == "openvino"
     assert row["error"] == "openvino needs openvino, onnx, onnxscript; install it with: pip install 'beitzoo[peers]'"
+
+
+def test_memory_is_that_of_each_side_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str | None, str]] = []
+
+    def run(function: object, job: BenchmarkOptions, limit_memory: bool) -> Outcome[Row]:
+        if function is peers.compare:
+            return Outcome({"ratio": 1.5})
+        asked.append((job.peer, job.precision))
+        return Outcome({"peak_memory": 10.0}) if job.peer == "beitzoo" else Outcome(error="no room")
+
+    monkeypatch.setattr(room, "run_in_child", run)
+    job = BenchmarkOptions(model="test_beit", bench="train", peer="timm", subject_precision="amp")
+    (row,) = sweep([job], STAMP, table(None, "comparison"))
+    assert asked == [("beitzoo", "amp"), ("timm", "float32")]
+    assert (row["ratio"], row["peak_memory"], row["peer_peak_memory"]) == (1.5, 10.0, None)
+    assert row["error"] == "memory of timm: no room"
 
 
 def load_in_process(function: Callable[[Any], Row], load: steps.Load, **_: object) -> Outcome[Row]:
