@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from beitzoo.errors import MissingFileError
+from beitzoo.errors import MissingFileError, check
 from beitzoo.files import read_text
 from beitzoo.images.files import Encoded
 from beitzoo.images.folders import LeftOut
@@ -17,6 +17,8 @@ from beitzoo.images.shards import Shards
 
 WITHOUT_CLASS = "without one of the classes"
 CLASSES_FILE = "classes.txt"
+# Each class number below the largest is a class, so a number such as an identifier would make as many classes.
+_MOST_CLASSES = 1_000_000
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -53,14 +55,24 @@ def classes_of(shards: Shards, found: Sequence[Sequence[int | str | None] | Numb
         shards: The files.
         found: For each file, in their order, the class of each image; None where there is none.
         noted: Names of the classes that the files themselves state.
+
+    Raises:
+        InvalidValueError: A number is beyond all bounds.
     """
     if any(isinstance(label, str) for labels in found if not isinstance(labels, np.ndarray) for label in labels):
         words = [[None if label is None else str(label) for label in labels] for labels in found]
         names = tuple(sorted({word for those in words for word in those if word is not None}))
         number: dict[str | None, int] = {name: place for place, name in enumerate(names)}
         return Classes([_array([number.get(word, -1) for word in those]) for those in words], names)
-    numbers = [_array([-1 if label is None else int(label) for label in labels]) for labels in found]
+    numbers = [
+        _array([-1 if label is None else min(int(label), _MOST_CLASSES) for label in labels]) for labels in found
+    ]
     most = max((int(those.max()) for those in numbers if len(those)), default=-1)
+    check(
+        most < _MOST_CLASSES,
+        f"An image at {shards.root} has a class number of {_MOST_CLASSES:,} or more. Number the classes from 0, or "
+        "write them as words.",
+    )
     if most < 0:
         return Classes(numbers, None)
     return Classes(numbers, tuple(noted) or _names_of_file(shards) or tuple(map(str, range(most + 1))))

@@ -19,6 +19,7 @@ PARTS = {
 }
 _PART_OF = {word: part for part, words in PARTS.items() for word in words}
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_LONGEST_RANGE = 100_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def find_shards(path: Path, suffixes: tuple[str, ...], kind: str) -> Shards:
 
     Raises:
         MissingFileError: There are none.
-        FileAccessError: The folder cannot be listed.
+        FileAccessError: The folder cannot be listed, or what is there is no file.
     """
     path = full_path(path)
     if path.is_dir():
@@ -63,6 +64,9 @@ def find_shards(path: Path, suffixes: tuple[str, ...], kind: str) -> Shards:
             f"No {kind} at {path}. Give a folder with {' or '.join(suffixes)} files in it, one such file, or a pattern "
             "such as 'train-*' of them."
         )
+    for file in files:
+        if not file.is_file():  # a pipe would be waited for without end
+            raise FileAccessError(f"{file} is a folder, a pipe or a link to nothing. Remove it, or give other {kind}.")
     return Shards(root, _in_parts(root, files))
 
 
@@ -100,8 +104,10 @@ def _choices(inside: str) -> list[str]:
     first, dots, last = inside.partition("..")
     if not dots:
         return inside.split(",")
-    if not (first.isdecimal() and last.isdecimal()):
-        raise InvalidValueError(f"{{{inside}}} is no range; write one such as {{0000..0146}}.")
+    if not (first.isdecimal() and last.isdecimal() and int(last) - int(first) < _LONGEST_RANGE):
+        raise InvalidValueError(
+            f"{{{inside}}} is no range of at most {_LONGEST_RANGE:,} numbers; write one such as {{0000..0146}}."
+        )
     return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
 
 

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ import numpy as np
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
-from beitzoo.errors import FileAccessError, InvalidValueError, UnsupportedError
+from beitzoo.errors import FileAccessError, InvalidValueError, UnsupportedError, UserError
 from beitzoo.files import write_atomically
 from beitzoo.images.classes import classes_of, images_of
 from beitzoo.images.files import Encoded, ImageError
@@ -74,6 +76,9 @@ class Table:
         _ = self._starts
         return self
 
+    def __len__(self) -> int:
+        return self._starts[-1]
+
     def __getitem__(self, row: int) -> "TableRow":
         return TableRow(self.path, row, self)
 
@@ -129,14 +134,37 @@ def _copy(copy: Path, write: Callable[[Path], None]) -> None:
             older.unlink(missing_ok=True)
 
 
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file; what pyarrow finds wrong with it, now or when it is read, is an error that names it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            yield file
+    except UserError:
+        raise
+    except UnicodeEncodeError as error:
+        raise FileAccessError(f"{path} has a name that pyarrow cannot open: it is not text. Rename it.") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise FileAccessError(f"Cannot read {path}: {os.strerror(error.errno)}. Check its permissions.") from error
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> InvalidValueError:
+    reason = " ".join(reason.split()).rstrip(".")
+    return InvalidValueError(f"{path} cannot be read as Parquet: {reason}. Get it again, or remove it.")
+
+
 def _image_bytes(path: Path, form: _Form) -> Iterator[Any]:
     """Yield the image files of a table, as arrays of bytes of some hundred rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     column = f"{form.image}.bytes" if form.in_struct else form.image
-    with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+    with _parquet(path) as file:
         for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[column], use_threads=False):
             values = batch.column(0)
             yield (pc.struct_field(values, "bytes") if form.in_struct else values).cast(pa.large_binary())
@@ -187,7 +215,11 @@ def find_tables(path: Path) -> ImageSet:
         raise InvalidValueError(f"The tables at {shards.root} have different classes; give those of one data set.")
     found = [_labels(file, form) for file, form in forms.items()]
     classes = classes_of(shards, found, next(iter(names), ()))
-    return images_of(shards, _tables(forms), classes, LeftOut())
+    tables = _tables(forms)
+    for table, labels in zip(tables, found, strict=True):
+        if len(table) != len(labels):
+            raise _damaged(table.path, f"it has {len(table)} images, but {len(labels)} rows")
+    return images_of(shards, tables, classes, LeftOut())
 
 
 def _tables(forms: dict[Path, _Form]) -> list[Table]:
@@ -203,32 +235,14 @@ def _tables(forms: dict[Path, _Form]) -> list[Table]:
             sum(missing) / 1e9,
             _copies(),
         )
-    return [_opened(table) for table in tables]
-
-
-def _opened(table: Table) -> Table:
-    import pyarrow as pa
-
-    try:
-        return table.open()
-    except pa.ArrowException as error:
-        raise _damaged(table.path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> InvalidValueError:
-    return InvalidValueError(f"{path} cannot be read as Parquet: {str(error).rstrip('.')}. Get it again, or remove it.")
+    return [table.open() for table in tables]
 
 
 def _form(path: Path) -> _Form:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        schema = pq.read_schema(path)
-    except pa.ArrowException as error:
-        raise _damaged(path, error) from error
-    except OSError as error:
-        raise FileAccessError(f"Cannot read {path}: {error.strerror or error}. Check its permissions.") from error
+    with _parquet(path) as file:
+        schema = file.schema_arrow
     features = _hub_features(schema.metadata or {})
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
     called_images = (name for name, kind in kinds.items() if kind == "Image")
@@ -242,7 +256,8 @@ def _form(path: Path) -> _Form:
     classes = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
     label = _LABEL_NAME if _LABEL_NAME in schema.names else classes[0] if len(classes) == 1 else None
     names = features[label].get("names") if label in classes else None
-    return _Form(image, pa.types.is_struct(schema.field(image).type), label, None if names is None else tuple(names))
+    named = tuple(map(str, names)) if isinstance(names, list) else None
+    return _Form(image, pa.types.is_struct(schema.field(image).type), label, named)
 
 
 def _hub_features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
@@ -257,7 +272,7 @@ def _hub_features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
 def _holds_bytes(schema: Any, name: str) -> bool:
     import pyarrow as pa
 
-    if name not in schema.names:
+    if schema.get_field_index(name) < 0:  # there is none, or more than one
         return False
     kind = schema.field(name).type
     if pa.types.is_struct(kind):
@@ -265,16 +280,16 @@ def _holds_bytes(schema: Any, name: str) -> bool:
         if place < 0:
             return False
         kind = kind.field(place).type
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _image_size(path: Path, form: _Form) -> int:
-    import pyarrow.parquet as pq
-
-    groups = pq.read_metadata(path)
-    columns = (groups.row_group(i).column(j) for i in range(groups.num_row_groups) for j in range(groups.num_columns))
     name = f"{form.image}.bytes" if form.in_struct else form.image
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+    with _parquet(path) as file:
+        groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
+        columns = (group.column(place) for group in groups for place in range(group.num_columns))
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
 
 
 def _copies() -> Path:
@@ -292,20 +307,17 @@ def _copy_of(path: Path, form: _Form) -> Path:
 def _labels(path: Path, form: _Form) -> Any:
     """Read the classes of a table: numbers, -1 for none; or words, None for none."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    if form.label is None:
-        return np.full(pq.read_metadata(path).num_rows, -1)
-    try:
-        column = pq.read_table(path, columns=[form.label]).column(0)
-    except pa.ArrowException as error:
-        raise _damaged(path, error) from error
+    with _parquet(path) as file:
+        if form.label is None:
+            return np.full(file.metadata.num_rows, -1)
+        column = file.read(columns=[form.label], use_threads=False).column(0)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if any(is_text(column.type) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         return column.to_pylist()
     if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
-        return column.cast(pa.int64()).fill_null(-1).to_numpy()
+        return column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()  # from 2^63 on it is negative: no class
     raise InvalidValueError(
         f"The column {form.label} of {path} holds {column.type}, not one class per image. Expected whole numbers or "
         "words; rename it to use the images without classes."

@@ -93,7 +93,7 @@ def find_tars(path: Path) -> ImageSet:
         InvalidValueError: A file is no tar, is compressed or cut short.
     """
     shards = find_shards(path, (".tar", *_COMPRESSED_SUFFIXES), "tars")
-    if sum(file.stat().st_size for file in shards.files if file.is_file()) > _MANY_BYTES:
+    if sum(file.stat().st_size for file in shards.files) > _MANY_BYTES:
         _logger.warning("Looking through %d tars for where each image is.", len(shards.files))
     left_out = LeftOut()
     tars, labels = zip(*(_indexed(file, shards.root, left_out) for file in shards.files), strict=True)
@@ -144,8 +144,13 @@ class _Member(NamedTuple):
 def _members(tar: Any) -> Iterator[_Member]:
     while (info := tar.next()) is not None:
         tar.members = []  # else the headers of all would stay in memory
+        if info.size < 0:
+            raise tarfile.ReadError(f"a size below 0 at byte {info.offset}")
         if info.isreg() and (match := _NAME.fullmatch(info.name)):
             yield _Member(match[1], match[2].lower(), info)
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # `next` takes a damaged header for the end
+        raise tarfile.ReadError(f"no header at byte {tar.offset}")
 
 
 def _label(tar: tarfile.TarFile, fields: Mapping[str, tarfile.TarInfo]) -> int | str | None:
@@ -156,7 +161,7 @@ def _label(tar: tarfile.TarFile, fields: Mapping[str, tarfile.TarInfo]) -> int |
     if "json" in fields:
         try:
             label = json.loads(_content(tar, fields["json"]))["label"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
         return label if isinstance(label, int | str) else None
     return None

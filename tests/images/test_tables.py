@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from beitzoo.errors import InvalidValueError, MissingFileError
+from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError
 from beitzoo.images import tables
 from beitzoo.images.datasets import find_images, guess_source
 from beitzoo.images.files import Encoded, ImageError, as_image
@@ -112,6 +112,24 @@ def test_bytes_alone_and_another_name_are_images_too(tmp_path: Path) -> None:
     assert shades(find_images("parquet", tmp_path)) == [7]
 
 
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())])
+def test_bytes_and_words_may_be_stored_in_any_way(kind: Any, tmp_path: Path) -> None:
+    shown = pa.array([png(7), png(8), png(7)]).cast(kind)
+    words = pa.array(["b", "a", "b"]).cast(pa.string_view())
+    pq.write_table(pa.table({"image": shown, "label": words}), tmp_path / "t.parquet", row_group_size=2)
+    images = find_images("parquet", tmp_path)
+    assert (shades(images), images.labels, images.names) == ([7, 8, 7], [1, 0, 1], ("a", "b"))
+
+
+def test_numbers_that_are_no_classes(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": pa.array([2**64 - 1, 0], pa.uint64())}), path)
+    assert shades(find_images("parquet", path)) == [2]
+    write_table(path, [png(1), png(2)], [10**12, 0])
+    with pytest.raises(InvalidValueError, match=r"class number of 1,000,000 or more\. Number the classes from 0"):
+        find_images("parquet", path)
+
+
 def test_a_table_without_images_lists_its_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "image": [1]}), tmp_path / "t.parquet")
     expected = r"has no column of images, but text \(string\), image \(int64\). Expected a column 'image' of bytes"
@@ -125,6 +143,17 @@ def test_what_is_no_data_set_of_tables_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(InvalidValueError, match=r"cannot be read as Parquet: .*Get it again"):
         find_images("parquet", tmp_path)
+    write_table(tmp_path / "t.parquet", [png(0)] * 9)
+    damaged = bytearray((tmp_path / "t.parquet").read_bytes())
+    damaged[4:60] = bytes(56)  # the head of the first page of images
+    (tmp_path / "t.parquet").write_bytes(damaged)
+    with pytest.raises(InvalidValueError, match=r"cannot be read as Parquet: .*Get it again"):
+        find_images("parquet", tmp_path)
+    odd = Path(os.fsdecode(bytes(tmp_path / "t") + b"\xff.parquet"))
+    (tmp_path / "t.parquet").rename(odd)
+    with pytest.raises(FileAccessError, match="it is not text"):
+        find_images("parquet", tmp_path)
+    odd.unlink()
     write_table(tmp_path / "t.parquet", [])
     with pytest.raises(MissingFileError, match="No images in the files at"):
         find_images("parquet", tmp_path)

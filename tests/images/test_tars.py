@@ -1,6 +1,7 @@
 """WebDataset tars: samples and their classes, read one by one from where they are in the tar."""
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beitzoo.errors import InvalidValueError, MissingFileError
+from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError
 from beitzoo.images.datasets import find_images
 from beitzoo.images.files import Encoded, ImageError, as_image
 from beitzoo.images.image_set import ImageSet
@@ -80,7 +81,8 @@ def test_classes_may_be_words_or_not_be_there(tmp_path: Path) -> None:
     images = find_images("webdataset", write_tar(tmp_path / "w.tar", words))
     assert (images.names, images.labels, shades(images)) == (("cat", "dog"), [1, 0], [1, 2])
     assert images.describe()[1:] == ["Left out 1, without one of the classes: w.tar:3.png"]
-    none = {"1.png": png(1), "1.json": b"{}", "2.png": png(2), "2.json": b"{broken", "3.png": png(3), "3.json": b"[]"}
+    none = {"1.png": png(1), "1.json": b"{}", "2.png": png(2), "2.json": b"{broken", "3.png": png(3)}
+    none["3.json"] = b"[" * 10**5
     images = find_images("webdataset", write_tar(tmp_path / "n.tar", none))
     assert (images.names, images.labels, shades(images)) == ((), None, [1, 2, 3])
 
@@ -120,9 +122,18 @@ def test_what_is_no_plain_tar_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match=r"a.tar.gz is compressed \(gzip\).*Unpack it to a plain"):
         find_images("webdataset", tmp_path)
     packed.unlink()
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(FileAccessError, match="is a folder, a pipe or a link to nothing"):
+        find_images("webdataset", tmp_path)
+    (tmp_path / "a.tar").unlink()
     whole = write_tar(tmp_path / "a.tar", {"1.png": png(1), "2.png": bytes(9999), "3.png": png(3)}).read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:4000])
     with pytest.raises(InvalidValueError, match="no tar, or is cut short"):
+        find_images("webdataset", tmp_path)
+    second = whole.index(b"2.png")
+    damaged = whole[:second] + b"3" + whole[second + 1 :]  # Python's reader would end there without a word
+    (tmp_path / "a.tar").write_bytes(damaged)
+    with pytest.raises(InvalidValueError, match=f"no header at byte {second}"):
         find_images("webdataset", tmp_path)
     (tmp_path / "a.tar").write_bytes(b"text" * 1000)
     with pytest.raises(InvalidValueError, match="no tar, or is cut short"):
