@@ -20,11 +20,13 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="section.key=v
 
 def require_extras() -> None:
     """Say what must be installed to train."""
-    extras.require("train", "accelerate", "sklearn", "tensorboard")
+    extras.require("train", "accelerate", "sklearn")
 
 
 def train_by(recipe: "Recipe", out: Path, train: Callable[["Recipe", Path], dict[str, Any]]) -> None:
     """Train and print the metrics; a run that was asked to stop says how to go on."""
+    if recipe.run.tensorboard:
+        extras.require("train", "tensorboard")
     from beitzoo.training.signals import Interrupted
 
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from beitzoo.errors import InvalidValueError
+from beitzoo.errors import InvalidValueError, check
 from beitzoo.images.datasets import find_images
 from beitzoo.images.files import as_image
 from beitzoo.images.image_set import ImageSet, with_held_out
@@ -158,6 +158,19 @@ class LoadedImages:
         if sample.epoch is not None:
             seed_generators(derive_seed(self.seed, "image", sample.epoch, sample.image))
         return prepare(image, self.transform)
+
+
+def check_any_read(items: float, images: int) -> None:
+    """Refuse a measurement of images none of which could be read.
+
+    Args:
+        items: How many items were measured.
+        images: How many images they should have been of.
+
+    Raises:
+        InvalidValueError: None could be.
+    """
+    check(items > 0, f"None of {images:,} images to measure the model on could be read; replace them.")
 
 
 class UnreadableImages:

@@ -1,5 +1,6 @@
 """An update whose loss or gradient is no number: what of it is kept, so that it can be done again alone."""
 
+import itertools
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -28,17 +29,28 @@ class Start:
 
     Attributes:
         generators: States of the global generators of this process.
-        buffers: Those of the model that are saved: a forward pass may change them.
+        moved: What of the model a forward pass may change: buffers, and parameters that learn without gradients.
     """
 
     generators: dict[str, Any]
-    buffers: dict[str, Tensor]
+    moved: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, saved: frozenset[str], device: torch.device) -> "Start":
-        """Copy it; `saved` are the names in the model's state."""
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved}
-        return cls(generator_states(device), buffers)
+    def of(cls, model: nn.Module, names: frozenset[str], device: torch.device) -> "Start":
+        """Copy it; `names` are those of `moved_names`."""
+        tensors = itertools.chain(model.named_buffers(), model.named_parameters())
+        moved = {name: tensor.detach().clone() for name, tensor in tensors if name in names}
+        return cls(generator_states(device), moved)
+
+    def restore(self, model: nn.Module) -> None:
+        """Give a model back what a forward pass changed."""
+        model.load_state_dict(self.moved, strict=False)
+
+
+def moved_names(model: nn.Module) -> frozenset[str]:
+    """Name what of a model's state no gradient changes, so that only a forward pass may."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return frozenset(model.state_dict().keys() - trained)
 
 
 def keep_failed(batches: list[Any], state: TrainState, start: Start, directory: Path, processes: Processes) -> str:
@@ -54,7 +66,7 @@ def keep_failed(batches: list[Any], state: TrainState, start: Start, directory: 
         processes: Those that train together.
     """
     folder = directory / FAILED
-    state.model.load_state_dict(start.buffers, strict=False)
+    start.restore(state.model)
     if processes.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     save_state(state, folder, processes, start.generators)

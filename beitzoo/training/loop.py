@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from beitzoo.training.board import Board
-from beitzoo.training.failure import NonFiniteError, Start, keep_failed
+from beitzoo.training.failure import NonFiniteError, Start, keep_failed, moved_names
 from beitzoo.training.folder import BEST, LAST, LOG
 from beitzoo.training.generators import generators_kept
 from beitzoo.training.log import Display, Log, Value
@@ -95,7 +95,7 @@ class _Fit:
 
     def __post_init__(self) -> None:
         self.lost = torch.zeros((), dtype=torch.bool, device=self.run.processes.device)
-        self._saved_names = frozenset(self.state.model.state_dict())
+        self._moved_names = moved_names(self.state.model)
 
     def to(self, updates: int) -> None:
         """Do the updates that are left."""
@@ -127,7 +127,7 @@ class _Fit:
         """Take one step down the gradient of the mean loss over all items of all processes."""
         state, train, processes = self.state, self.run.train, self.run.processes
         state.schedule.set(state.optimizer, state.update)
-        self.starts.append(Start.of(state.model, self._saved_names, processes.device))
+        self.starts.append(Start.of(state.model, self._moved_names, processes.device))
         # The mean over all items is known only when all parts are done; until then each part counts for this many.
         share = train.batch_size / (processes.count * train.accumulation)
         sums = [self._add_gradients(model, batches, share, left) for left in reversed(range(train.accumulation))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from beitzoo.files import full_path
-from beitzoo.training.failure import FAILED, Start
+from beitzoo.training.failure import FAILED, Start, moved_names
 from beitzoo.training.folder import RECIPE, RunError
 from beitzoo.training.generators import restore_generators
 from beitzoo.training.processes import Processes
@@ -85,9 +85,9 @@ def _replay(task: Task, state: TrainState, train: TrainSection, failed: Path, de
     outputs = _Outputs(state.model)
     model: Any = torch.compile(state.model.train()) if train.compile else state.model.train()
     items = total = 0.0
-    start = Start.of(state.model, frozenset(state.model.state_dict()), device)
+    start = Start.of(state.model, moved_names(state.model), device)
     for rank, generators in enumerate(read_generators(failed)):
-        state.model.load_state_dict(start.buffers, strict=False)  # each process began with the same
+        start.restore(state.model)  # each process began with the same
         restore_generators(generators, device)
         for number, batch in enumerate(_read_batches(failed / f"batches-{rank}.pt"), 1):
             outputs.where = f"process {rank}, batch {number}"

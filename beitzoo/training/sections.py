@@ -8,12 +8,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from beitzoo.files import full_path
 from beitzoo.images.masks import MaskKind
 from beitzoo.zoo.checkpoints import HALF
+from beitzoo.zoo.registry import is_model
 from beitzoo.zoo.tokenizers import is_tokenizer
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PartOfOne = Annotated[float, Field(gt=0, le=1)]
 # `~` is the home folder, and a run that goes on elsewhere means the same files.
 FullPath = Annotated[Path, AfterValidator(lambda path: full_path(path).absolute())]
+_FOLDER = "local-dir:"  # before the path of a folder, in names
 # Arguments of `create_model` that the recipe says elsewhere, or that make something else than a classifier.
 _NOT_OVERRIDES = {
     "model_name",
@@ -27,10 +29,16 @@ _NOT_OVERRIDES = {
 }
 
 
-def _findable(tokenizer: str) -> str:
-    """Return the name of a tokenizer; of a folder its full path, as what is trained on it is used from elsewhere."""
-    path = full_path(tokenizer)
-    return str(path.absolute()) if path.is_dir() and not is_tokenizer(tokenizer) else tokenizer
+def _findable(name: str) -> str:
+    """Return the name of a model or a tokenizer; of a path that is there the full one, as it is used from elsewhere."""
+    if is_model(name) or is_tokenizer(name):
+        return name
+    prefix = _FOLDER if name.startswith(_FOLDER) else ""
+    path = full_path(name.removeprefix(prefix))
+    return f"{prefix}{path.absolute()}" if path.exists() else name
+
+
+FindableName = Annotated[str, AfterValidator(_findable)]
 
 
 class Section(BaseModel):
@@ -49,7 +57,7 @@ class ModelSection(Section):
         overrides: Fields of `BeitConfig`; the number of classes comes from the data.
     """
 
-    name: str
+    name: FindableName
     pretrained: bool = False
     checkpoint: FullPath | None = None
     overrides: dict[str, int | float | bool | str | list[int]] = {}
@@ -291,7 +299,7 @@ class Pretrain(Section):
     """
 
     kind: Literal["pretrain"]
-    tokenizer: Annotated[str, AfterValidator(_findable)]
+    tokenizer: FindableName
     tokens: FullPath | None = None
     views: ViewsSection = ViewsSection()
     mask: MaskSection = MaskSection()
@@ -317,7 +325,7 @@ class TrainTokenizer(Section):
     """
 
     kind: Literal["tokenizer"]
-    teacher: str
+    teacher: Annotated[str, AfterValidator(lambda name: _findable(name) if name.startswith(_FOLDER) else name)]
     projection: bool = False
     views: ViewSection = ViewSection()
     commitment: Annotated[float, Field(ge=0)] = 1.0

@@ -102,3 +102,6 @@ def test_paths_are_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     recipe = load_recipe("~/digits.toml", ["data.path=photos"]).starting_from(Path("~/weights.pth"))
     assert recipe.data.path == tmp_path / "photos"
     assert recipe.model.checkpoint == tmp_path / "weights.pth"
+    (tmp_path / "run").mkdir()
+    names = {name: load_recipe(DIGITS, [f"model.name={name}"]).model.name for name in ("run", "local-dir:run", "none")}
+    assert names == {"run": f"{tmp_path}/run", "local-dir:run": f"local-dir:{tmp_path}/run", "none": "none"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import colour_recipe, write_colours
+from colours import colour_recipe, tokenizer_recipe, write_colours
 from commands import run
 
 from beitzoo.training.failure import NonFiniteError
@@ -15,6 +15,8 @@ from beitzoo.training.recipe import Recipe
 from beitzoo.training.replay import replay
 from beitzoo.training.state import saved_states
 from beitzoo.training.tasks.finetune import finetune, prepare
+from beitzoo.training.tasks.tokenizer import prepare as prepare_tokenizer
+from beitzoo.training.tasks.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,23 @@ def test_the_state_is_the_one_before_the_update(failed: tuple[Path, str], recipe
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     ours, theirs = (torch.load(path / "generators.pt")["by_rank"] for path in (state, tmp_path / state.name))
     assert torch.equal(ours[0]["torch"], theirs[0]["torch"])
+
+
+def test_codes_are_those_before_the_update(tmp_path: Path) -> None:
+    """They learn in the forward pass, without gradients; later updates of the line must not show in them."""
+    data = write_colours(tmp_path / "data")
+    train = {"lr": 1e20, "warmup_epochs": 2, "clip_grad": 0}
+    recipe = tokenizer_recipe(data, **train).model_dump() | {"run": {"log_updates": 8}}
+    with pytest.raises(NonFiniteError):
+        train_tokenizer(Recipe.model_validate(recipe), tmp_path / "run")
+    (state,) = saved_states(tmp_path / "run" / "failed")
+    update = int(state.name.removeprefix("state-"))
+    assert 0 < update < 7
+    with pytest.raises(NonFiniteError):
+        train_tokenizer(Recipe.model_validate(recipe | {"run": {"save_updates": update}}), tmp_path / "each")
+    ours, theirs = (torch.load(path / "tensors.pt")["model"] for path in (state, tmp_path / "each" / state.name))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert replay(tmp_path / "run", prepare_tokenizer).failed
 
 
 def test_an_update_of_two_processes_is_done_again_by_one(failed: tuple[Path, str], tmp_path: Path) -> None:

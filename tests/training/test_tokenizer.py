@@ -170,6 +170,13 @@ def test_a_batch_that_cannot_be_read_changes_no_code(tmp_path: Path) -> None:
     assert torch.equal(task.model.quantize.embedding.weight, before)
 
 
+def test_images_that_all_cannot_be_read_measure_nothing(tmp_path: Path) -> None:
+    task = prepared(tokenizer_recipe(write_colours(tmp_path / "data")))
+    broken = next(place for place, path in enumerate(task.images.images) if str(path).endswith("red/0.png"))
+    with pytest.raises(UserError, match="None of 1 images to measure the model on could be read"):
+        task.measure(task.model.eval(), [broken])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

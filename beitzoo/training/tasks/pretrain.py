@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beitzoo.errors import InvalidValueError, check
+from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation.probe import probe_backbone
 from beitzoo.factory import Tokenizer, check_tokenizer, create_model, create_tokenizer
 from beitzoo.images.augment import TwoViews
@@ -25,7 +25,7 @@ from beitzoo.inference.reconstruct import write_reconstructions
 from beitzoo.inference.tokenize import weights_checksum
 from beitzoo.models.mim import MaskedImageModel, mim_loss
 from beitzoo.saving import save_pretrained
-from beitzoo.training.data import Order, UnreadableImages, load_images, split_images
+from beitzoo.training.data import Order, UnreadableImages, check_any_read, load_images, split_images
 from beitzoo.training.generators import derive_seed, seed_generators
 from beitzoo.training.masked_images import MaskedBatch, MaskedImages
 from beitzoo.training.optim import groups_without_layers, spread_bias_tables
@@ -121,10 +121,11 @@ class PretrainTask:
     def describe(self) -> list[str]:
         """Say which images are for what."""
         split, grid, mask = self.split, self.network.grid_size, self.section.mask
+        masked = "All" if mask.kind == "all" else f"{mask.count}"
         return [
             *self.images.describe(),
             f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
-            f"{mask.count} of {grid[0]} x {grid[1]} patches are masked; {self.tokenizer.vocab_size:,} visual tokens of "
+            f"{masked} of {grid[0]} x {grid[1]} patches are masked; {self.tokenizer.vocab_size:,} visual tokens of "
             f"{self.section.tokenizer}{'' if self.section.tokens is None else f', computed in {self.section.tokens}'}.",
         ]
 
@@ -240,7 +241,7 @@ class PretrainTask:
             means = torch.stack([loss, *(logs[name] for name in self.log_names)]).double().cpu()
             totals += count * torch.cat([torch.ones(1, dtype=torch.float64), means])
         items, *sums = torch.stack(self.processes.gather(totals)).sum(0).tolist()
-        check(items > 0, f"None of {len(indices):,} images to measure the model on could be read; replace them.")
+        check_any_read(items, len(indices))
         return {prefix + name: value / items for name, value in zip(names, sums, strict=True)}
 
     def _views(self) -> TwoViews:

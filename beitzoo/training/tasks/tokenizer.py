@@ -21,7 +21,7 @@ from beitzoo.images.splits import Split
 from beitzoo.models.quantizer import perplexity
 from beitzoo.models.tokenizers import Tokenized, Vqkd
 from beitzoo.saving import save_tokenizer
-from beitzoo.training.data import Order, UnreadableImages, load_images, split_images
+from beitzoo.training.data import Order, UnreadableImages, check_any_read, load_images, split_images
 from beitzoo.training.generators import derive_seed, seed_generators
 from beitzoo.training.optim import groups_without_layers
 from beitzoo.training.processes import Processes
@@ -265,11 +265,16 @@ class TokenizerTask:
         return {f"test_{name}": value for name, value in self.measure(best.eval(), self.split.test).items()}
 
     def measure(self, model: nn.Module, indices: Sequence[int]) -> Metrics:
-        """Measure a tokenizer on some images; each process takes its share, and all get the same values."""
+        """Measure a tokenizer on some images; each process takes its share, and all get the same values.
+
+        Raises:
+            InvalidValueError: None of the images can be read.
+        """
         assert isinstance(model, Vqkd)
         sums, uses = self._measure_share(model, indices[self.processes.rank :: self.processes.count])
         items, *totals = self.processes.sum(sums).tolist()
-        loss, quality, mean, square = (total / max(items, 1) for total in totals)
+        check_any_read(items, len(indices))
+        loss, quality, mean, square = (total / items for total in totals)
         uses = self.processes.sum(uses)
         metrics = {"loss": loss, self.quality[0]: quality}
         if self.teacher is None:
