@@ -29,7 +29,7 @@ from beitzoo.zoo.checkpoints import (
 )
 from beitzoo.zoo.pretrained import PRETRAINED
 from beitzoo.zoo.registry import find, list_models
-from beitzoo.zoo.tokenizers import find_tokenizer, is_tokenizer, list_tokenizers
+from beitzoo.zoo.tokenizers import find_tokenizer, list_tokenizers
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
@@ -174,10 +174,10 @@ def convert_tokenizer(
 
 def _files(name: str, cache_dir: Path | None) -> list[tuple[Source, ...]]:
     """Return, for each file of a model's or tokenizer's weights, the places that have it."""
-    from beitzoo.factory import look_up
+    from beitzoo.factory import look_up, look_up_tokenizer, names_tokenizer
 
-    if is_tokenizer(name):
-        return [file.sources for file in find_tokenizer(name).files]
+    if names_tokenizer(name):
+        return [file.sources for file in look_up_tokenizer(name).files]
     pretrained = look_up(name, cache_dir).pretrained
     return [pretrained.sources] if pretrained else []
 

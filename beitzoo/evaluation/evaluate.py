@@ -15,7 +15,7 @@ from beitzoo.images.datasets import find_images, guess_source
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split
 from beitzoo.images.transforms import resolve_data_config
-from beitzoo.inference.classify import classification, eval_mode
+from beitzoo.inference.classify import check_classifier, classification, eval_mode
 from beitzoo.inference.pipeline import Failure, Loading, run_jobs
 from beitzoo.models.beit import Beit
 from beitzoo.results import ENVIRONMENT, Row, environment
@@ -103,6 +103,7 @@ def evaluate(
     Raises:
         InvalidValueError: The data has classes that the model has not, or all its images were trained on.
     """
+    check_classifier(subject.model, subject.name)
     indices, notes = _unseen_images(subject, images, split_seed)
     outputs = _outputs(subject, images)
     if len(outputs) < subject.model.num_classes:

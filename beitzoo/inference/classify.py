@@ -109,8 +109,10 @@ def predict_each(
         loading: Batch size and threads.
     """
     check(topk >= 1, f"topk is {topk}; it can be 1 or more. Leave it out for the default.")
-    named: dict[str | None, Beit] = {None: models} if isinstance(models, Beit) else dict(models.items())
+    named: dict[str | None, Beit] = {None: models} if isinstance(models, nn.Module) else dict(models.items())
     check(bool(named), "There are no models; one or more can look at the images. Give a model, or some by name.")
+    for name, model in named.items():
+        check_classifier(model, name or "This model")
     jobs = [classification(model, _answers(model, topk), name or "This model") for name, model in named.items()]
     return _predictions(named, jobs, images, loading or Loading())
 
@@ -142,11 +144,8 @@ def classification(model: Beit, read: Callable[[Tensor], Sequence[Outcome]], nam
     Raises:
         InvalidValueError: The model has no head, or takes images that are not in files.
     """
+    check_classifier(model, name)
     channels = model.config.in_chans
-    check(
-        bool(model.num_classes and model.config.global_pool),
-        f"{name} has no head to predict with; create it with num_classes > 0 and a global_pool.",
-    )
     check(channels in (1, 3), f"{name} takes {channels} channels; image files have 1 (grey) or 3 (RGB).")
 
     def run(images: Tensor) -> list[Outcome | Failure]:
@@ -157,6 +156,18 @@ def classification(model: Beit, read: Callable[[Tensor], Sequence[Outcome]], nam
 
     like = model.cls_token
     return Job(View(channels, tuple(resolve_data_config(model).items())), like.device, like.dtype, run)
+
+
+def check_classifier(model: nn.Module, name: str) -> None:
+    """Refuse a network that tells no classes apart, such as a masked image model.
+
+    Raises:
+        InvalidValueError: It has no head for classes.
+    """
+    check(
+        isinstance(model, Beit) and bool(model.num_classes and model.config.global_pool),
+        f"{name} has no head to predict with; create it with num_classes > 0 and a global_pool.",
+    )
 
 
 @contextmanager

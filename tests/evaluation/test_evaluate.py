@@ -101,6 +101,12 @@ def test_a_seed_splits_the_digits_only(run: tuple[Subject, ImageSet]) -> None:
         evaluate(*run, "data", split_seed=0)
 
 
+def test_a_masked_image_model_is_not_measured(run: tuple[Subject, ImageSet]) -> None:
+    subject = Subject(beitzoo.create_model("test_beit", head="mim"), "a.mim", None)
+    with pytest.raises(InvalidValueError, match="mim has no head to predict with"):
+        evaluate(subject, run[1], "data")
+
+
 def test_some_of_the_classes_are_enough_and_all_outputs_compete(shipped: Beit, tmp_path: Path) -> None:
     images = write_digits(tmp_path, "853", each=4)
     evaluation = evaluate(Subject(shipped, SHIPPED), images, "data")

@@ -85,7 +85,7 @@ def test_a_fresh_head_has_numbers_for_names() -> None:
 def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(ValueError, match="takes 4 channels"):
         predict(beitzoo.create_model("test_beit", in_chans=4), DIGITS)
-    for options in ({"num_classes": 0}, {"global_pool": ""}):
+    for options in ({"num_classes": 0}, {"global_pool": ""}, {"head": "mim"}):
         with pytest.raises(ValueError, match="no head"):
             predict(beitzoo.create_model("test_beit", **options), DIGITS)
     with pytest.raises(ValueError, match="b has no head"):
