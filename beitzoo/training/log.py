@@ -87,13 +87,18 @@ class Display:
     def show_epoch(self, values: Mapping[str, Value], metrics: Mapping[str, float]) -> None:
         """Say how an epoch went."""
         if self._shown:
-            facts = {"loss": f"{values['loss']:.3f}", **{name: f"{value:.3f}" for name, value in metrics.items()}}
-            self._say(values, facts)
+            facts = {"loss": values["loss"], **metrics}
+            self._say(values, {name: _shown(value) for name, value in facts.items()})
 
     def _say(self, values: Mapping[str, Value], facts: Mapping[str, str]) -> None:
         self._last = time.monotonic()
         text = ", ".join(f"{name} {fact}" for name, fact in facts.items())
         tqdm.write(f"epoch {values['epoch']}, update {values['update']}: {text}", file=sys.stderr)
+
+
+def _shown(value: Value) -> str:
+    """Return a number as people read it: of what is counted, such as codes in use, no decimals."""
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _lines_until(path: Path, update: int) -> list[str]:

@@ -75,7 +75,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = (), kind: str = "fin
         task = document.setdefault("task", {})
         if isinstance(task, dict) and task.setdefault("kind", kind) != kind:
             raise RecipeError(
-                f"{path} is a recipe for {_COMMANDS.get(task['kind'], task['kind'])}, not {_COMMANDS[kind]}."
+                f"{path} is a recipe for {_COMMANDS.get(str(task['kind']), repr(task['kind']))}, not {_COMMANDS[kind]}."
             )
         return Recipe.model_validate(document)
     except OSError as error:

@@ -44,6 +44,7 @@ def outcome(out: Path) -> dict[str, object]:
     return {**{name: files[name].read_bytes() for name in names}, "log": log, "metrics": metrics}
 
 
+@pytest.mark.slow  # those below go through the same loop
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     """At drawn events: before updates, while the state or a model is written, while an old state is removed."""
     data = write_colours(tmp_path / "data")

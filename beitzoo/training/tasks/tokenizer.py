@@ -246,7 +246,7 @@ class TokenizerTask:
     def end_epoch(self, model: nn.Module, epoch: int, directory: Path) -> Metrics:
         """Count the codes that were used in the epoch."""
         uses = self.model.quantize.cluster_size
-        return {"codes_used": float((uses > 0).sum()), "perplexity": perplexity(uses)}
+        return {"codes_used": int((uses > 0).sum()), "perplexity": perplexity(uses)}
 
     def better(self, metrics: Metrics, best: Metrics) -> bool:
         """Tell whether the validation loss is lower."""
