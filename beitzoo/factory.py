@@ -13,12 +13,22 @@ from beitzoo.models.beit import Beit
 from beitzoo.models.features import BeitFeatures
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.random_tokenizer import RandomTokenizer
+from beitzoo.models.segmentation import Segmenter
 from beitzoo.models.tokenizers import Dvae, Vqkd
-from beitzoo.weights import adapt, checkpoint
+from beitzoo.weights import adapt, checkpoint, layouts
 from beitzoo.weights.adapt import Plan, State
 from beitzoo.weights.names import find_weights, look_elsewhere
-from beitzoo.zoo.checkpoints import Classify, LocalFile, Mim, PretrainedConfig
-from beitzoo.zoo.networks import BeitConfig, DvaeConfig, MimConfig, Pair, RandomConfig, VqkdConfig
+from beitzoo.zoo.checkpoints import Classify, LocalFile, Mim, PretrainedConfig, Segment
+from beitzoo.zoo.networks import (
+    BeitConfig,
+    DvaeConfig,
+    HeadConfig,
+    MimConfig,
+    Pair,
+    RandomConfig,
+    SegmenterConfig,
+    VqkdConfig,
+)
 from beitzoo.zoo.registry import DEFAULT_MODEL, Entry, UnknownModelError, find
 from beitzoo.zoo.tokenizers import (
     TokenizerConfig,
@@ -36,7 +46,10 @@ _FEATURE_OPTIONS = ("out_indices", "norm", "output_fmt", "pyramid")
 # Switches of timm's `create_model` for networks of other kinds; off, they change nothing.
 _SWITCHES = ("scriptable", "exportable", "no_jit")
 
+_HEADS: dict[object, type[Mim | Segment]] = {"mim": Mim, "segment": Segment}
+
 Tokenizer = Dvae | Vqkd | RandomTokenizer
+Model = Beit | MaskedImageModel | Segmenter
 
 
 @overload
@@ -78,7 +91,7 @@ def create_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **overrides: Any,
-) -> Beit | BeitFeatures | MaskedImageModel:
+) -> Model | BeitFeatures:
     """Create a model by name, in training mode, as timm does.
 
     Args:
@@ -101,12 +114,15 @@ def create_model(
             `head="mim"` makes a `MaskedImageModel` to pretrain of any architecture: with the fields and the head of
             its released checkpoint of masked image modelling, if there is one (BEiT v2's has patch aggregation), else
             with BEiT's.
+            A checkpoint of segmentation is a `Segmenter`, with the fields of `SegmenterConfig` too; with
+            `num_classes=N` its classifiers are fresh, with 0 it is the backbone. `head="segment"` and `num_classes=N`
+            make a `Segmenter` of any other, with fresh heads around its backbone.
 
     Raises:
         UnknownModelError: The name is unknown; the closest are named.
         TypeError: An override is unknown.
         ValueError: An override is out of range, or the weights are of another network.
-        NotImplementedError: The checkpoint's own head is not for classes, and no `num_classes` was given.
+        NotImplementedError: There is no way from the checkpoint's head to the one that was asked for.
         DownloadError: The weights cannot be had.
     """
     directory = None if cache_dir is None else full_path(cache_dir)
@@ -115,10 +131,12 @@ def create_model(
     overrides = {name: value for name, value in overrides.items() if name not in _SWITCHES or value}
     options = _take_feature_options(overrides) if features_only else {}
     head = _check_head(overrides.pop("head", None))
-    entry = look_up(model_name, directory, head)
+    # Heads for pixels may be put around any checkpoint, so that an architecture's first one is as good as any.
+    entry = look_up(model_name, directory, head if head is Mim else None)
     known = entry.pretrained or _untrained(entry)
     plan = adapt.make_plan(entry.name, entry.config, known.head, overrides, head)
-    if pretrained and not checkpoint_path and plan.mim is not None and not isinstance(known.head, Mim):
+    predicts_tokens = isinstance(plan.wanted_head, MimConfig)
+    if pretrained and not checkpoint_path and predicts_tokens and not isinstance(known.head, Mim):
         raise UnsupportedError(
             f"{entry.name} was not trained to predict visual tokens: its head, mask token and shared bias table would "
             "be new, and each of its blocks has a bias table of its own. Give pretrained=False to start from random "
@@ -126,7 +144,9 @@ def create_model(
         )
     if not (checkpoint_path or pretrained):
         model = _initialise(plan, device)
-        model.backbone.pretrained = known.without_weights(plan.head if plan.mim else model.backbone.pretrained.head)
+        model.backbone.pretrained = known.without_weights(
+            plan.head if predicts_tokens else model.backbone.pretrained.head
+        )
     else:
         path, is_cached = _weights(entry, checkpoint_path, directory)
         tensors = checkpoint.read(path, map_file=is_cached, use_ema=use_ema)
@@ -136,11 +156,14 @@ def create_model(
         model, options = _load(plan, state, path, options if features_only else None)
         model.backbone.pretrained = replace(known, head=plan.head)
         _fit(model.backbone, plan.wanted)
+        if isinstance(plan.wanted_head, SegmenterConfig) and plan.wanted_head != plan.loaded_head:
+            assert isinstance(model, Segmenter)
+            model.reset_classifier(plan.wanted_head.num_classes)
     result = BeitFeatures(model.backbone, **options) if features_only else model
     return result.to(device=device, dtype=dtype)
 
 
-def look_up(name: str | Path, cache_dir: Path | None = None, head: type[Mim] | None = None) -> Entry:
+def look_up(name: str | Path, cache_dir: Path | None = None, head: type[Mim | Segment] | None = None) -> Entry:
     """Say what a name stands for, wherever it points: the one way from a name to an entry.
 
     Args:
@@ -169,10 +192,12 @@ def look_up(name: str | Path, cache_dir: Path | None = None, head: type[Mim] | N
         return entry
 
 
-def _check_head(head: object) -> type[Mim] | None:
-    if head not in (None, "mim"):
-        raise InvalidOptionError(f"head={head!r}; it must be 'mim' (to predict visual tokens) or be left out.")
-    return None if head is None else Mim
+def _check_head(head: object) -> type[Mim | Segment] | None:
+    if head is not None and head not in _HEADS:
+        raise InvalidOptionError(
+            f"head={head!r}; it must be 'mim' (to predict visual tokens), 'segment' (to name pixels) or be left out."
+        )
+    return _HEADS.get(head)
 
 
 def _check_use_ema(use_ema: object) -> bool | None:
@@ -213,28 +238,36 @@ def _weights(entry: Entry, checkpoint_path: str | Path | None, cache_dir: Path |
     return fetch(sources, cache_dir), not any(isinstance(source, LocalFile) for source in sources)
 
 
-def _build(config: BeitConfig, mim: MimConfig | None) -> Beit | MaskedImageModel:
-    """Build a network without values."""
+def build(config: BeitConfig, head: HeadConfig | None) -> Model:
+    """Build a network without values, and around it what was asked for."""
     with torch.device("meta"):
-        return Beit(config) if mim is None else MaskedImageModel(Beit(config), mim)
+        match head:
+            case None:
+                return Beit(config)
+            case MimConfig():
+                return MaskedImageModel(Beit(config), head)
+            case SegmenterConfig():
+                return Segmenter(Beit(config), head)
 
 
-def _initialise(plan: Plan, device: torch.device | str) -> Beit | MaskedImageModel:
-    model = _build(plan.wanted, plan.mim)
+def _initialise(plan: Plan, device: torch.device | str) -> Model:
+    model = build(plan.wanted, plan.wanted_head)
     model.to_empty(device=device)
     model.init_weights()
     return model
 
 
-def _load(
-    plan: Plan, state: State, origin: Path, options: dict[str, Any] | None
-) -> tuple[Beit | MaskedImageModel, dict[str, Any]]:
-    """Build the network of the file and load it strictly.
+def _load(plan: Plan, state: State, origin: Path, options: dict[str, Any] | None) -> tuple[Model, dict[str, Any]]:
+    """Build the network of the file and load it strictly; heads for pixels that no file has yet are fresh.
 
     Of a feature extractor, which is given by its `options`, the parts that it does not use need not be in the file;
     they are dropped first. Its options for what is left are returned.
     """
-    model = _build(plan.loaded, plan.mim)
+    model = build(plan.loaded, plan.loaded_head)
+    if isinstance(model, Segmenter) and not plan.has_heads and not any(map(layouts.SEGMENT_HEAD.match, state)):
+        checkpoint.load(model.backbone, layouts.strip_backbone(state), str(origin), plan.loaded)
+        _make_heads(model)
+        return model, {}
     if options is None:
         checkpoint.load(model, state, str(origin), plan.loaded)
         return model, {}
@@ -244,6 +277,15 @@ def _load(
     used = {name: tensor for name, tensor in state.items() if name not in unused}
     checkpoint.load(model, used, str(origin), plan.loaded)
     return model, {**options, "out_indices": chosen}
+
+
+def _make_heads(model: Segmenter) -> None:
+    """Give the parts around a loaded backbone values, where and as precise as its own."""
+    like = model.backbone.cls_token
+    for name, part in model.named_children():
+        if name != "backbone":
+            part.to(dtype=like.dtype).to_empty(device=like.device)
+    model.init_heads()
 
 
 def _fit(model: Beit, wanted: BeitConfig) -> None:

@@ -14,9 +14,11 @@ from beitzoo.models.beit import Beit
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.position import relative_position_index
 from beitzoo.models.random_tokenizer import RandomTokenizer
+from beitzoo.models.segmentation import Segmenter
 from beitzoo.models.tokenizers import Dvae, Vqkd
 from beitzoo.weights import checkpoint, layouts
-from beitzoo.zoo.checkpoints import Classify, Mim, PretrainedConfig
+from beitzoo.zoo.checkpoints import Classify, Head, Mim, PretrainedConfig, Segment
+from beitzoo.zoo.labels import label_names
 from beitzoo.zoo.networks import BeitConfig
 
 # `folder` (pydantic) is imported by the functions that need it: a model is often made without it.
@@ -66,8 +68,9 @@ def save_tokenizer(tokenizer: nn.Module, directory: str | Path) -> None:
 def save_transformers(model: nn.Module, directory: str | Path) -> None:
     """Save to a folder that transformers loads.
 
-    It is loaded as `BeitForImageClassification`, without a head as `BeitModel`, and a masked image model, which cannot
-    have patch aggregation there, as `BeitForMaskedImageModeling`.
+    It is loaded as `BeitForImageClassification`, without a head as `BeitModel`, a masked image model, which cannot
+    have patch aggregation there, as `BeitForMaskedImageModeling`, and a segmentation model as
+    `BeitForSemanticSegmentation`: that has no dropout before its classifiers, and reads the last block first or not.
 
     Args:
         model: As in `save_pretrained`.
@@ -81,7 +84,7 @@ def save_transformers(model: nn.Module, directory: str | Path) -> None:
     whole = _describe(model)
     dtype = checkpoint.widest_dtype(whole.state)
     config, preprocessor = folder.transformers_form.dump(whole.config, whole.pretrained, str(dtype).partition(".")[2])
-    has_head = bool(whole.config.num_classes) or isinstance(whole.pretrained.head, Mim)
+    has_head = bool(whole.config.num_classes) or isinstance(whole.pretrained.head, Mim | Segment)
     tensors = layouts.to_transformers(whole.state, prefix="beit." if has_head else "")
     checkpoint.save(tensors, Path(directory) / folder.WEIGHTS[0])
     write_text(Path(directory) / folder.CONFIG, config)
@@ -89,7 +92,7 @@ def save_transformers(model: nn.Module, directory: str | Path) -> None:
 
 
 def save_unilm(model: nn.Module, path: str | Path) -> None:
-    """Save to a `.pth` file with the key `model`, as the original's scripts load it.
+    """Save to a `.pth` file as the original's scripts load it: with the key `model`, or of segmentation `state_dict`.
 
     Args:
         model: As in `save_pretrained`.
@@ -100,7 +103,12 @@ def save_unilm(model: nn.Module, path: str | Path) -> None:
     """
     whole = _describe(model)
     index = relative_position_index(whole.config.grid_size, torch.device("cpu"))
-    checkpoint.save_pickle({"model": layouts.to_unilm(whole.state, index)}, Path(path))
+    state = layouts.to_unilm(whole.state, index)
+    document: dict[str, object] = {"model": state}
+    if isinstance(whole.pretrained.head, Segment):
+        names = label_names(whole.pretrained.head)
+        document = {"state_dict": layouts.to_mmsegmentation(state), "meta": {"CLASSES": names} if names else {}}
+    checkpoint.save_pickle(document, Path(path))
 
 
 @dataclass(frozen=True)
@@ -119,22 +127,20 @@ def _describe(model: nn.Module) -> _Whole:
         InvalidOptionError: There is no BEiT in the model.
         InvalidValueError: The BEiT was changed; says what differs and what to do.
     """
-    inner = _unwrapped(model, "a Beit", Beit, MaskedImageModel)
-    assert isinstance(inner, Beit | MaskedImageModel)
+    inner = _unwrapped(model, "a Beit", Beit, MaskedImageModel, Segmenter)
+    assert isinstance(inner, Beit | MaskedImageModel | Segmenter)
     beit = inner.backbone
-    config, pretrained, state = beit.config, beit.pretrained, layouts.strip_backbone(inner.state_dict())
-    mim = inner.config if isinstance(inner, MaskedImageModel) else None
-    if mim is not None or isinstance(pretrained.head, Mim):  # the backbone may be saved alone
-        tokenizer = pretrained.head.tokenizer if isinstance(pretrained.head, Mim) else None
-        head = Classify(num_classes=0) if mim is None else Mim(network=mim, tokenizer=tokenizer)
-        pretrained = replace(pretrained, head=head)
+    config, state = beit.config, layouts.strip_backbone(inner.state_dict())
+    pretrained = replace(beit.pretrained, head=_head(inner))
     classes = _classes(beit.head, config)
     if classes != config.num_classes:
         _logger.info("The head was replaced by hand; saved with %s classes, not %s.", classes, config.num_classes)
         config = replace(config, num_classes=classes)
         pretrained = replace(pretrained, head=Classify(num_classes=classes))
     with torch.device("meta"):
-        expected = Beit(config) if mim is None else MaskedImageModel(Beit(config), mim)
+        expected: nn.Module = Beit(config)
+        if not isinstance(inner, Beit):
+            expected = type(inner)(Beit(config), inner.config)  # type: ignore[arg-type]
     differences = checkpoint.compare(layouts.strip_backbone(expected.state_dict()), state)
     if differences:
         raise InvalidValueError(
@@ -142,6 +148,17 @@ def _describe(model: nn.Module) -> _Whole:
             "describes (- missing, + unexpected, ~ different):\n" + "\n".join(differences) + f"\n{_remedy(state)}"
         )
     return _Whole(config, pretrained, state)
+
+
+def _head(model: Beit | MaskedImageModel | Segmenter) -> Head:
+    """Return the head that the model has now; a backbone may be saved alone."""
+    stated = model.backbone.pretrained.head
+    match model:
+        case MaskedImageModel():
+            return Mim(network=model.config, tokenizer=stated.tokenizer if isinstance(stated, Mim) else None)
+        case Segmenter():
+            return Segment(network=model.config, labels=stated.labels if isinstance(stated, Segment) else None)
+    return stated if isinstance(stated, Classify) else Classify(num_classes=0)
 
 
 def _unwrapped(model: nn.Module, name: str, *kinds: type[nn.Module]) -> nn.Module:

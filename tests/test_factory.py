@@ -255,8 +255,8 @@ def test_a_head_of_another_size_has_no_labels(tmp_path: Path) -> None:
 
 def test_every_pair_of_heads_is_a_row_of_one_table() -> None:
     assert set(adapt.ADAPTATIONS) == {
-        *((stored, Mim) for stored in (Classify, Mim)),
-        *((stored, wanted) for stored in (Classify, Mim, Segment) for wanted in (None, Classify)),
+        *((stored, wanted) for stored in (Classify, Mim) for wanted in (Classify, Mim)),
+        *((stored, wanted) for stored in (Classify, Mim, Segment) for wanted in (None, Segment)),
     }
 
 

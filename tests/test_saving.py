@@ -148,7 +148,7 @@ def test_the_activation_survives_every_folder(classes: int, activation: str, tmp
     assert ("problem_type" in config) == (activation == "sigmoid" and classes > 1)
     image = Path("beitzoo/assets/samples/chelsea.jpg")
     theirs = pipeline("image-classification", model=str(tmp_path / "save_transformers"))(str(image))
-    pixels = beitzoo.create_transform(**beitzoo.resolve_data_config(again))(beitzoo.images.files.open_image(image))
+    pixels = beitzoo.create_transform(**beitzoo.resolve_data_config(again))(beitzoo.open_image(image))
     logits = again.eval()(pixels[None])[0]
     ours = logits.softmax(0) if activation == "softmax" else logits.sigmoid()
     for answer in theirs:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from beitzoo.errors import InvalidValueError
 from beitzoo.models.beit import Beit, FeatureFormat
 from beitzoo.models.inputs import take_indices
+from beitzoo.zoo.networks import pyramid_blocks
 
 # A pyramid's scale against the patch grid: strides 4, 8, 16, 32 for patches of 16 (BEiT, segmentation backbone).
 PYRAMID = (4.0, 2.0, 1.0, 0.5)
@@ -44,7 +45,7 @@ class BeitFeatures(nn.Module):
 
         depth = len(backbone.blocks)
         if out_indices is None:
-            out_indices = _pyramid_blocks(depth) if pyramid else min(3, depth)
+            out_indices = pyramid_blocks(depth) if pyramid else min(3, depth)
         chosen = sorted(set(take_indices(out_indices, depth)))  # the order in which blocks give their maps
         if pyramid and (len(chosen) != len(PYRAMID) or output_fmt != "NCHW"):
             raise InvalidValueError(
@@ -89,11 +90,6 @@ class BeitFeatures(nn.Module):
         return self.backbone.pretrained_cfg
 
     default_cfg = pretrained_cfg
-
-
-def _pyramid_blocks(depth: int) -> Sequence[int]:
-    original = (depth // 3 - 1, depth // 2 - 1, depth * 2 // 3 - 1, depth - 1)
-    return original if len(set(original)) == len(PYRAMID) and min(original) >= 0 else range(-len(PYRAMID), 0)
 
 
 def _scale(x: Tensor, scale: float) -> Tensor:

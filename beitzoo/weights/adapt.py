@@ -13,7 +13,7 @@ from torch import Tensor
 from beitzoo.errors import InvalidOptionError, UnsupportedError
 from beitzoo.weights import layouts
 from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment
-from beitzoo.zoo.networks import BeitConfig, MimConfig, override, plain
+from beitzoo.zoo.networks import BeitConfig, HeadConfig, MimConfig, SegmenterConfig, override, plain
 
 State = Mapping[str, Tensor]
 # The kind of head that is wanted; None for the backbone alone.
@@ -42,19 +42,21 @@ class Plan:
     Attributes:
         stored: The network of the file, after its row of the table.
         overrides: What was asked for instead of its fields, in timm's spellings; `num_classes` 0 for no head.
+        head_overrides: The same for what is around the backbone.
         trained: The head of the checkpoint.
-        mim: The head of a masked image model, if that is wanted.
         convert: From the tensors of the file, under our names, to those that the stored network loads strictly.
+        stored_head: What is around the backbone, if anything is wanted there: as in the file, or as it starts.
     """
 
     stored: BeitConfig
     overrides: Mapping[str, Any]
+    head_overrides: Mapping[str, Any]
     trained: Head
-    mim: MimConfig | None
     convert: Callable[[State], State]
+    stored_head: HeadConfig | None = None
 
     def __post_init__(self) -> None:
-        _ = self.wanted  # a wrong override is an error before anything is downloaded
+        _ = self.wanted, self.wanted_head  # a wrong override is an error before anything is downloaded
 
     @property
     def wanted(self) -> BeitConfig:
@@ -68,19 +70,47 @@ class Plan:
         return replace(self.wanted, **{name: getattr(self.stored, name) for name in shapes})
 
     @property
+    def wanted_head(self) -> HeadConfig | None:
+        """What was asked for around the backbone."""
+        return self.stored_head and replace(self.stored_head, **self.head_overrides)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the checkpoint was trained with the heads for pixels that are wanted."""
+        trained, wanted = self.trained, self.wanted_head
+        return (
+            isinstance(trained, Segment)
+            and isinstance(wanted, SegmenterConfig)
+            and trained.network is not None
+            and trained.network.decoder == wanted.decoder
+        )
+
+    @property
+    def loaded_head(self) -> HeadConfig | None:
+        """The same with the classes of pixels in the file, to which it is fitted after loading."""
+        wanted = self.wanted_head
+        if isinstance(wanted, SegmenterConfig) and isinstance(self.stored_head, SegmenterConfig):
+            return replace(wanted, num_classes=self.stored_head.num_classes)
+        return wanted
+
+    @property
     def head(self) -> Head:
         """The head of the loaded network: that of the checkpoint with its labels, if it is the same."""
-        if self.mim is not None:
-            trained = self.trained if isinstance(self.trained, Mim) else Mim()
-            same = self.mim.vocab_size == trained.network.vocab_size
-            return Mim(network=self.mim, tokenizer=trained.tokenizer if same else None)
+        head = self.loaded_head
+        if isinstance(head, MimConfig):
+            mim = self.trained if isinstance(self.trained, Mim) else Mim()
+            same = head.vocab_size == mim.network.vocab_size
+            return Mim(network=head, tokenizer=mim.tokenizer if same else None)
+        if isinstance(head, SegmenterConfig):
+            trained = self.trained if isinstance(self.trained, Segment) and self.has_heads else Segment(network=None)
+            return Segment(network=head, labels=trained.labels if trained.num_classes == head.num_classes else None)
         if isinstance(self.trained, Classify) and self.trained.num_classes == self.stored.num_classes:
             return self.trained
         return Classify(num_classes=self.stored.num_classes)
 
 
 def make_plan(
-    name: str, config: BeitConfig, trained: Head, overrides: Mapping[str, Any], head: type[Mim] | None = None
+    name: str, config: BeitConfig, trained: Head, overrides: Mapping[str, Any], head: type[Mim | Segment] | None = None
 ) -> Plan:
     """Look up how a checkpoint becomes what is asked for.
 
@@ -96,28 +126,74 @@ def make_plan(
         UserError: An override is unknown or out of range.
     """
     classes = overrides.get("num_classes")
-    if head is not None and classes is not None:
-        raise InvalidOptionError(f"num_classes={classes} and head='mim' exclude each other; give one of them.")
-    wanted = head or (type(trained) if classes is None else Classify if classes else None)
-    adaptation = ADAPTATIONS.get((type(trained), wanted))
-    if adaptation is None and head is not None:
-        raise UnsupportedError(
-            f"{name} was trained with a head for {_JOBS[type(trained)]}; there is no way from there to a masked image "
-            "model. Name the architecture alone, for random values or for its checkpoint of masked image modelling."
+    if head is not None and classes is not None and (head is Mim or not classes):
+        raise InvalidOptionError(
+            f"num_classes={classes} and head={_WORDS[head]!r} exclude each other; give one of them."
         )
+    wanted = head or _wanted(trained, classes)
+    adaptation = ADAPTATIONS.get((type(trained), wanted))
     if adaptation is None:
         raise UnsupportedError(
-            f"{name} was trained with a head for {_JOBS[type(trained)]}, which is not built here. Give num_classes=0 "
-            "for its features, num_classes=N for a classifier to fine-tune, or features_only=True for maps."
+            f"{name} was trained with a head for segmentation; there is no way from there to a masked image model. "
+            "Name the architecture alone, for random values or for its checkpoint of masked image modelling."
         )
     stored = adaptation.config(config)
-    mim = None
+
+    def convert(state: State) -> State:
+        return adaptation.state(state, stored)
+
     if wanted is Mim:
-        fields = {name: overrides[name] for name in MimConfig.__dataclass_fields__.keys() & overrides.keys()}
-        overrides = {name: value for name, value in overrides.items() if name not in fields}
-        given = {name: plain(value) for name, value in fields.items() if value is not None}
-        mim = replace(trained.network if isinstance(trained, Mim) else MimConfig(), **given)
-    return Plan(stored, overrides, trained, mim, lambda state: adaptation.state(state, stored))
+        around = trained.network if isinstance(trained, Mim) else MimConfig()
+        return Plan(stored, *_split(overrides, around), trained, convert, around)
+    if wanted is Segment:
+        return _plan_for_pixels(name, stored, overrides, trained, convert)
+    return Plan(stored, overrides, {}, trained, convert)
+
+
+def _plan_for_pixels(
+    name: str, stored: BeitConfig, overrides: Mapping[str, Any], trained: Head, convert: Callable[[State], State]
+) -> Plan:
+    """Plan a segmentation model: with the heads of the checkpoint or, if it has no such heads, with fresh ones."""
+    around = trained.network if isinstance(trained, Segment) else None
+    if around is None or overrides.get("decoder") not in (None, around.decoder):
+        around = SegmenterConfig()
+    plan = Plan(stored, *_split(overrides, around), trained, convert, around)
+    head = plan.wanted_head
+    assert isinstance(head, SegmenterConfig)
+    head.of_depth(plan.wanted.depth)
+    if not plan.has_heads and "num_classes" not in plan.head_overrides:
+        raise InvalidOptionError(
+            f"{name} was not trained with the decoder {head.decoder!r} for segmentation, and how many classes a fresh "
+            "one shall tell apart was not said. Give num_classes=N with head='segment', or num_classes=0 for the "
+            "backbone."
+        )
+    return replace(
+        plan,
+        convert=lambda state: convert(_heads_for(head, state)),
+        stored_head=plan.stored_head if plan.has_heads else head,
+    )
+
+
+def _heads_for(head: SegmenterConfig, state: State) -> State:
+    """Leave out the heads of another decoder, and an auxiliary head that is not wanted."""
+    decoder = "upernet" if any(map(layouts.NECK.match, state)) else "linear"
+    if decoder != head.decoder:
+        return _without(state, layouts.SEGMENT_HEAD)
+    return state if head.has_auxiliary else _without(state, _AUXILIARY_HEAD)
+
+
+def _wanted(trained: Head, classes: object) -> Wanted:
+    """Return the kind of head that is meant where none is named; classes are of what the checkpoint names."""
+    if classes is None:
+        return type(trained)
+    return None if not classes else Segment if isinstance(trained, Segment) else Classify
+
+
+def _split(overrides: Mapping[str, Any], around: HeadConfig) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Part what was asked for into fields of the backbone and fields of what is around it."""
+    names = around.__dataclass_fields__.keys() & overrides.keys()
+    given = {name: plain(overrides[name]) for name in names if overrides[name] is not None}
+    return {name: value for name, value in overrides.items() if name not in names}, given
 
 
 def fit_to_file(plan: Plan, state: State) -> Plan:
@@ -141,7 +217,15 @@ def fit_to_file(plan: Plan, state: State) -> Plan:
         not pooled,
     ):
         stored = replace(stored, global_pool=wanted.global_pool, use_fc_norm=pooled)
-    return replace(plan, stored=stored)
+    return replace(plan, stored=stored, stored_head=_fit_head(plan.stored_head, shapes))
+
+
+def _fit_head(stored: HeadConfig | None, shapes: Mapping[str, tuple[int, ...]]) -> HeadConfig | None:
+    """Correct the classes of pixels by those of a file."""
+    classes = shapes.get("decode_head.conv_seg.weight", ())
+    if isinstance(stored, SegmenterConfig) and len(classes) == 4 and classes[0]:
+        return replace(stored, num_classes=classes[0])
+    return stored
 
 
 def _as_it_is(config: BeitConfig) -> BeitConfig:
@@ -150,6 +234,10 @@ def _as_it_is(config: BeitConfig) -> BeitConfig:
 
 def _all_of_it(state: State, _: BeitConfig) -> State:
     return state
+
+
+def _without(state: State, unwanted: re.Pattern[str]) -> State:
+    return {name: tensor for name, tensor in state.items() if not unwanted.match(name)}
 
 
 def _for_finetuning(config: BeitConfig) -> BeitConfig:
@@ -180,7 +268,7 @@ def _for_pretraining(config: BeitConfig) -> BeitConfig:
 def _for_finetuning_state(state: State, config: BeitConfig) -> State:
     """Copy the shared table to every block, leave out mask token and norm; the norm behind the pooling is fresh."""
     shared = f"rel_pos_bias.{_TABLE}"
-    kept = {name: t for name, t in _without_mim_head(state, config).items() if not _ONLY_PRETRAINING.match(name)}
+    kept = {**_without(_without_mim_head(state, config), _ONLY_PRETRAINING)}
     if shared in state:
         blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
         kept |= {f"blocks.{block}.attn.{_TABLE}": state[shared].clone() for block in blocks}
@@ -192,12 +280,26 @@ def _with_mim_head(state: State, _: BeitConfig) -> State:
 
 
 def _without_mim_head(state: State, _: BeitConfig) -> State:
-    return {name: tensor for name, tensor in state.items() if not _MIM_HEAD.match(name)}
+    return _without(state, _MIM_HEAD)
+
+
+def _for_segmentation(config: BeitConfig) -> BeitConfig:
+    """Take head, pooling and mask token off: a segmentation model reads its blocks without a last norm."""
+    return replace(config, num_classes=0, global_pool="", use_fc_norm=False, use_mask_token=False)
+
+
+def _for_segmentation_state(state: State, _: BeitConfig) -> State:
+    """Leave out what no pixel depends on, a norm behind the blocks and a mask token, and sort what is the heads'."""
+    return layouts.add_segmenter(_without(state, _NOT_FOR_PIXELS))
+
+
+def _backbone_config_of_segmenter(config: BeitConfig) -> BeitConfig:
+    return config if config.global_pool else replace(config, global_pool="avg", use_fc_norm=True)
 
 
 def _backbone_of_segmenter(state: State, config: BeitConfig) -> State:
     """Leave out decode heads and neck; the backbone of a segmentation model was trained without a last norm."""
-    kept = {name: tensor for name, tensor in state.items() if not _SEGMENT_HEAD.match(name)}
+    kept = _without(state, layouts.SEGMENT_HEAD)
     return _with_fresh_norm(kept) if config.norm_after_pooling and "fc_norm.weight" not in kept else kept
 
 
@@ -210,9 +312,11 @@ def _with_fresh_norm(state: State) -> State:
 
 
 _MIM_HEAD = re.compile(r"(lm_head|cls_pt_layers|cls_pt_norm|cls_pt_lm_head)\.")
-_SEGMENT_HEAD = re.compile(r"(decode_head|auxiliary_head|fpn[1-4]|fpn)\.")
+_AUXILIARY_HEAD = re.compile(r"auxiliary_head\.")
+_CLASS_HEAD = re.compile(r"head\.")
+_NOT_FOR_PIXELS = re.compile(r"((fc_)?norm\.|mask_token$)")
 _ONLY_PRETRAINING = re.compile(rf"(norm\.|mask_token|rel_pos_bias\.{_TABLE})")
-_JOBS: dict[type[Head], str] = {Mim: "visual tokens", Segment: "segmentation"}
+_WORDS: dict[type[Head], str] = {Mim: "mim", Segment: "segment"}
 
 ADAPTATIONS: dict[tuple[type[Head], Wanted], Adaptation] = {
     (Classify, Classify): Adaptation(config=_as_it_is, state=_all_of_it),
@@ -221,6 +325,14 @@ ADAPTATIONS: dict[tuple[type[Head], Wanted], Adaptation] = {
     (Mim, Mim): Adaptation(config=_as_it_is, state=_with_mim_head),
     (Mim, None): Adaptation(config=_as_it_is, state=_without_mim_head),
     (Mim, Classify): Adaptation(config=_for_finetuning, state=_for_finetuning_state),
-    (Segment, None): Adaptation(config=_as_it_is, state=_backbone_of_segmenter),
-    (Segment, Classify): Adaptation(config=_as_it_is, state=_backbone_of_segmenter),
+    (Segment, Segment): Adaptation(config=_for_segmentation, state=_for_segmentation_state),
+    (Segment, None): Adaptation(config=_backbone_config_of_segmenter, state=_backbone_of_segmenter),
+    (Classify, Segment): Adaptation(
+        config=_for_segmentation,
+        state=lambda state, config: _for_segmentation_state(_without(state, _CLASS_HEAD), config),
+    ),
+    (Mim, Segment): Adaptation(
+        config=lambda config: _for_segmentation(_for_finetuning(config)),
+        state=lambda state, config: _for_segmentation_state(_for_finetuning_state(state, config), config),
+    ),
 }

@@ -259,9 +259,9 @@ def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list
         if found[name].shape != expected[name].shape
     ]
     lines += [
-        f"  ~ {name}: {found[name].dtype}, expected floating point"
-        for name in both
-        if not found[name].is_floating_point()
+        f"  ~ {name}: {found[name].dtype}, expected {'floating point' if tensor.is_floating_point() else tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in found and found[name].is_floating_point() != tensor.is_floating_point()
     ]
     return [*lines[:20], f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else lines
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from beitzoo.zoo.checkpoints import Classify, Head, Mim, Segment
-from beitzoo.zoo.networks import BeitConfig, MimConfig
+from beitzoo.zoo.networks import BeitConfig, MimConfig, SegmenterConfig
 from beitzoo.zoo.registry import architecture_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -101,10 +101,20 @@ def _head(shapes: Shapes) -> Head:
             shared_lm_head="cls_pt_lm_head.weight" not in shapes,
         )
         return Mim(network=network)
-    for name in ("decode_head.conv_seg.weight", "decode_head.classifier.weight"):
-        if name in shapes:
-            return Segment(num_classes=shapes[name][0])
+    if "decode_head.conv_seg.weight" in shapes:
+        return Segment(network=_segmenter(shapes))
     return Classify(num_classes=shapes.get("head.weight", (0,))[0])
+
+
+def _segmenter(shapes: Shapes) -> SegmenterConfig:
+    """Return the heads; which blocks they read is taken to be as in the original, as shapes do not tell."""
+    convs = {name.split(".")[2] for name in shapes if name.startswith("auxiliary_head.convs.")}
+    return SegmenterConfig(
+        num_classes=shapes["decode_head.conv_seg.weight"][0],
+        decoder="upernet" if "decode_head.fpn_bottleneck.conv.weight" in shapes else "linear",
+        auxiliary_channels=shapes.get("auxiliary_head.conv_seg.weight", (0, 0))[1],
+        auxiliary_convs=len(convs) or 1,
+    )
 
 
 def _square_grid(table: tuple[int, ...] | None, pos_embed: tuple[int, ...] | None) -> int | None:

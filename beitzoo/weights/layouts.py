@@ -80,6 +80,41 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     ("lm_head.bias", "lm_head.bias", "lm_head.bias"),
 )
 
+# The same of the modules of a segmentation model, each with what it holds; our names have no prefix in files.
+_LINEAR = ("weight", "bias")
+_KERNEL = ("weight",)
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_UPER, _FCN = "decode_head", "auxiliary_head"
+_SEGMENT_MODULES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("fpn1.0", "fpn1.0", "fpn.fpn1.conv_transpose1", _LINEAR),
+    ("fpn1.1", "fpn1.1", "fpn.fpn1.normalization", _BATCH_NORM),
+    ("fpn1.3", "fpn1.3", "fpn.fpn1.conv_transpose2", _LINEAR),
+    ("fpn2.0", "fpn2.0", "fpn.fpn2", _LINEAR),
+    *(
+        (f"{ours}.{part}", f"{ours}.{part}", f"{memory}.{theirs}", leaves)
+        for ours, memory in (
+            (f"{_UPER}.psp_modules.{{}}.1", f"{_UPER}.psp_modules.blocks.{{}}.conv"),
+            (f"{_UPER}.bottleneck", f"{_UPER}.psp_bottleneck"),
+            (f"{_UPER}.lateral_convs.{{}}", f"{_UPER}.lateral_convs.{{}}"),
+            (f"{_UPER}.fpn_convs.{{}}", f"{_UPER}.fpn_convs.{{}}"),
+            (f"{_UPER}.fpn_bottleneck", f"{_UPER}.fpn_bottleneck"),
+            (f"{_FCN}.convs.{{}}", f"{_FCN}.convs.{{}}"),
+        )
+        for part, theirs, leaves in (("conv", "convolution", _KERNEL), ("bn", "normalization", _BATCH_NORM))
+    ),
+    *((f"{head}.conv_seg", f"{head}.classifier", f"{head}.classifier", _LINEAR) for head in (_UPER, _FCN)),
+)
+_NAMES += tuple(
+    (f"{ours}.{leaf}", f"{disk}.{leaf}", f"{memory}.{leaf}")
+    for ours, disk, memory, leaves in _SEGMENT_MODULES
+    for leaf in leaves
+)
+
+# What segmentation models have beside the backbone's own names: in files, the neck's are among them.
+_DECODERS = re.compile(r"(decode_head|auxiliary_head)\.")
+NECK = re.compile(r"fpn[1-4]?\.")
+SEGMENT_HEAD = re.compile(rf"{_DECODERS.pattern}|{NECK.pattern}")
+
 # What transformers puts between the prefix of a model and the names of its table.
 _MODELS = ("beit.", "data2vec_vision.")
 # Tensors that are derived from others or count steps, in every layout that ever saved them.
@@ -174,13 +209,13 @@ def to_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, 
     The norm of a masked image model belongs to the head there, and has no prefix.
     """
     table = {ours: disk for ours, disk, _ in _NAMES}
-    outside = {"classifier", "lm_head"} | ({"layernorm"} if "lm_head.weight" in state_dict else set())
+    outside = {"classifier", "lm_head", "fpn1", "fpn2", "decode_head", "auxiliary_head"}
+    outside |= {"layernorm"} if "lm_head.weight" in state_dict else set()
     renamed = {}
     for name, tensor in _split(state_dict).items():
-        template, number = _template(name)
-        if template not in table:
+        foreign = _look_up(name, table)
+        if foreign is None:
             raise LayoutError(f"transformers has no name for {name!r}; leave that part out of the model to save.")
-        foreign = table[template].format(number)
         renamed[foreign if foreign.split(".")[0] in outside else prefix + foreign] = tensor
     return renamed
 
@@ -198,8 +233,21 @@ def add_backbone(state_dict: Mapping[str, Tensor], heads: re.Pattern[str]) -> di
 
 
 def strip_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take `backbone.` off all names, as files have them."""
-    return {name.removeprefix("backbone."): tensor for name, tensor in state_dict.items()}
+    """Take `backbone.` and `neck.` off all names, as files have them."""
+    return {name.removeprefix("backbone.").removeprefix("neck."): tensor for name, tensor in state_dict.items()}
+
+
+def add_segmenter(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put `backbone.` before the names of the backbone, and `neck.` before those of the neck; heads have none."""
+    return {
+        f"neck.{name}" if NECK.match(name) else name: tensor
+        for name, tensor in add_backbone(state_dict, SEGMENT_HEAD).items()
+    }
+
+
+def to_mmsegmentation(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put `backbone.` before all our names but those of decoders: there the neck is part of the backbone."""
+    return add_backbone(state_dict, _DECODERS)
 
 
 def _networks(document: object, path: str = "", depth: int = 2) -> Iterator[Network]:
@@ -289,11 +337,16 @@ def _rename(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Tenso
     def ours(name: str) -> str:
         for model in _MODELS:  # a file of a BeitBackbone has it before some names only
             name = name.removeprefix(model)
-        template, number = _template(name)
         # A name that is not in the table stays, and is then unexpected or of another head.
-        return table[template].format(number) if template in table else name
+        return _look_up(name, table) or name
 
     return _unique((ours(name), tensor) for name, tensor in state_dict.items())
+
+
+def _look_up(name: str, table: Mapping[str, str]) -> str | None:
+    """Return what a table has for a name: as it is, or with the first of its numbers left open."""
+    template, number = _template(name)
+    return table.get(name) or (table[template].format(number) if template in table else None)
 
 
 def _unique(items: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

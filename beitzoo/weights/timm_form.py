@@ -20,9 +20,10 @@ from beitzoo.zoo.checkpoints import (
     Interpolation,
     Mim,
     PretrainedConfig,
+    Segment,
 )
 from beitzoo.zoo.labels import label_names
-from beitzoo.zoo.networks import BeitConfig, MimConfig, override
+from beitzoo.zoo.networks import BeitConfig, MimConfig, SegmenterConfig, override, plain
 from beitzoo.zoo.registry import architecture_of
 
 # timm builds any of our networks from this one, given all fields that differ from it.
@@ -124,10 +125,7 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     data = form.pretrained_cfg
     own: dict[str, Any] = dict(form.beitzoo)
     reduces, activation = own.pop(_REDUCES, False), own.pop(_ACTIVATION, "softmax")
-    tokenizer = own.pop(_TOKENIZER, None)
-    mim = {name: own.pop(name) for name in MimConfig.__dataclass_fields__.keys() & own.keys()}
-    if not isinstance(tokenizer, str | None):
-        raise InvalidValueError(f"its tokenizer is {tokenizer!r}; it must be a name.")
+    around = _around(own)
     if activation not in get_args(Activation):
         raise InvalidValueError(f"its activation is {activation!r}; there are {', '.join(get_args(Activation))}.")
     # What timm builds where the arguments do not say it.
@@ -139,20 +137,38 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
         **own,
     }
     config = override(ARCHITECTURES[name], **arguments)
-    labels = _labels(form.label_names or data.label_names, config.num_classes)
+    classes = around.num_classes if isinstance(around, Segment) else config.num_classes
+    labels = _labels(form.label_names or data.label_names, classes)
+    if isinstance(around, Segment):
+        around = replace(around, labels=labels)
     classify = Classify(num_classes=config.num_classes, labels=labels, activation=activation)
     return config, PretrainedConfig(
-        head=Mim(network=MimConfig(**mim), tokenizer=tokenizer) if mim else classify,
+        head=around or classify,
         data=replace(_data(data), reduce_zero_label=reduces),
         license=data.license,
         architecture=architecture_of(config) or name,
     )
 
 
+def _around(own: dict[str, Any]) -> Mim | Segment | None:
+    """Take what is around the backbone out of the fields that timm does not have."""
+    tokenizer = own.pop(_TOKENIZER, None)
+    if not isinstance(tokenizer, str | None):
+        raise InvalidValueError(f"its tokenizer is {tokenizer!r}; it must be a name.")
+    mim, segmenter = (
+        {name: plain(own.pop(name)) for name in kind.__dataclass_fields__.keys() & own.keys()}
+        for kind in (MimConfig, SegmenterConfig)
+    )
+    if segmenter:
+        return Segment(network=SegmenterConfig(**segmenter))
+    return Mim(network=MimConfig(**mim), tokenizer=tokenizer) if mim else None
+
+
 def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
     """Write the config.json from which `parse`, and timm, build the same network and transform."""
-    lacking = timm_lacks(config)
-    if lacking is not None and not isinstance(pretrained.head, Mim):  # of those nobody expects it
+    head = pretrained.head
+    lacking = "it has no heads for pixels" if isinstance(head, Segment) else timm_lacks(config)
+    if lacking is not None and isinstance(head, Classify):  # of others nobody expects it
         _logger.warning("timm will not read this model: %s.", lacking)
     settled = replace(config, use_fc_norm=config.norm_after_pooling)
     values = {field.name: getattr(settled, field.name) for field in fields(BeitConfig)}
@@ -170,14 +186,14 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
         document["pretrained_cfg"].pop(name, None)
     if pretrained.data.reduce_zero_label:
         document[_OWN_KEY][_REDUCES] = True
-    if isinstance(pretrained.head, Mim):
-        document[_OWN_KEY] |= asdict(pretrained.head.network)
-        if pretrained.head.tokenizer is not None:
-            document[_OWN_KEY][_TOKENIZER] = pretrained.head.tokenizer
-    if isinstance(pretrained.head, Classify) and pretrained.head.activation != "softmax":
-        document[_OWN_KEY][_ACTIVATION] = pretrained.head.activation
-    names = label_names(pretrained.head)
-    if names and len(names) == config.num_classes:
+    if isinstance(head, Mim | Segment) and head.network is not None:
+        document[_OWN_KEY] |= asdict(head.network)
+    if isinstance(head, Mim) and head.tokenizer is not None:
+        document[_OWN_KEY][_TOKENIZER] = head.tokenizer
+    if isinstance(head, Classify) and head.activation != "softmax":
+        document[_OWN_KEY][_ACTIVATION] = head.activation
+    names = label_names(head)
+    if names and len(names) == (head.num_classes if isinstance(head, Segment) else config.num_classes):
         document["label_names"] = names
     return json.dumps(document, indent=2) + "\n"
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
@@ -20,17 +21,17 @@ from beitzoo.zoo.checkpoints import (
     Segment,
 )
 from beitzoo.zoo.labels import is_misnumbered_22k, label_names
-from beitzoo.zoo.networks import BeitConfig, GlobalPool, MimConfig, Pair
+from beitzoo.zoo.networks import BeitConfig, GlobalPool, MimConfig, Pair, SegmenterConfig
 from beitzoo.zoo.registry import architecture_of
 
 _logger = logging.getLogger(__name__)
 
 _FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-_HeadName = Literal["classify", "mim", "segment"]
+_HeadName = Literal["classify", "mim", "segment", "maps"]
 _HEADS: dict[str, _HeadName] = {
     "BeitForMaskedImageModeling": "mim",
     "BeitForSemanticSegmentation": "segment",
-    "BeitBackbone": "segment",
+    "BeitBackbone": "maps",
     "BeitForImageClassification": "classify",
 }
 
@@ -73,6 +74,12 @@ class _Form(BaseModel):
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     quantization_config: dict[str, Any] | None = None
     pruned_heads: dict[str, Any] | None = None
+    out_indices: list[int] | None = None
+    pool_scales: Annotated[list[_Side], Field(min_length=1, max_length=16)] = [1, 2, 3, 6]
+    use_auxiliary_head: bool = True
+    auxiliary_channels: _Side = 256
+    auxiliary_num_convs: Annotated[int, Field(ge=1, le=64)] = 1
+    auxiliary_concat_input: Literal[False] = False
 
 
 IGNORED = {
@@ -83,22 +90,9 @@ IGNORED = {
     "only how much is computed at once": ("chunk_size_feed_forward",),
     "no meaning for an image encoder": ("is_encoder_decoder",),
     "only how training starts; unilm's way is used": ("initializer_range",),
-    "which maps, and their shape, is said by features_only": (
-        "out_features",
-        "out_indices",
-        "stage_names",
-        "reshape_hidden_states",
-    ),
-    "the decode heads of segmentation, which are not built": (
-        "add_fpn",
-        "pool_scales",
-        "use_auxiliary_head",
-        "auxiliary_loss_weight",
-        "auxiliary_channels",
-        "auxiliary_num_convs",
-        "auxiliary_concat_input",
-        "semantic_loss_ignore_index",
-    ),
+    "the same as out_indices, by names": ("out_features", "stage_names"),
+    "the shape of a backbone's maps is said by features_only": ("reshape_hidden_states", "add_fpn"),
+    "only the loss of a segmentation model": ("auxiliary_loss_weight", "semantic_loss_ignore_index"),
 }
 
 
@@ -189,20 +183,14 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig, dtype: str = "float32
         ValueError: transformers cannot build this network; says why.
     """
     _check_expressible(config)
-    mim = pretrained.head.network if isinstance(pretrained.head, Mim) else None
-    if mim is not None and mim.early_layers:
-        raise InvalidValueError(
-            "transformers cannot build this network: it has no patch aggregation. Save the backbone "
-            "(create_model(..., num_classes=0)), or all of it with save_pretrained or save_unilm."
-        )
+    around = pretrained.head.network if isinstance(pretrained.head, Mim | Segment) else None
     hidden = config.hidden_dim
+    classes = around.num_classes if isinstance(around, SegmenterConfig) else config.num_classes
     names = label_names(pretrained.head) or ()
-    names = (
-        names if len(names) == config.num_classes else tuple(f"LABEL_{index}" for index in range(config.num_classes))
-    )
+    names = names if len(names) == classes else tuple(f"LABEL_{index}" for index in range(classes))
     document: dict[str, Any] = {
         "model_type": "beit",
-        "architectures": [_class(config, mim)],
+        "architectures": [_class(config, around)],
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
@@ -220,22 +208,73 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig, dtype: str = "float32
         "use_shared_relative_position_bias": config.use_shared_rel_pos_bias,
         "layer_scale_init_value": float(config.init_values),
         "drop_path_rate": config.drop_path_rate,
-        "use_mean_pooling": config.norm_after_pooling or mim is not None,
+        "use_mean_pooling": config.norm_after_pooling or around is not None,
         "dtype": dtype,
+        **_around(config, around),
     }
-    if mim is not None:
-        document["vocab_size"] = mim.vocab_size
     if config.num_classes > 1 and isinstance(pretrained.head, Classify) and pretrained.head.activation == "sigmoid":
         document["problem_type"] = "multi_label_classification"
-    if config.num_classes:
+    if classes:
         document["id2label"] = {str(index): name for index, name in enumerate(names)}
         document["label2id"] = {name: index for index, name in enumerate(names)}
     return json.dumps(document, indent=2) + "\n", json.dumps(_processor(config, pretrained.data), indent=2) + "\n"
 
 
-def _class(config: BeitConfig, mim: MimConfig | None) -> str:
-    if mim is not None:
-        return "BeitForMaskedImageModeling"
+def _around(config: BeitConfig, around: MimConfig | SegmenterConfig | None) -> dict[str, Any]:
+    """Write the fields of what is around the backbone.
+
+    Raises:
+        InvalidValueError: transformers has nothing like it; says why.
+    """
+    match around:
+        case None:
+            return {}
+        case MimConfig():
+            if around.early_layers:
+                raise InvalidValueError(
+                    "transformers cannot build this network: it has no patch aggregation. Save the backbone "
+                    "(create_model(..., num_classes=0)), or all of it with save_pretrained or save_unilm."
+                )
+            return {"vocab_size": around.vocab_size}
+    if around.decoder != "upernet":
+        raise InvalidValueError(
+            f"transformers cannot build this network: it has no decoder {around.decoder!r}, only 'upernet'. Save it "
+            "with save_pretrained or save_unilm."
+        )
+    return {
+        "out_indices": _their_blocks(around.of_depth(config.depth).out_indices or (), config.depth),
+        "pool_scales": list(around.pool_scales),
+        "use_auxiliary_head": around.has_auxiliary,
+        "auxiliary_channels": around.auxiliary_channels or 256,
+        "auxiliary_num_convs": around.auxiliary_convs,
+    }
+
+
+def _their_blocks(blocks: Sequence[int], depth: int) -> list[int]:
+    """Return the `out_indices` with which transformers reads these blocks: block 0 is 2, and the last one 0."""
+    theirs = [(block + 2) % (depth + 1) for block in blocks]
+    if theirs != sorted(set(theirs)):
+        raise InvalidValueError(
+            f"transformers cannot build this network: it reads the blocks {tuple(blocks)} of {depth}, and there blocks "
+            "must rise, and the last one can only be read first. Save it with save_pretrained or save_unilm."
+        )
+    return theirs
+
+
+def _our_blocks(form: _Form) -> tuple[int, ...]:
+    """Return the blocks that transformers reads. A config that names none is of version 4, which left out defaults."""
+    theirs = form.out_indices or [3, 5, 7, 11]
+    depth = form.num_hidden_layers
+    if len(theirs) != 4 or not all(-depth <= index <= depth for index in theirs):
+        raise InvalidValueError(
+            f"its out_indices are {theirs}; a segmentation model reads four of 0 to {depth}. Set them in its config."
+        )
+    return tuple((index - 1) % (depth + 1) - 1 for index in theirs)
+
+
+def _class(config: BeitConfig, around: MimConfig | SegmenterConfig | None) -> str:
+    if around is not None:
+        return "BeitForMaskedImageModeling" if isinstance(around, MimConfig) else "BeitForSemanticSegmentation"
     return "BeitForImageClassification" if config.num_classes else "BeitModel"
 
 
@@ -332,8 +371,22 @@ def _record(form: _Form, head: _HeadName) -> Head:
         case "mim":
             return Mim(network=MimConfig(vocab_size=form.vocab_size))
         case "segment":
-            return Segment(num_classes=_num_classes(form), labels=_labels(form))
+            return Segment(network=_segmenter(form), labels=_labels(form))
+        case "maps":
+            return Segment(network=None)
     return Classify(num_classes=_num_classes(form), labels=_labels(form), activation=_activation(form))
+
+
+def _segmenter(form: _Form) -> SegmenterConfig:
+    """Describe the heads; there is no dropout in transformers."""
+    return SegmenterConfig(
+        num_classes=_num_classes(form),
+        out_indices=_our_blocks(form),
+        pool_scales=tuple(form.pool_scales),
+        auxiliary_channels=form.auxiliary_channels if form.use_auxiliary_head else 0,
+        auxiliary_convs=form.auxiliary_num_convs,
+        decoder_drop_rate=0.0,
+    )
 
 
 def _activation(form: _Form) -> Activation:

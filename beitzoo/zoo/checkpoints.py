@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from beitzoo.errors import check
-from beitzoo.zoo.networks import BeitConfig, MimConfig, is_number
+from beitzoo.zoo.networks import BeitConfig, MimConfig, SegmenterConfig, is_number
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Activation = Literal["softmax", "sigmoid"]
@@ -173,12 +173,17 @@ class Segment:
     """A head that tells the classes of pixels apart.
 
     Attributes:
-        num_classes: Classes of a pixel.
+        network: Decoder and auxiliary head; None where a file has the backbone of a segmentation model only.
         labels: Names of the classes; None where nobody named them.
     """
 
-    num_classes: int = 150
+    network: SegmenterConfig | None = field(default_factory=SegmenterConfig)
     labels: Labels | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of a pixel; 0 without a decoder."""
+        return 0 if self.network is None else self.network.num_classes
 
 
 Head = Classify | Mim | Segment

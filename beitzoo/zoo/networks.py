@@ -11,6 +11,7 @@ CLASS_ROWS = 3  # of a bias table, for the class token: to a patch, from a patch
 GlobalPool = Literal["avg", "token", ""]
 ResizeRule = Literal["geometric_cubic", "geometric_linear", "bilinear"]
 Target = Literal["features", "pixels"]
+Decoder = Literal["upernet", "linear"]
 Record = TypeVar("Record")
 
 _FLAGS = (
@@ -179,6 +180,92 @@ class MimConfig:
         for name, least in (("vocab_size", 1), ("early_layers", 0), ("head_layers", 1)):
             value = getattr(self, name)
             check(_is_whole(value) and value >= least, f"{name}={value!r}; it must be a whole number from {least} up.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterConfig:
+    """The heads of a segmentation model. The defaults are those of BEiT and BEiT v2 on ADE20K.
+
+    Attributes:
+        num_classes: Classes of a pixel.
+        decoder: UPerNet, with the neck and, in training, the auxiliary head; or one norm and one linear on the patches
+            of one block, which is how frozen features are compared.
+        out_indices: Blocks whose outputs are read, one for each map; -1 is what enters the first block. None for those
+            of the original, see `pyramid_blocks`, or with the linear decoder for the last.
+        pool_scales: Sides of the grids to which UPerNet pools the last map.
+        auxiliary_channels: Channels of the auxiliary head of UPerNet; 0 for none.
+        auxiliary_convs: Its convolutions before the classifier.
+        decoder_drop_rate: Dropout of whole channels before the classifiers.
+    """
+
+    num_classes: int = 150
+    decoder: Decoder = "upernet"
+    out_indices: tuple[int, ...] | None = None
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    auxiliary_channels: int = 256
+    auxiliary_convs: int = 1
+    decoder_drop_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "num_classes", "auxiliary_convs")
+        channels, rate, scales, blocks = (
+            getattr(self, name) for name in ("auxiliary_channels", "decoder_drop_rate", "pool_scales", "out_indices")
+        )
+        check(
+            self.decoder in get_args(Decoder),
+            f"decoder={self.decoder!r}; there are {' and '.join(map(repr, get_args(Decoder)))}. Choose one of them.",
+        )
+        check(
+            _is_whole(channels) and channels >= 0,
+            f"auxiliary_channels={channels!r}; it must be a whole number from 0 up.",
+        )
+        check(is_number(rate) and 0 <= rate < 1, f"decoder_drop_rate={rate!r}; it must be a number in [0, 1).")
+        check(
+            isinstance(scales, tuple) and bool(scales) and all(_is_whole(side) and side >= 1 for side in scales),
+            f"pool_scales={scales!r}; they must be whole numbers from 1 up, such as (1, 2, 3, 6).",
+        )
+        maps = 1 if self.decoder == "linear" else 4
+        check(
+            blocks is None
+            or (isinstance(blocks, tuple) and len(blocks) == maps and all(_is_whole(b) and b >= -1 for b in blocks)),
+            f"out_indices={blocks!r}; the decoder {self.decoder!r} reads {maps} of the blocks, which count from 0 (-1 "
+            "is what enters the first). Name as many, or leave it out.",
+        )
+
+    def of_depth(self, depth: int) -> "SegmenterConfig":
+        """Return the config with the blocks that are read of a network of this depth.
+
+        Raises:
+            InvalidValueError: The network has not all of them.
+        """
+        blocks = self.out_indices
+        if blocks is None:
+            blocks = (depth - 1,) if self.decoder == "linear" else pyramid_blocks(depth)
+        check(
+            max(blocks) < depth,
+            f"out_indices={blocks} of a network of {depth} blocks, 0 to {depth - 1}; name blocks that it has.",
+        )
+        return replace(self, out_indices=blocks)
+
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether there is an auxiliary head."""
+        return self.decoder == "upernet" and self.auxiliary_channels > 0
+
+
+# What is built around a backbone.
+HeadConfig = MimConfig | SegmenterConfig
+
+
+def pyramid_blocks(depth: int) -> tuple[int, ...]:
+    """Return the four blocks that the original's segmentation models read, of a network of any depth.
+
+    A third, half, two thirds and all of the depth: 3, 5, 7, 11 of 12 blocks, 7, 11, 15, 23 of 24. Of shallow networks
+    the last four, and of fewer than four blocks the first one again.
+    """
+    original = (depth // 3 - 1, depth // 2 - 1, depth * 2 // 3 - 1, depth - 1)
+    is_deep = len(set(original)) == len(original) and min(original) >= 0
+    return original if is_deep else tuple(max(block, 0) for block in range(depth - 4, depth))
 
 
 @dataclass(frozen=True, kw_only=True)

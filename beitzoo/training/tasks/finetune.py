@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation.metrics import Accuracy, AccuracySum
 from beitzoo.factory import create_model
 from beitzoo.images.image_set import ImageSet
@@ -214,7 +215,12 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     """Make the network to start from. Its head stays if it tells the same classes apart, else it is a fresh one."""
     section = recipe.model
     overrides: dict[str, Any] = {**section.overrides, "num_classes": len(names)}
-    model = create_model(section.name, section.pretrained, checkpoint_path=section.checkpoint, **overrides)
+    model: object = create_model(section.name, section.pretrained, checkpoint_path=section.checkpoint, **overrides)
+    if not isinstance(model, Beit):
+        raise InvalidValueError(
+            f"{section.name} is a segmentation model, and this task trains a classifier of images. Save its backbone, "
+            "create_model(..., num_classes=0), with save_pretrained and name that folder."
+        )
     labels = _labels_of_same_classes(model.pretrained.head, names)
     if labels is None:
         model.reset_classifier(len(names))

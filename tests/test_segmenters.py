@@ -1,0 +1,223 @@
+"""Segmentation models by name: what is built, what files come in and go out, and what else a file is good for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from oracles import randomise, relative_error
+from torch import Tensor, nn
+
+import beitzoo
+from beitzoo import create_model
+from beitzoo.models.segmentation import LinearHead, Neck, Segmenter
+from beitzoo.zoo.checkpoints import Segment
+from beitzoo.zoo.networks import pyramid_blocks
+from beitzoo.zoo.pretrained import PRETRAINED
+
+NAMES = [name for name, row in PRETRAINED.items() if isinstance(row.head, Segment)]
+BASE = "beit_base_patch16_640.in22k_ft_in22k_ade20k"
+SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 6, "img_size": 64}
+# Published of transformers' models at 640 pixels; at 512 the tables of each block have fewer rows.
+PARAMETERS = {
+    "beit_base": 163_407_980,
+    "beit_large": 441_271_084,
+    "beitv2_base": 163_407_980 - 12 * 12 * (6244 - 3972),
+    "beitv2_large": 441_271_084 - 24 * 16 * (6244 - 3972),
+}
+
+
+def fill(model: Segmenter) -> Segmenter:
+    """Fill parameters and the statistics of batch norms."""
+    randomise(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2.0)
+            module.num_batches_tracked.fill_(5)
+    return model.eval()
+
+
+def build(**fields: object) -> Segmenter:
+    model = create_model(BASE, **{**SMALL, "num_classes": 7, "auxiliary_channels": 10, **fields})
+    assert isinstance(model, Segmenter)
+    return fill(model)
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_is_a_segmenter(name: str) -> None:
+    model = create_model(name, device="meta")
+    assert isinstance(model, Segmenter)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name.partition("_patch")[0]]
+    assert model.config.out_indices == ((7, 11, 15, 23) if "large" in name else (3, 5, 7, 11))
+    assert model.num_classes == 150
+    assert model.pretrained.data.reduce_zero_label
+    assert beitzoo.resolve_data_config(model)["mean"] == PRETRAINED[name].data.mean
+
+
+def test_the_originals_blocks_of_any_depth() -> None:
+    assert [pyramid_blocks(depth) for depth in (24, 12, 6, 4, 2, 1)] == [
+        (7, 11, 15, 23),
+        (3, 5, 7, 11),
+        (1, 2, 3, 5),
+        (0, 1, 2, 3),
+        (0, 0, 0, 1),
+        (0, 0, 0, 0),
+    ]
+
+
+@pytest.mark.parametrize("fields", [{}, {"decoder": "linear"}, {"auxiliary_channels": 0}], ids=str)
+def test_the_originals_files_load_strictly_and_save_back(fields: dict[str, object], tmp_path: Path) -> None:
+    model = build(**fields)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    beitzoo.save_unilm(synced, tmp_path / "a.pth")
+    document = torch.load(tmp_path / "a.pth")
+    names = document["state_dict"].keys()
+    assert {name.partition(".")[0] for name in names} <= {"backbone", "decode_head", "auxiliary_head"}
+    assert {"backbone.blocks.5.attn.relative_position_index", "decode_head.conv_seg.bias"} <= names
+    if not fields:
+        assert {
+            "backbone.fpn1.0.weight",
+            "backbone.fpn1.1.running_var",
+            "backbone.fpn1.3.bias",
+            "backbone.fpn2.0.weight",
+            "decode_head.psp_modules.3.1.conv.weight",
+            "decode_head.psp_modules.3.1.bn.num_batches_tracked",
+            "decode_head.bottleneck.bn.weight",
+            "decode_head.lateral_convs.2.conv.weight",
+            "decode_head.fpn_convs.2.bn.bias",
+            "decode_head.fpn_bottleneck.conv.weight",
+            "auxiliary_head.convs.0.conv.weight",
+            "auxiliary_head.conv_seg.weight",
+        } <= names
+    assert not [name for name in names if "norm." in name.replace("norm1.", "").replace("norm2.", "")]
+    # The classes are the file's, whatever is trained for; the other fields were said.
+    own = {**SMALL, "auxiliary_channels": 10, "num_classes": 7, **fields}
+    again = create_model(BASE, checkpoint_path=tmp_path / "a.pth", **own)
+    assert torch.equal(logits(again, IMAGES), logits(model, IMAGES))
+    told = create_model(tmp_path / "a.pth", pretrained=True)  # by shapes alone
+    assert told.config.decoder == model.config.decoder
+    assert torch.equal(logits(told, IMAGES), logits(model, IMAGES))
+    beitzoo.save_unilm(told, tmp_path / "b.pth")
+    other = torch.load(tmp_path / "b.pth")["state_dict"]
+    assert other.keys() == names
+    assert all(torch.equal(tensor, other[name]) for name, tensor in document["state_dict"].items())
+    broken = {name: t for name, t in document["state_dict"].items() if name != "decode_head.conv_seg.bias"}
+    torch.save({"state_dict": broken}, tmp_path / "c.pth")
+    with pytest.raises(beitzoo.CheckpointError, match=r"- decode_head\.conv_seg\.bias"):
+        create_model(BASE, checkpoint_path=tmp_path / "c.pth", **own)
+
+
+def test_a_saved_folder_is_the_same_model(tmp_path: Path) -> None:
+    labels = tuple("abcdefg")
+    model = build(out_indices=(0, 2, 2, 4), pool_scales=(1, 3), dynamic_img_size=True)
+    model.backbone.pretrained = beitzoo.PretrainedConfig(head=Segment(network=model.config, labels=labels))
+    beitzoo.save_pretrained(model, tmp_path)
+    again = create_model(tmp_path, pretrained=True)
+    assert (again.config, again.class_names) == (model.config, labels)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(logits(again, IMAGES), logits(model, IMAGES))
+    assert logits(again, torch.randn(1, 3, 48, 112)).shape == (1, 7, 12, 28)
+    assert create_model(tmp_path, pretrained=True, num_classes=5).class_names is None
+    backbone = create_model(tmp_path, pretrained=True, num_classes=0)
+    assert backbone.eval()(IMAGES).shape == (2, 24)
+    maps = create_model(tmp_path, pretrained=True, features_only=True, out_indices=[4]).eval()(IMAGES)
+    assert torch.equal(maps[0], backbone.forward_intermediates(IMAGES, [4], intermediates_only=True)[0])
+
+
+def test_transformers_loads_what_we_save_and_we_what_it_saves(tmp_path: Path) -> None:
+    model = build(out_indices=(5, 0, 2, 4), norm_eps=1e-12)
+    beitzoo.save_transformers(model, tmp_path / "ours")
+    theirs, report = transformers.BeitForSemanticSegmentation.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    expected = logits(theirs, IMAGES).logits
+    assert relative_error(logits(model, IMAGES), expected) < 1e-4
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = create_model(tmp_path / "theirs", pretrained=True)
+    assert again.config.out_indices == (5, 0, 2, 4)
+    assert relative_error(logits(again, IMAGES), expected) < 1e-4
+    torch.save(theirs.state_dict(), tmp_path / "memory.pth")
+    state = create_model(tmp_path / "theirs", checkpoint_path=tmp_path / "memory.pth").state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"reads the blocks \(1, 2, 3, 5\) of 6, and there blocks must rise"):
+        beitzoo.save_transformers(build(), tmp_path / "original")
+    with pytest.raises(ValueError, match="no decoder 'linear'"):
+        beitzoo.save_transformers(build(decoder="linear"), tmp_path / "original")
+    assert not (tmp_path / "original").exists()
+
+
+def test_other_classes_have_fresh_classifiers_and_the_rest_is_loaded(tmp_path: Path) -> None:
+    model = build()
+    beitzoo.save_unilm(model, tmp_path / "a.pth")
+    path = tmp_path / "a.pth"
+    again = create_model(BASE, checkpoint_path=path, **SMALL, auxiliary_channels=10, num_classes=3)
+    assert again.decode_head.conv_seg.weight.std().item() == pytest.approx(0.01, rel=0.4)
+    assert again.auxiliary_head.conv_seg.weight.shape == (3, 10, 1, 1)
+    state = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert "conv_seg" in name or torch.equal(state[name], tensor), name
+    linear = create_model(BASE, checkpoint_path=path, **SMALL, decoder="linear", num_classes=3)
+    assert isinstance(linear.decode_head, LinearHead)
+    assert linear.neck is None and linear.auxiliary_head is None
+    assert torch.equal(linear.backbone.blocks[5].mlp.fc1.weight, model.backbone.blocks[5].mlp.fc1.weight)
+    with pytest.raises(TypeError, match=r"was not trained with the decoder 'linear'.* Give num_classes=N"):
+        create_model(BASE, decoder="linear")
+
+
+@pytest.mark.parametrize("kind", ["mim", "classify"])
+def test_any_backbone_starts_a_segmenter(kind: str, tmp_path: Path) -> None:
+    name = "beit_base_patch16_224" + (".mim_in22k" if kind == "mim" else "")
+    source = randomise(create_model(name, **SMALL))
+    beitzoo.save_unilm(source, tmp_path / "a.pth")
+    options = {**SMALL, "head": "segment", "num_classes": 4}
+    model = create_model(name, checkpoint_path=tmp_path / "a.pth", **options)
+    blocks, theirs = model.backbone.blocks, source.backbone
+    assert torch.equal(blocks[3].attn.qkv.weight, theirs.blocks[3].attn.qkv.weight)
+    assert model.backbone.rel_pos_bias is None
+    for block, other in zip(blocks, theirs.blocks, strict=True):
+        table = theirs.rel_pos_bias if kind == "mim" else other.attn
+        assert torch.equal(block.attn.relative_position_bias_table, table.relative_position_bias_table)
+    main, auxiliary = model.train()(IMAGES)
+    assert (main.shape, auxiliary.shape) == ((2, 4, 16, 16), (2, 4, 4, 4))
+    (main.sum() + auxiliary.sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not [name for name in model.state_dict() if name.startswith(("backbone.norm", "backbone.head"))]
+
+
+def test_what_cannot_be_built_is_refused_plainly() -> None:
+    with pytest.raises(TypeError, match="how many classes a fresh one shall tell apart was not said"):
+        create_model("test_beit", head="segment")
+    with pytest.raises(TypeError, match="num_classes=0 and head='segment' exclude each other"):
+        create_model("test_beit", head="segment", features_only=True)
+    with pytest.raises(ValueError, match="decoder='unet'; there are 'upernet' and 'linear'"):
+        create_model("test_beit", head="segment", num_classes=2, decoder="unet")
+    with pytest.raises(ValueError, match=r"out_indices=\(0, 1, 2, 3\) of a network of 2 blocks, 0 to 1"):
+        create_model("test_beit", head="segment", num_classes=2, out_indices=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match="reads 4 of the blocks"):
+        create_model("test_beit", head="segment", num_classes=2, out_indices=(0, 1))
+    with pytest.raises(ValueError, match="num_classes=-1"):
+        create_model(BASE, device="meta", num_classes=-1)
+    model = create_model("test_beit", head="segment", num_classes=2, dynamic_img_size=True).eval()
+    with pytest.raises(ValueError, match="is not a multiple of patch_size"):
+        model(torch.randn(1, 3, 64, 40))
+    with pytest.raises(ValueError, match="1 x 4 patches, and the smallest of the pyramid is half as large"):
+        model(torch.randn(1, 3, 16, 64))
+    with pytest.raises(ValueError, match="Got 3 maps"):
+        Neck(4)([torch.zeros(1, 4, 2, 2)] * 3)
+
+
+@pytest.mark.parametrize("decoder", ["upernet", "linear"])
+def test_an_inference_copy_gives_the_same_logits(decoder: str) -> None:
+    model = build(decoder=decoder)
+    copy = beitzoo.optimize(model)
+    assert relative_error(logits(copy, IMAGES), logits(model, IMAGES)) < 1e-5
