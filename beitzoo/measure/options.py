@@ -200,7 +200,8 @@ class BenchmarkOptions:
     @property
     def mim(self) -> MimConfig | None:
         """The head of masked image modelling, if that is trained."""
-        return self._plan().mim
+        around = self._plan().wanted_head
+        return around if isinstance(around, MimConfig) else None
 
     def phase(self, phase: Phase) -> "BenchmarkOptions":
         """Return the options of one of the phases."""
