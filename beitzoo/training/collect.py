@@ -90,7 +90,7 @@ def row_of(run: FinishedRun, name: str) -> Row:
     row: Row = {
         "run": name,
         "task": recipe.task.kind,
-        "model": recipe.model.name if start is None else start.recipe.model.name,
+        "model": _network(recipe),
         "start": _start_name(recipe, start),
         "tokenizer": _tokenizer_name(run, tokenizer),
         "teacher": _teacher(run, tokenizer),
@@ -139,6 +139,12 @@ def _run_at(name: str | Path) -> FinishedRun | None:
         if (folder / RECIPE).is_file() and (folder / METRICS).is_file():
             return read_run(folder)
     return None
+
+
+def _network(recipe: Recipe) -> str:
+    """Name the network of a recipe; of one that names a run, with or without its weights, that of the run."""
+    named = _run_at(recipe.model.name)
+    return recipe.model.name if named is None else _network(named.recipe)
 
 
 def _start_of(run: FinishedRun) -> FinishedRun | None:

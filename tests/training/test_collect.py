@@ -122,6 +122,13 @@ def test_a_start_that_is_no_run_is_called_by_its_name(chain: Path) -> None:
     assert (row["tokenizer"], row["teacher"], row["tokenizer_seed"]) == ("random_patch4_32", None, None)
 
 
+def test_the_network_of_a_run_without_its_weights_has_its_name(chain: Path) -> None:
+    model = {"name": str(chain / "mim"), "pretrained": False}
+    folder = write_run(chain / "scratch", {"model": model}, "line,loss\n", seed=0, train_seconds=1)
+    row = row_of(read_run(folder), "scratch")
+    assert (row["model"], row["start"], row["earlier_seconds"]) == ("beit_nano_patch4_32", "random", 0)
+
+
 def test_runs_that_differ_in_seeds_only_are_summed_up(chain: Path) -> None:
     rows = [row_of(read_run(chain / name), name) for name in ("fine-1", "mim", "fine-2")]
     assert summarise(rows) == [
