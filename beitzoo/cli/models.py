@@ -73,7 +73,7 @@ def _classes(head: Head) -> str:
         case Classify():
             return f"{head.num_classes:,}"
         case Segment():
-            return f"{head.num_classes} of ADE20K (backbone)"
+            return f"{head.num_classes} of ADE20K"
     return "visual tokens (backbone)"
 
 
