@@ -66,6 +66,11 @@ def _draw(
         ) from error
     classes = None if labels is None else [labels[index] for index in indices]
     count = round(len(indices) * fraction)
+    check(
+        0 < count < len(indices),
+        f"A fraction of {fraction} of {len(indices)} images is {count}, and both parts of a split need some. Give "
+        "another fraction, 0 for none, or more images.",
+    )
     try:
         kept, drawn = train_test_split(list(indices), test_size=count, stratify=classes, random_state=seed)
     except ValueError as error:

@@ -102,3 +102,9 @@ def test_the_same_number_is_chosen_of_each_class() -> None:
         choose_per_class(images, range(20), 3, seed=0)
     with pytest.raises(InvalidValueError, match="cannot be chosen from images without classes"):
         choose_per_class(ImageSet(images.images, None, ()), range(20), 3, seed=0)
+
+
+def test_a_part_without_an_image_is_refused() -> None:
+    few = ImageSet([Image.new("L", (1, 1))] * 3, None, ())
+    with pytest.raises(InvalidValueError, match="of 3 images is 0, and both parts of a split need some"):
+        draw_split(few, val_fraction=0.1, test_fraction=0.0, seed=0)
