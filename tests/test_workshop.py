@@ -63,7 +63,10 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             arguments = [word.replace("beit_base_patch16_224", "test_beit") for word in arguments]
             short = ["--num-warm-iter", "0", "--num-bench-iter", "1"]
         elif arguments[0] in ("finetune", "pretrain", "train-tokenizer"):
-            short = ["--set", "train.epochs=1", "--set", "data.train_per_class=7"]
+            fewer = ("train.epochs=1", "data.train_per_class=7", "data.test_fraction=0.05")
+            short = [word for setting in fewer for word in ("--set", setting)]
+        elif arguments[0] == "probe":
+            short = ["--train-images", "70", "--blocks", "-1"]
         if program == "python":
             arguments[0] = arguments[0].removesuffix(".py")  # whose door is that of the command
         monkeypatch.setattr(sys, "argv", ["beitzoo", *arguments, *short])

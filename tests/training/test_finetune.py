@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(colours: Path, tmp_path: Path) 
         ("model", {"name": "test_biet"}, "test_beit"),
         ("model", {"checkpoint": "absent.pth"}, "absent.pth"),
         ("data", {"path": "absent"}, "absent"),
-        ("data", {"test_fraction": 0.01}, "cannot be split with a fraction"),
+        ("data", {"test_fraction": 0.01}, "A fraction of 0.01 of 36 images is 0"),
         ("train", {"accumulation": 4}, "6 images per update cannot be shared evenly by 1 processes in 4 parts"),
         ("task", {"augment": {"kind": "crop", "auto_augment": "rnd-m9"}}, "'rnd-m9' is no policy of timm"),
     ],
