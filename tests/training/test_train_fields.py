@@ -75,3 +75,13 @@ def test_half_precision_is_near(recipes: dict[str, Recipe], tmp_path: Path, prec
     near, _ = trained(recipes["pretrain"], tmp_path / precision, lr=1e-6, precision=precision)
     assert near == pytest.approx(exact, rel=5e-3)
     assert near != exact
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of what compiles
+@pytest.mark.parametrize("task", TASKS)
+def test_compiling_changes_rounding_only(recipes: dict[str, Recipe], tmp_path: Path, task: str) -> None:
+    losses, weights = trained(recipes[task], tmp_path / "plain", lr=1e-4)
+    compiled, ours = trained(recipes[task], tmp_path / "compiled", lr=1e-4, compile=True)
+    assert compiled == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(ours, weights, rtol=1e-3, atol=1e-4)
