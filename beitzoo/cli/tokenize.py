@@ -56,11 +56,13 @@ def _job(recipe: "Recipe", count: int, device: "torch.device") -> "TokenJob":
     from beitzoo.inference.tokenize import TokenJob
     from beitzoo.training.data import load_images, split_images
     from beitzoo.training.sections import Pretrain
+    from beitzoo.training.tasks.pretrain import check_network
 
     assert isinstance(recipe.task, Pretrain)
     images = load_images(recipe.data)
     split = split_images(images, recipe.data, test_fraction=0.0, val_fraction=0.0)
     tokenizer = create_tokenizer(recipe.task.tokenizer, pretrained=True, device=device)
+    check_network(recipe, tokenizer)
     drawn = recipe.task.views.model_dump(include={"scale", "ratio", "jitter", "hflip"})
     return TokenJob(
         tokenizer=tokenizer,

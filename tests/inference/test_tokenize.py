@@ -128,7 +128,10 @@ def test_the_checksum_of_weights_sees_every_tensor() -> None:
 def test_the_command_makes_what_a_recipe_pretrains_on(tmp_path: Path) -> None:
     settings = ["task.tokenizer=random_patch4_32", "data.train_per_class=2", "train.seed=5"]
     options = [option for one in settings for option in ("--set", one)]
-    result = run("tokenize", "digits", "--views", "3", "--out", str(tmp_path / "tokens"), *options)
+    command = ("tokenize", "digits", "--views", "3", "--out", str(tmp_path / "tokens"), *options)
+    unfit = run(*command)  # before hours are spent on tokens that no network of the recipe could be trained on
+    assert unfit.exit_code == 2 and "The network has in_chans=1" in unfit.stderr
+    result = run(*command, "--set", "model.overrides.in_chans=3")
     assert result.exit_code == 0, result.stderr
     printed = json.loads(result.stdout)
     assert (printed["images"], printed["views"], printed["unreadable"]) == (20, 3, 0)

@@ -70,6 +70,17 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["PretrainTask", Maske
     return PretrainTask(recipe, images, split, model.backbone.config, model.config, tokenizer, processes, probe), model
 
 
+def check_network(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that does not fit the network of a recipe; the network gets no values for that.
+
+    Raises:
+        UserError: Grids, channels or visual tokens differ; says how, and what to do.
+    """
+    unloaded = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    with torch.device("meta"):
+        _make_model(recipe.model_copy(update={"model": unloaded}), tokenizer)
+
+
 @dataclass
 class PretrainTask:
     """Cross-entropy of the visual tokens of masked patches; of two models the better predicts validation images better.
