@@ -71,6 +71,11 @@ class ModelSection(Section):
             raise ValueError(f"{name} is no field of the network; leave it out")
         return overrides
 
+    @property
+    def is_random(self) -> bool:
+        """Whether training starts from random weights."""
+        return not self.pretrained and self.checkpoint is None
+
 
 class DataSection(Section):
     """What it is trained and measured on.
@@ -216,7 +221,7 @@ class Finetune(Section):
         kind: Names this task.
         augment: What is done to training images.
         label_smoothing: Share of the target that is spread over all classes.
-        bias_init_std: Spread of the relative position bias tables before the first update; 0 leaves them as they are.
+        bias_init_std: Spread of the relative position bias tables, if weights start random; 0 leaves them at zero.
     """
 
     kind: Literal["finetune"] = "finetune"
@@ -293,7 +298,7 @@ class Pretrain(Section):
         tokens: Folder that `beitzoo tokenize` wrote; views and visual tokens come from there, and no tokenizer runs.
         views: How both views of an image are drawn.
         mask: Which patches are masked.
-        bias_init_std: Spread of the relative position bias tables before the first update; 0 leaves them as they are.
+        bias_init_std: Spread of the relative position bias tables, if weights start random; 0 leaves them at zero.
         picture_epochs: Epochs between two pictures of reconstructions; 0 for none.
         probe: Labelled images for a linear and a kNN probe now and then.
     """

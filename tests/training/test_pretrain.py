@@ -305,6 +305,7 @@ def test_finetuning_takes_the_result_by_path(run: Path, colours: Path) -> None:
                 "model": {"name": str(name), "pretrained": True},
                 "data": {"source": "folder", "path": colours, "val_fraction": 0.25},
                 "train": {"epochs": 1, "batch_size": 6, "lr": 1e-3},
+                "task": {"kind": "finetune", "bias_init_std": 0.5},  # of networks with random weights only
             }
         )
         model = prepare_finetuning(recipe, ALONE)[1]

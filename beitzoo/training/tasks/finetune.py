@@ -227,7 +227,7 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     head = Classify(num_classes=len(names), labels=labels or names)
     model.pretrained = replace(model.pretrained, sources=(), tag=None, head=head)
     assert isinstance(recipe.task, Finetune)
-    if recipe.task.bias_init_std:
+    if recipe.task.bias_init_std and section.is_random:
         spread_bias_tables(model, recipe.task.bias_init_std)
     return model
 

@@ -359,7 +359,7 @@ def _make_model(recipe: Recipe, tokenizer: Tokenizer) -> MaskedImageModel:
     head = Mim(network=model.config, tokenizer=recipe.task.tokenizer)
     data = _data_config(recipe.task, model.pretrained.data, network)
     model.backbone.pretrained = replace(model.pretrained, sources=(), tag=None, head=head, data=data)
-    if recipe.task.bias_init_std:
+    if recipe.task.bias_init_std and section.is_random:
         spread_bias_tables(model, recipe.task.bias_init_std)
     return model
 
