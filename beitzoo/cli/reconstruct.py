@@ -38,7 +38,6 @@ def reconstruct(
     masked: Annotated[
         int | None, typer.Option(min=1, help="Patches to mask; by default as in the run, or 75 of 196.")
     ] = None,
-    mask_ratio: Annotated[float | None, typer.Option(min=0, max=1, help="The same, as a share of all.")] = None,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Draw what a model predicts for masked patches.
@@ -53,12 +52,11 @@ def reconstruct(
     from beitzoo.measure.options import usable_device
 
     check(out.suffix.lower() == ".png", f"--out {out} is not called like a PNG file; give a name that ends in .png.")
-    check(masked is None or mask_ratio is None, "--masked and --mask-ratio say the same; give one of them.")
     left_out = LeftOut()
     paths = list(islice(find_images(images, left_out), _MOST + 1))
     check(len(paths) <= _MOST, f"One picture shows {_MOST} images at most, and there are more; name fewer.")
     network, codes, names = _load(model, tokenizer, usable_device(device))
-    masking = _masking(model, network.backbone.config.grid_size, masked, mask_ratio)
+    masking = _masking(model, network.backbone.config.grid_size, masked)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
         outcomes = reconstruct(network, codes, paths, masking, seed=seed)
@@ -108,7 +106,7 @@ def _load(model: str, tokenizer: str | None, device: "torch.device") -> "tuple[M
     return network, create_tokenizer(chosen, pretrained=True, device=device), f"model {model}, tokenizer {chosen}"
 
 
-def _masking(model: str, grid: "Pair", masked: int | None, mask_ratio: float | None) -> "Masking":
+def _masking(model: str, grid: "Pair", masked: int | None) -> "Masking":
     """Return how patches are masked: as in the run, if the model is one's own, or else as BEiT does."""
     from beitzoo.files import full_path
     from beitzoo.images.masks import Masking
@@ -121,6 +119,4 @@ def _masking(model: str, grid: "Pair", masked: int | None, mask_ratio: float | N
     recipe = full_path(model.removeprefix("local-dir:")) / RECIPE
     if recipe.is_file() and isinstance(task := read_resolved(recipe).task, Pretrain):
         masking = Masking(grid=grid, **task.mask.model_dump())
-    if mask_ratio is not None:
-        masked = max(1, round(mask_ratio * grid[0] * grid[1]))
     return masking if masked is None else replace(masking, count=masked)

@@ -250,6 +250,6 @@ def test_the_options_are_frozen() -> None:
         "collect": ["as_json", "results_file", "runs"],
         "benchmark": [],
         "report": ["out", "results"],
-        "reconstruct": ["device", "images", "mask_ratio", "masked", "model", "out", "seed", "tokenizer"],
+        "reconstruct": ["device", "images", "masked", "model", "out", "seed", "tokenizer"],
         "tokenize": ["batch_size", "device", "out", "recipe", "settings", "views"],
     }
