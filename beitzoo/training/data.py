@@ -47,6 +47,8 @@ def load_images(data: DataSection) -> ImageSet:
         if data.path is not None or data.test_path is not None:
             raise RecipeError("The digits are in no place; leave out data.path and data.test_path, or set data.source.")
         return find_images(data.source)
+    if data.source == "annotations" or data.source == "pairs":
+        raise RecipeError(f"data.source is {data.source!r}, images with masks, for segmentation models only.")
     if data.path is None:
         raise RecipeError(f"data.source is {data.source!r}, but data.path is missing; say where the images are.")
     images = find_images(data.source, data.path)
@@ -120,7 +122,7 @@ class Order:
         order = torch.empty(0, dtype=torch.int64)
         size, pieces = self.train.batch_size, self.processes.count * self.train.accumulation
         first = self.processes.rank * self.train.accumulation
-        for number in range(update, self.train.epochs * self.updates_per_epoch):
+        for number in range(update, self.train.count_updates(self.updates_per_epoch)):
             epoch, place = divmod(number, self.updates_per_epoch)
             if not len(order) or not place:
                 order = self._shuffled(epoch)

@@ -59,7 +59,7 @@ def fit(task: Task, state: TrainState, run: Run) -> None:
     shown = run.processes.is_main
     board = Board(run.directory, state.update) if shown and run.settings.tensorboard else None
     log = Log(run.directory / LOG, names, state.update, board) if shown else None
-    updates = run.train.epochs * task.updates_per_epoch
+    updates = run.train.count_updates(task.updates_per_epoch)
     try:
         with Display(updates, state.update, shown) as display, StopSignals() as stop:
             _Fit(task, state, run, log, display, stop).to(updates)

@@ -86,7 +86,7 @@ class Schedule:
     @property
     def updates(self) -> int:
         """Updates of the whole run."""
-        return self.train.epochs * self.updates_per_epoch
+        return self.train.count_updates(self.updates_per_epoch)
 
     @property
     def warmup(self) -> int:

@@ -18,12 +18,14 @@ from beitzoo.training.sections import (
     RunSection,
     Section,
     TrainSection,
+    TrainSegmenter,
     TrainTokenizer,
 )
 
 # The command that runs each kind of task.
 _COMMANDS = {
     "finetune": "`beitzoo finetune`",
+    "segment": "`beitzoo finetune`",
     "pretrain": "`beitzoo pretrain`",
     "tokenizer": "`beitzoo train-tokenizer`",
 }
@@ -40,7 +42,7 @@ class Recipe(Section):
     data: DataSection
     train: TrainSection
     run: RunSection = RunSection()
-    task: Annotated[Finetune | Pretrain | TrainTokenizer, Field(discriminator="kind")] = Finetune()
+    task: Annotated[Finetune | Pretrain | TrainSegmenter | TrainTokenizer, Field(discriminator="kind")] = Finetune()
 
     def starting_from(self, checkpoint: Path) -> "Recipe":
         """Return the same run from the weights of a file."""

@@ -103,7 +103,8 @@ def _checkpoint(model: nn.Module) -> None:
 
 def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processes) -> list[str]:
     train = recipe.train
-    epochs = f"{train.epochs} epochs of {task.updates_per_epoch} updates of {train.batch_size} images"
+    number = train.count_epochs(task.updates_per_epoch)
+    epochs = f"{number} epochs of {task.updates_per_epoch} updates of {train.batch_size} images"
     start = f"Going on after update {state.update:,}." if state.update else "Starting."
     warning = "The warm-up is not shorter than the run: the learning rate never falls from train.lr."
     slow = "train.compile: the first update takes a minute or more, while the network is compiled."

@@ -83,7 +83,8 @@ class DataSection(Section):
     Attributes:
         source: `digits`; `folder` for images in one subfolder per class; `images` for a folder of images without
             labels, however deep; `parquet` for tables in the hub's form (columns `image` and perhaps `label`);
-            `webdataset` for tar files.
+            `webdataset` for tar files. Of images with masks `annotations`, a folder with `images` and `annotations` in
+            it as ADE20K has; `pairs`, a CSV with the columns `image`, `mask` and perhaps `part`; or `parquet`.
         path: That folder, or one file of these.
         test_path: Held-out images of the same form; without it they are drawn from `path`.
         test_fraction: Share that is held out and used once, at the end; drawn evenly from all classes. A third if
@@ -96,7 +97,7 @@ class DataSection(Section):
             same images held out.
     """
 
-    source: Literal["digits", "folder", "images", "parquet", "webdataset"]
+    source: Literal["digits", "folder", "images", "parquet", "webdataset", "annotations", "pairs"]
     path: FullPath | None = None
     test_path: FullPath | None = None
     test_fraction: Fraction | None = None
@@ -149,10 +150,12 @@ class TrainSection(Section):
 
     Attributes:
         epochs: Passes over the training images.
+        updates: Updates of the whole run, instead of `epochs`; the last epoch is then cut short.
         batch_size: Images per update, of all processes together.
         accumulation: Passes into which each process splits its share of an update; memory is for one of them.
         lr: Peak learning rate of the head; see `layer_decay`.
-        min_lr: Learning rate at the end of the cosine.
+        schedule: How the learning rate falls: along a cosine, or along a line as mmsegmentation's `poly` of power 1.
+        min_lr: Learning rate at the end.
         warmup_epochs: Of a linear rise from 0, which ends at `lr`.
         warmup_updates: The same, counted in updates; instead of `warmup_epochs` if it is not 0.
         weight_decay: Of matrices; what is not decayed is the model's to say (`no_weight_decay`), besides vectors.
@@ -167,13 +170,16 @@ class TrainSection(Section):
         precision: Of the forward pass.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Use `torch.compile`; it pays on GPUs, and takes a while to begin.
+        val_epochs: Epochs between two validations; the last epoch has one always.
         seed: Of weights, order, augmentation and stochastic depth.
     """
 
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    updates: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)]
     accumulation: Annotated[int, Field(ge=1)] = 1
     lr: Annotated[float, Field(gt=0)]
+    schedule: Literal["cosine", "poly"] = "cosine"
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     warmup_updates: Annotated[int, Field(ge=0)] = 0
@@ -187,13 +193,31 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
     compile: bool = False
+    val_epochs: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if (self.epochs is None) == (self.updates is None):
+            raise ValueError("give either epochs or updates, which say how long the run is")
+        return self
 
     @model_validator(mode="after")
     def _check_weight_decay(self) -> Self:
         if self.weight_decay_end and not self.weight_decay:
             raise ValueError("weight_decay_end needs a weight_decay above 0 to go on from")
         return self
+
+    def count_updates(self, updates_per_epoch: int) -> int:
+        """Return the updates of the whole run."""
+        if self.updates is not None:
+            return self.updates
+        assert self.epochs is not None
+        return self.epochs * updates_per_epoch
+
+    def count_epochs(self, updates_per_epoch: int) -> int:
+        """Return the epochs of the whole run, the last of which may be cut short."""
+        return -(-self.count_updates(updates_per_epoch) // updates_per_epoch)
 
 
 class RunSection(Section):
@@ -337,3 +361,75 @@ class TrainTokenizer(Section):
     codebook_decay: Fraction = 0.99
     kmeans_init: bool = True
     restart_codes: Annotated[int, Field(ge=0)] = 0
+
+
+class LabelSection(Section):
+    """What the pixels of masks stand for; see `images.label_maps.MaskLabels`.
+
+    Attributes:
+        classes: Names of the classes in the order of their numbers, or `ade20k`. Without it, the lines of a file
+            `classes.txt` beside the images.
+        reduce_zero_label: Number 0 stands for no class, and class k has number k + 1.
+        ignore: Numbers that stand for no class, besides 255.
+        colours: Of masks in RGB, the colour of each class; other colours stand for no class.
+    """
+
+    classes: tuple[str, ...] | Literal["ade20k"] | None = None
+    reduce_zero_label: bool = False
+    ignore: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    colours: dict[str, tuple[Annotated[int, Field(ge=0, le=255)], ...]] = {}
+
+
+class PixelAugment(Section):
+    """The original's augmentation of an image with its mask, `semantic_segmentation/configs` of BEiT.
+
+    Attributes:
+        fit: Longer and shorter side that an image is fitted into before it is scaled; 4 times the network's side and
+            its side if None.
+        ratio: Range of the factor by which it is scaled then.
+        max_share: A crop of which one class has a larger share is drawn again, up to ten times.
+        hflip: Probability of a horizontal flip.
+        distort: Change brightness, contrast, saturation and hue.
+    """
+
+    fit: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    max_share: PartOfOne = 0.75
+    hflip: Fraction = 0.5
+    distort: bool = True
+
+
+class PixelInference(Section):
+    """How a segmentation model looks at whole images; see `inference.segment.SegmentOptions`.
+
+    Attributes:
+        mode: The whole image at once, or window by window.
+        short_side: Shorter side that images are resized to; the network's if None, 0 leaves them as they are.
+        stride: Pixels from one window to the next; two thirds of the network's side if None, as in the original.
+    """
+
+    mode: Literal["whole", "slide"] = "slide"
+    short_side: Annotated[int, Field(ge=0)] | None = None
+    stride: Annotated[int, Field(ge=1)] | None = None
+
+
+class TrainSegmenter(Section):
+    """The task of semantic segmentation.
+
+    Attributes:
+        kind: Names this task.
+        labels: What the pixels of masks stand for.
+        augment: What is done to training images and masks.
+        auxiliary_weight: Of the auxiliary head's loss.
+        frozen: Train the head only, on the features of the network as it is.
+        bias_init_std: Spread of the relative position bias tables, if weights start random; 0 leaves them at zero.
+        inference: How images are looked at when the model is measured.
+    """
+
+    kind: Literal["segment"]
+    labels: LabelSection = LabelSection()
+    augment: PixelAugment = PixelAugment()
+    auxiliary_weight: Annotated[float, Field(ge=0)] = 0.4
+    frozen: bool = False
+    bias_init_std: Annotated[float, Field(ge=0)] = 0.0
+    inference: PixelInference = PixelInference()

@@ -209,7 +209,7 @@ class PretrainTask:
 
     def _is_due(self, epoch: int, every: int) -> bool:
         """Tell whether something is done in this epoch; it is in the last one, unless it never is."""
-        return every > 0 and (epoch % every == 0 or epoch == self.recipe.train.epochs)
+        return every > 0 and (epoch % every == 0 or epoch == self.recipe.train.count_epochs(self.updates_per_epoch))
 
     def _draw(self, model: MaskedImageModel, path: Path) -> None:
         """Draw reconstructions of a few images, of those that are not trained on if there are any."""
