@@ -1,5 +1,6 @@
 """Segmentation models by name: what is built, what files come in and go out, and what else a file is good for."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import beitzoo
 from beitzoo import create_model
 from beitzoo.models.segmentation import LinearHead, Neck, Segmenter
 from beitzoo.zoo.checkpoints import Segment
+from beitzoo.zoo.labels import label_names
 from beitzoo.zoo.networks import pyramid_blocks
 from beitzoo.zoo.pretrained import PRETRAINED
 
@@ -131,6 +133,32 @@ def test_a_saved_folder_is_the_same_model(tmp_path: Path) -> None:
     assert backbone.eval()(IMAGES).shape == (2, 24)
     maps = create_model(tmp_path, pretrained=True, features_only=True, out_indices=[4]).eval()(IMAGES)
     assert torch.equal(maps[0], backbone.forward_intermediates(IMAGES, [4], intermediates_only=True)[0])
+
+
+def test_names_of_ade20k_stay_with_the_weights(tmp_path: Path) -> None:
+    names = label_names(PRETRAINED[BASE].head)
+    assert names is not None and len(names) == 150
+    assert build(num_classes=150).class_names is None  # random weights tell nothing apart
+    beitzoo.save_unilm(build(num_classes=150), tmp_path / "a.pth")
+    small = {**SMALL, "auxiliary_channels": 10, "out_indices": (0, 1, 2, 4)}
+    model = create_model(BASE, checkpoint_path=tmp_path / "a.pth", **small)
+    assert model.class_names == names
+    assert create_model(BASE, checkpoint_path=tmp_path / "a.pth", **small, num_classes=7).class_names is None
+    beitzoo.save_unilm(model, tmp_path / "b.pth")
+    assert torch.load(tmp_path / "b.pth")["meta"]["CLASSES"] == names
+    beitzoo.save_pretrained(model, tmp_path / "folder")
+    assert create_model(tmp_path / "folder", pretrained=True).class_names == names
+    beitzoo.save_transformers(model, tmp_path / "transformers")
+    config = tmp_path / "transformers" / "config.json"
+    document = json.loads(config.read_text())
+    assert tuple(document["id2label"][str(index)] for index in range(150)) == names
+    assert document["label2id"]["flag"] == 149
+    document["id2label"]["7"] = "bed "  # as in the released folders
+    config.write_text(json.dumps(document))
+    released = create_model(tmp_path / "transformers", pretrained=True)
+    assert released.class_names == names
+    released.reset_classifier(150)
+    assert released.class_names is None
 
 
 def test_transformers_loads_what_we_save_and_we_what_it_saves(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from beitzoo.zoo.checkpoints import (
     PretrainedConfig,
     Segment,
 )
-from beitzoo.zoo.labels import is_misnumbered_22k, label_names
+from beitzoo.zoo.labels import is_ade20k, is_misnumbered_22k, label_names
 from beitzoo.zoo.networks import BeitConfig, GlobalPool, MimConfig, Pair, SegmenterConfig
 from beitzoo.zoo.registry import architecture_of
 
@@ -422,6 +422,8 @@ def _labels(form: _Form) -> str | tuple[str, ...] | None:
             f"its id2label has {len(form.id2label)} names but none for output {error.args[0]}; the gap would shift "
             "every later name. Number the names from 0 up."
         ) from error
+    if is_ade20k(names):
+        return "ade20k"
     # What transformers writes where nobody gave names.
     return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
 

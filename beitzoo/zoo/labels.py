@@ -2,7 +2,7 @@
 
 import csv
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,11 +14,11 @@ _SYNSETS = {"imagenet-1k": "imagenet_synsets.txt", "imagenet-22k": "imagenet22k_
 def accepts(head: Head, names: tuple[str, ...]) -> bool:
     """Tell whether classes of these names, in this order, are those of a head.
 
-    ImageNet's may go by their names or by their synsets (n01440764), as its folders do. A head that nobody named
-    takes any.
+    ImageNet's may go by their names or by their synsets (n01440764), as its folders do, and ADE20K's as elsewhere; see
+    `is_ade20k`. A head that nobody named takes any.
     """
     own = label_names(head)
-    if own is None or own == names:
+    if own is None or own == names or (is_ade20k(own) and is_ade20k(names)):
         return True
     return any(names == _synsets(file) and own == _imagenet(file) for file in _SYNSETS.values())
 
@@ -43,7 +43,27 @@ def label_names(head: Head) -> tuple[str, ...] | None:
     labels = None if isinstance(head, Mim) else head.labels
     if labels is None or not isinstance(labels, str):
         return labels
+    if labels == "ade20k":
+        return tuple(name for name, _ in ade20k_classes())
     return tuple("0123456789") if labels == "digits" else _imagenet(_SYNSETS[labels])
+
+
+@cache
+def ade20k_classes() -> tuple[tuple[str, tuple[int, int, int]], ...]:
+    """Return the 150 classes of ADE20K's scene parsing benchmark, with the colours of its published palette.
+
+    Names, order and colours are mmsegmentation's (`mmseg/datasets/ade.py`). The names are also those of
+    huggingface/label-files (`ade20k-id2label.json`), and each is a name that the benchmark's own table has for that
+    class (`objectInfo150.txt`). Road and skyscraper share a colour there.
+    """
+    with Path(__file__).with_name("ade20k.csv").open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        return tuple((row["name"], (int(row["red"]), int(row["green"]), int(row["blue"]))) for row in rows)
+
+
+def is_ade20k(names: Sequence[str]) -> bool:
+    """Tell whether names are those of ADE20K, in its order; elsewhere a bed is a "bed ", with a space behind it."""
+    return [name.strip() for name in names] == [name for name, _ in ade20k_classes()]
 
 
 def is_misnumbered_22k(names: Mapping[str, str]) -> bool:

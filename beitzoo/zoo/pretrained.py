@@ -96,7 +96,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-base-finetuned-ade-640-640", "pytorch_model.bin"),
             ReleaseFile("v1.0", "beit_base_patch16_640_pt22k_ft22ktoade20k.pth"),
         ),
-        head=Segment(),
+        head=Segment(labels="ade20k"),
         data=DataConfig(
             input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -178,7 +178,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
             HubFile("microsoft/beit-large-finetuned-ade-640-640"),
             ReleaseFile("v1.0", "beit_large_patch16_640_pt22k_ft22ktoade20k.pth"),
         ),
-        head=Segment(),
+        head=Segment(labels="ade20k"),
         data=DataConfig(
             input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -252,7 +252,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_512.in1k_ft_in22k_ade20k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ft21ktoade20k.pth"),),
-        head=Segment(),
+        head=Segment(labels="ade20k"),
         data=DataConfig(
             input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -261,7 +261,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_base_patch16_512.in1k_ade20k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ftade20k.pth"),),
-        head=Segment(),
+        head=Segment(labels="ade20k"),
         data=DataConfig(
             input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -333,7 +333,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_512.in1k_ft_in22k_ade20k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ft21ktoade20k.pth"),),
-        head=Segment(),
+        head=Segment(labels="ade20k"),
         data=DataConfig(
             input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),
@@ -342,7 +342,7 @@ PRETRAINED: dict[str, PretrainedConfig] = {
     ),
     "beitv2_large_patch16_512.in1k_ade20k": PretrainedConfig(
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ftade20k.pth"),),
-        head=Segment(),
+        head=Segment(labels="ade20k"),
         data=DataConfig(
             input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
         ),

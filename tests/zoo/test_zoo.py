@@ -17,8 +17,8 @@ import beitzoo
 from beitzoo import BeitConfig, DataConfig
 from beitzoo.zoo import costs
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.checkpoints import Classify, HubFile, ReleaseFile, Segment
-from beitzoo.zoo.labels import accepts, label_names
+from beitzoo.zoo.checkpoints import Classify, HubFile, Mim, ReleaseFile, Segment
+from beitzoo.zoo.labels import accepts, label_names, outputs_of
 from beitzoo.zoo.networks import override
 from beitzoo.zoo.pretrained import PRETRAINED
 from beitzoo.zoo.registry import find
@@ -85,7 +85,7 @@ def test_row_builds_the_network_it_says(name: str) -> None:
     assert row.sources
     assert row.license
     names = label_names(row.head)
-    assert (names is None) != isinstance(row.head, Classify)
+    assert (names is None) == isinstance(row.head, Mim)
     assert names is None or len(names) == row.head.num_classes
 
 
@@ -280,6 +280,31 @@ def test_places_in_the_list_of_22k_where_others_go_wrong() -> None:
     ]
     assert "picture, image, icon, ikon" not in names
     assert "bleacher" not in names
+
+
+def test_names_of_ade20k() -> None:
+    head = PRETRAINED["beit_base_patch16_640.in22k_ft_in22k_ade20k"].head
+    names = label_names(head)
+    assert names is not None
+    assert len(set(names)) == 150
+    # Frequent classes come first, as published: https://arxiv.org/abs/1608.05442.
+    assert names[:8] == ("wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed")
+    assert [names[index] for index in (12, 20, 44, 89, 105, 138, 149)] == [
+        "person",
+        "car",
+        "chest of drawers",
+        "television receiver",
+        "conveyer belt",
+        "ashcan",
+        "flag",
+    ]
+    elsewhere = tuple("bed " if name == "bed" else name for name in names)
+    assert accepts(head, elsewhere)
+    assert accepts(Segment(labels=elsewhere), names)
+    assert not accepts(head, names[::-1])
+    assert not accepts(PRETRAINED["beit_nano_patch4_32.digits"].head, names)
+    assert outputs_of(head, elsewhere) == tuple(range(150))
+    assert outputs_of(head, ("flag", "moon", "bed")) == (149, None, 7)
 
 
 def test_names_are_found_without_importing_timm() -> None:
