@@ -390,6 +390,9 @@ class PixelAugment(Section):
         max_share: A crop of which one class has a larger share is drawn again, up to ten times.
         hflip: Probability of a horizontal flip.
         distort: Change brightness, contrast, saturation and hue.
+        mean: Per channel, of what the network is given and the trained model keeps; that of the model it starts from
+            if None. The original has ImageNet's, also where the weights were trained with another.
+        std: Per channel, likewise.
     """
 
     fit: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
@@ -397,6 +400,8 @@ class PixelAugment(Section):
     max_share: PartOfOne = 0.75
     hflip: Fraction = 0.5
     distort: bool = True
+    mean: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
 
 
 class PixelInference(Section):
