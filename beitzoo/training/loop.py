@@ -21,7 +21,7 @@ from beitzoo.training.sections import RunSection, TrainSection
 from beitzoo.training.signals import Interrupted, StopSignals
 from beitzoo.training.state import TrainState, save_state
 from beitzoo.training.tally import Means, Watch
-from beitzoo.training.task import EndsEpochs, Metrics, Task, compute_loss
+from beitzoo.training.task import CountsItems, EndsEpochs, Metrics, Task, compute_loss
 
 # Updates that are read from the device together, at most: what each started from is kept until then.
 _UNREAD = 50
@@ -59,10 +59,9 @@ def fit(task: Task, state: TrainState, run: Run) -> None:
     shown = run.processes.is_main
     board = Board(run.directory, state.update) if shown and run.settings.tensorboard else None
     log = Log(run.directory / LOG, names, state.update, board) if shown else None
-    updates = run.train.count_updates(task.updates_per_epoch)
     try:
-        with Display(updates, state.update, shown) as display, StopSignals() as stop:
-            _Fit(task, state, run, log, display, stop).to(updates)
+        with Display(state.schedule.updates, state.update, shown) as display, StopSignals() as stop:
+            _Fit(task, state, run, log, display, stop).to_the_end()
     finally:
         if log is not None:
             log.close()
@@ -97,14 +96,14 @@ class _Fit:
         self.lost = torch.zeros((), dtype=torch.bool, device=self.run.processes.device)
         self._moved_names = moved_names(self.state.model)
 
-    def to(self, updates: int) -> None:
+    def to_the_end(self) -> None:
         """Do the updates that are left."""
-        state, settings = self.state, self.run.settings
+        state, settings, updates = self.state, self.run.settings, self.state.schedule.updates
         model = self._trained_model()
         batches = self.task.batches(state.update)
         while state.update < updates:
             self._update(model, batches)
-            ends_epoch = state.update % self.task.updates_per_epoch == 0
+            ends_epoch = state.update % self.task.updates_per_epoch == 0 or state.update == updates
             ends_line = state.update % settings.log_updates == 0
             if ends_epoch or ends_line:
                 self._end_line()
@@ -187,18 +186,33 @@ class _Fit:
         self.display.show(values)
 
     def _end_epoch(self) -> None:
-        """Validate, and let the main process write down how the epoch went, and the model."""
+        """Validate if it is due, and let the main process write down how the epoch went, and the model."""
         state, task = self.state, self.task
         state.model.eval()
-        metrics = task.validate(state.evaluated)
-        if not all(map(math.isfinite, metrics.values())) or not _is_finite(state.evaluated):
+        if isinstance(task, CountsItems):
+            task.take_counts()
+        metrics = task.validate(state.evaluated) if self._validation_is_due() else None
+        if not all(map(math.isfinite, (metrics or {}).values())) or not _is_finite(state.evaluated):
             raise self._non_finite("A validation metric or a weight", state.update)
-        better = not metrics or state.best is None or task.better(metrics, state.best)
+        better = metrics is not None and (not metrics or state.best is None or task.better(metrics, state.best))
         state.best = metrics if better else state.best
         if self.log is not None:
-            self._write_epoch(metrics, better)
+            self._write_epoch(metrics or {}, better)
         state.epoch = Means()
         state.model.train()
+
+    def _validation_is_due(self) -> bool:
+        """Tell whether this epoch has one; a task without metrics is asked each time, as its last model is the best."""
+        state, every = self.state, self.run.train.val_epochs
+        return (
+            not self.task.metric_names
+            or self._epoch(state.update) % every == 0
+            or state.update == state.schedule.updates
+        )
+
+    def _epoch(self, update: int) -> int:
+        """Return the epoch, from 1, that an update is in."""
+        return -(-update // self.task.updates_per_epoch)
 
     def _write_epoch(self, metrics: Metrics, better: bool) -> None:
         """Write the line of an epoch, and the model as the last and perhaps the best; without metrics they are one."""
@@ -206,8 +220,7 @@ class _Fit:
         assert self.log is not None
         if isinstance(task, EndsEpochs):
             with generators_kept(self.run.processes.device):
-                epoch = state.update // task.updates_per_epoch
-                metrics = {**metrics, **task.end_epoch(state.evaluated, epoch, directory)}
+                metrics = {**metrics, **task.end_epoch(state.evaluated, self._epoch(state.update), directory)}
         values = {**self._line("epoch", state.epoch), **metrics}
         self.log.write(values)
         self.display.show_epoch(values, metrics)
@@ -220,7 +233,7 @@ class _Fit:
         state.seconds += self.watch.count()
         return {
             "line": kind,
-            "epoch": -(-state.update // self.task.updates_per_epoch),
+            "epoch": self._epoch(state.update),
             "update": state.update,
             "lr": state.schedule.lr(state.update - 1),
             "weight_decay": state.schedule.weight_decay(state.update - 1),
@@ -263,7 +276,7 @@ class _Fit:
         settings, update = self.run.settings, self.state.update
         if settings.save_updates and update % settings.save_updates == 0:
             return True
-        return ends_epoch and (update // self.task.updates_per_epoch) % settings.save_epochs == 0
+        return ends_epoch and self._epoch(update) % settings.save_epochs == 0
 
     def _stop_number(self, agreed: bool) -> int:
         """Return the signal that asks to stop, if any; several processes agree on it only now and then."""
@@ -284,7 +297,7 @@ class _Fit:
     def _non_finite(self, what: str, update: int, kept: str = "Nothing of this was saved.") -> NonFiniteError:
         rate = self.state.schedule.lr(update - 1)
         return NonFiniteError(
-            f"{what} is not finite any more at update {update} (epoch {-(-update // self.task.updates_per_epoch)}), "
+            f"{what} is not finite any more at update {update} (epoch {self._epoch(update)}), "
             f"with a learning rate of {rate:.3g}. {kept} In another folder, try a lower train.lr, a longer warm-up, "
             "train.clip_grad=1, or train.precision=fp32."
         )

@@ -11,6 +11,8 @@ from torch import nn
 from beitzoo.training.sections import TrainSection
 
 _TABLE = "relative_position_bias_table"
+# The share of the regular rate that the warm-up of `poly` begins with, in the original's configurations.
+_WARMUP_RATIO = 1e-6
 
 
 def make_optimizer(groups: list[dict[str, Any]], train: TrainSection) -> torch.optim.AdamW:
@@ -70,10 +72,14 @@ def spread_bias_tables(model: nn.Module, std: float) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and weight decay as pure functions of the update (the first is 0), as the originals' arrays.
+    """Learning rate and weight decay as pure functions of the update (the first is 0), as the originals have them.
 
-    `cosine_scheduler` of `utils.py` in BEiT and BEiT v2: the first update of the warm-up has a rate of 0, its last one
-    the peak, and so has the one after it.
+    `cosine` is `cosine_scheduler` of `utils.py` in BEiT and BEiT v2: the first update of the warm-up has a rate of 0,
+    its last one the peak, and so has the one after it.
+
+    `poly` is that of their segmentation, mmcv's `PolyLrUpdaterHook` with a power of 1 and `warmup='linear'`: a line
+    from the peak at the first update to the end just after the last one. The warm-up is a factor on that line, so the
+    peak itself is never reached.
 
     Attributes:
         train: Peak and end, and how long the warm-up takes.
@@ -94,8 +100,11 @@ class Schedule:
         return self.train.warmup_updates or round(self.train.warmup_epochs * self.updates_per_epoch)
 
     def lr(self, update: int) -> float:
-        """Rise linearly from 0, then fall along a cosine to `min_lr`."""
+        """Rise linearly, then fall along a cosine or a line to `min_lr`."""
         train, warmup = self.train, self.warmup
+        if train.schedule == "poly":
+            rate = train.min_lr + (train.lr - train.min_lr) * (1 - update / self.updates)
+            return rate * (1 - (1 - update / warmup) * (1 - _WARMUP_RATIO)) if update < warmup else rate
         if update < warmup:
             return train.lr * update / max(warmup - 1, 1)
         return _cosine(train.lr, train.min_lr, (update - warmup) / (self.updates - warmup))

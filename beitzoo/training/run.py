@@ -18,6 +18,7 @@ from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed
 from beitzoo.training.loop import Run, fit
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe
+from beitzoo.training.sections import TrainSection
 from beitzoo.training.state import TrainState, restore_state, saved_states, start_state
 from beitzoo.training.task import Task
 
@@ -103,16 +104,25 @@ def _checkpoint(model: nn.Module) -> None:
 
 def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processes) -> list[str]:
     train = recipe.train
-    number = train.count_epochs(task.updates_per_epoch)
-    epochs = f"{number} epochs of {task.updates_per_epoch} updates of {train.batch_size} images"
+    length = _describe_length(train, task.updates_per_epoch)
     start = f"Going on after update {state.update:,}." if state.update else "Starting."
-    warning = "The warm-up is not shorter than the run: the learning rate never falls from train.lr."
+    warning = "The warm-up is not shorter than the run: the learning rate is below what the recipe says to the end."
     slow = "train.compile: the first update takes a minute or more, while the network is compiled."
+    rare = f"It is validated every {train.val_epochs} epochs and in the last; the best of these models is kept."
     return [
         *([warning] if state.schedule.warmup >= state.schedule.updates else []),
         *([slow] if train.compile else []),
-        f"{epochs}, in {train.precision} on {processes.count} x {processes.device.type}. {start}",
+        *([rare] if train.val_epochs > 1 and task.metric_names else []),
+        f"{length}, in {train.precision} on {processes.count} x {processes.device.type}. {start}",
     ]
+
+
+def _describe_length(train: TrainSection, updates_per_epoch: int) -> str:
+    """Say how long a run is, in what the recipe counts it first."""
+    updates, epoch = train.count_updates(updates_per_epoch), f"epochs of {updates_per_epoch} updates"
+    if train.updates is None:
+        return f"{train.epochs} {epoch} of {train.batch_size} images"
+    return f"{updates:,} updates of {train.batch_size} images, {updates / updates_per_epoch:.4g} {epoch}"
 
 
 def _facts(recipe: Recipe, task: Task, state: TrainState, processes: Processes) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Task(Protocol):
     Attributes:
         images: All images.
         split: Which are for what.
-        updates_per_epoch: Updates in one pass over the training data.
+        updates_per_epoch: Updates in one pass over the training data; the last epoch of a run may have fewer.
         log_names: What `loss` returns besides the loss.
         metric_names: What `validate` returns. Without any, the best model is the last one.
     """
@@ -60,7 +60,10 @@ class Task(Protocol):
         """Tell how many images a batch has, which the log gives the speed in; items may be something else."""
 
     def validate(self, model: nn.Module) -> Metrics:
-        """Measure the model. All processes call this and get the same values; none is counted twice."""
+        """Measure the model. All processes call this and get the same values; none is counted twice.
+
+        Epochs between two validations (`val_epochs` of the recipe) go without this.
+        """
 
     def better(self, metrics: Metrics, best: Metrics) -> bool:
         """Tell whether a model of these metrics is better than the best so far."""
@@ -91,6 +94,9 @@ class CountsItems(Protocol):
 
     counts: dict[str, Tensor]
 
+    def take_counts(self) -> None:
+        """Add up what all processes counted in the epoch, and begin anew; all of them call this once it has ended."""
+
 
 @runtime_checkable
 class EndsEpochs(Protocol):
@@ -103,7 +109,7 @@ class EndsEpochs(Protocol):
     epoch_names: tuple[str, ...]
 
     def end_epoch(self, model: nn.Module, epoch: int, directory: Path) -> Metrics:
-        """Look at the model that is saved, in evaluation mode, once `validate` has; only the main process calls this.
+        """Look at the model that is saved, in evaluation mode, after each epoch; only the main process calls this.
 
         What is drawn from global generators here changes nothing in the run.
 

@@ -102,6 +102,16 @@ def test_a_warmup_that_does_not_end_is_told(
     assert ("The warm-up is not shorter than the run" in capsys.readouterr().err) is told
 
 
+def test_a_run_of_updates_says_how_long_it_is(
+    colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(colour_recipe(colours, epochs=None, updates=4, val_epochs=3), tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "4 updates of 6 images, 1.333 epochs of 3 updates, in fp32 on 1 x cpu. Starting." in said
+    assert "It is validated every 3 epochs and in the last" in said
+    assert [line["update"] for line in log_of(tmp_path / "out") if line["line"] == "epoch"] == ["3", "4"]
+
+
 def test_a_trained_model_knows_its_classes(run: Path) -> None:
     model = beitzoo.create_model(f"local-dir:{run / 'best'}", pretrained=True)
     assert model.class_names == COLOURS

@@ -78,10 +78,11 @@ Lines = list[dict[str, str]]
 
 
 def fitted(
-    parts: list[list[float]], directory: Path, update: int = 0, **train: object
+    parts: list[list[float]], directory: Path, update: int = 0, kind: type[Numbers] = Numbers, **train: object
 ) -> tuple[Numbers, TrainState, Lines]:
-    section = TrainSection(**{"batch_size": 4, "epochs": 1, "lr": 0.5, **train})
-    task = Numbers(parts, section)
+    length = {} if "updates" in train else {"epochs": 1}
+    section = TrainSection(**{"batch_size": 4, "lr": 0.5, **length, **train})
+    task = kind(parts, section)
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     state = start_state(task, model, section, ALONE)
@@ -163,6 +164,71 @@ def test_the_end_of_an_epoch_is_looked_at(tmp_path: Path) -> None:
     epochs = [line for line in lines if line["line"] == "epoch"]
     assert float(epochs[1]["weight"]) == next(state.model.parameters()).item()
     assert epochs[0]["drawn"] == "" != epochs[1]["drawn"]
+
+
+class Measured(Numbers):
+    """Also has validations, each worse than the one before, and counts its updates."""
+
+    metric_names = ("val_number",)
+
+    def __init__(self, parts: list[list[float]], train: TrainSection) -> None:
+        super().__init__(parts, train)
+        self.counts = {"updates": torch.zeros((), dtype=torch.int64)}
+        self.taken: list[int] = []
+        self.validations = 0
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
+        self.counts["updates"] += 1
+        return super().loss(model, batch)
+
+    def take_counts(self) -> None:
+        self.taken.append(int(self.counts["updates"]))
+        self.counts["updates"].zero_()
+
+    def validate(self, model: nn.Module) -> Metrics:
+        self.validations += 1
+        return {"val_number": float(self.validations)}
+
+    def better(self, metrics: Metrics, best: Metrics) -> bool:
+        return metrics["val_number"] < best["val_number"]
+
+
+def test_a_run_of_updates_ends_within_an_epoch(tmp_path: Path) -> None:
+    """Its end is that of an epoch: a line, the models, a validation, a state; rates go over all updates."""
+    task, state, lines = fitted([[1.0]] * 9, tmp_path, updates=5, kind=Measured, lr=0.25, schedule="poly", min_lr=0.05)
+    assert state.update == 5
+    assert [(line["line"][0], line["epoch"], line["update"]) for line in lines] == [
+        *(("u", "1", "1"), ("u", "1", "2"), ("e", "1", "2"), ("u", "2", "3"), ("u", "2", "4"), ("e", "2", "4")),
+        *(("u", "3", "5"), ("e", "3", "5")),
+    ]
+    assert [float(line["lr"]) for line in lines if line["line"] == "updates"] == pytest.approx(
+        [0.25, 0.21, 0.17, 0.13, 0.09]
+    )
+    assert lines[-1]["loss"] == lines[-2]["loss"] != ""
+    assert [line["val_number"] for line in lines if line["line"] == "epoch"] == ["1.0", "2.0", "3.0"]
+    assert task.epochs == [1, 2, 3]
+    assert task.saved == ["best", "last", "last", "last"]
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-5"]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 5}, {"updates": 9}])
+def test_validations_are_only_those_that_are_due(tmp_path: Path, length: dict[str, int]) -> None:
+    """Those in between leave their cells empty and write the last model; all else is done each epoch."""
+    task, state, lines = fitted([[1.0]] * 10, tmp_path, kind=Measured, val_epochs=2, **length)
+    assert isinstance(task, Measured)
+    epochs = [line for line in lines if line["line"] == "epoch"]
+    assert [line["val_number"] for line in epochs] == ["", "1.0", "", "2.0", "3.0"]
+    assert all(line["loss"] and line["weight"] for line in epochs)
+    assert task.saved == ["last", "best", "last", "last", "last", "last"]
+    assert state.best == {"val_number": 1.0}
+    assert task.epochs == [1, 2, 3, 4, 5]
+    assert task.taken == [2, 2, 2, 2, 2 if "epochs" in length else 1]
+
+
+def test_without_metrics_each_last_model_is_the_best(tmp_path: Path) -> None:
+    task, state, _ = fitted([[1.0]] * 6, tmp_path, updates=5, val_epochs=4)
+    assert task.saved == ["best", "best", "best"]
+    assert state.best == {}
 
 
 def test_looking_draws_nothing_from_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,44 @@ def test_schedule_is_the_array_of_the_original(warmup: dict[str, int]) -> None:
     np.testing.assert_allclose(np.array(decays), expected[:, None] * [1, 0], rtol=1e-12)
 
 
+def mmcv_rates(updates: int, warmup: int, peak: float, end: float) -> list[float]:
+    """What mmcv's hook sets before each iteration: its line, and during the warm-up what it takes off."""
+    rates = []
+    for i in range(updates):
+        rate = (peak - end) * (1 - i / updates) ** 1.0 + end
+        if i < warmup:
+            missing = (1 - i / warmup) * (1 - 1e-6)
+            rate = rate * (1 - missing)
+        rates.append(rate)
+    return rates
+
+
+@pytest.mark.parametrize("end", [0.0, 0.5])
+@pytest.mark.parametrize("warmup", [0, 1, 6])
+@pytest.mark.parametrize("length", [{"updates": 23}, {"epochs": 5}])
+def test_poly_is_that_of_mmcv(length: dict[str, int], warmup: int, end: float) -> None:
+    """Over the updates of the run, wherever an epoch ends; layers learn at their share of it."""
+    recipe = TrainSection(batch_size=1, lr=2.0, min_lr=end, schedule="poly", warmup_updates=warmup, **length)
+    schedule = Schedule(recipe, updates_per_epoch=5)
+    rates = [schedule.lr(update) for update in range(schedule.updates)]
+    np.testing.assert_allclose(rates, mmcv_rates(length.get("updates", 25), warmup, 2.0, end), rtol=1e-12)
+    group = {"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.25}
+    optimizer = torch.optim.SGD([group], lr=2.0)
+    schedule.set(optimizer, 3)
+    assert optimizer.param_groups[0]["lr"] == 0.25 * rates[3]
+
+
+def test_poly_of_ade20k_is_that_of_its_configurations() -> None:
+    """A few rates of 160,000 updates, computed by hand: 3e-5 to 0, 1500 of warm-up from a millionth."""
+    recipe = TrainSection(batch_size=16, updates=160_000, lr=3e-5, schedule="poly", warmup_updates=1500)
+    schedule = Schedule(recipe, updates_per_epoch=1263)
+    assert schedule.lr(0) == pytest.approx(3e-11, rel=1e-9)
+    assert schedule.lr(750) == pytest.approx(3e-5 * (1 - 750 / 160_000) * 0.5000005, rel=1e-9)
+    assert schedule.lr(1500) == pytest.approx(3e-5 * (1 - 1500 / 160_000), rel=1e-9)
+    assert schedule.lr(80_000) == pytest.approx(1.5e-5, rel=1e-9)
+    assert schedule.lr(159_999) == pytest.approx(3e-5 / 160_000, rel=1e-9)
+
+
 def test_weight_decay_stays_where_nothing_else_is_said() -> None:
     group = {"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.3}
     optimizer = torch.optim.SGD([group], lr=1)

@@ -53,9 +53,19 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
 
 
 def test_kills_of_pretraining_change_nothing(tmp_path: Path) -> None:
-    """What was counted in an epoch is kept, too, and pictures are drawn again."""
-    recipe = _pretraining(tmp_path, run={"save_updates": 2}, task={"picture_epochs": 2}, epochs=2)
+    """What was counted in an epoch is kept, too, and pictures are drawn again.
+
+    The run is counted in updates and ends within its third epoch; it validates in its second, and at the end.
+    """
+    length = {"epochs": None, "updates": 5, "val_epochs": 2, "schedule": "poly"}
+    recipe = _pretraining(tmp_path, run={"save_updates": 2}, task={"picture_epochs": 2}, **length)
     check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 3)
+    with (tmp_path / "whole" / "log.csv").open() as file:
+        epochs = [line for line in csv.DictReader(file) if line["line"] == "epoch"]
+    assert [line["update"] for line in epochs] == ["2", "4", "5"]
+    assert [bool(line["val_loss"]) for line in epochs] == [False, True, True]
+    assert all(int(line["codes_used"]) for line in epochs)
+    assert sorted(path.name for path in (tmp_path / "whole").rglob("*.png")) == ["epoch-0002.png", "epoch-0003.png"]
 
 
 def test_kills_of_tokenizer_training_change_nothing(tmp_path: Path) -> None:

@@ -186,11 +186,14 @@ class PretrainTask:
         """Tell how many images a batch has."""
         return len(batch.images)
 
-    def validate(self, model: nn.Module) -> Metrics:
-        """Measure the loss and the accuracy on the validation images, whose views and masks never change."""
+    def take_counts(self) -> None:
+        """Add up the codes that were targets in the epoch, and the images that could not be read; begin anew."""
         self._counted = {name: self.processes.sum(count.clone()) for name, count in self.counts.items()}
         for count in self.counts.values():
             count.zero_()
+
+    def validate(self, model: nn.Module) -> Metrics:
+        """Measure the loss and the accuracy on the validation images, whose views and masks never change."""
         metrics = self.measure(model, self.split.val, "val_") if self.split.val else {}
         self._unreadable.report()
         return metrics
