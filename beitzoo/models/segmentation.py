@@ -137,8 +137,11 @@ class Segmenter(nn.Module):
     """A BEiT that names the class of each pixel.
 
     Blocks behind the last one that is read stay part of the network, but do not run: transformers' files have such.
-    On many processes, `nn.SyncBatchNorm.convert_sync_batchnorm` makes its norms those of the whole batch, as in the
-    original; names and files stay the same.
+    On many processes the training loop makes its norms those of the whole batch, as in the original; in another loop
+    `nn.SyncBatchNorm.convert_sync_batchnorm` does, on GPUs. Names and files stay the same.
+
+    A backbone of which no parameter asks for a gradient (`model.backbone.requires_grad_(False)`) stays in evaluation
+    mode, so that its features are those of the frozen network: nothing in it is dropped in training.
 
     Attributes:
         config: The heads; `out_indices` are said.
@@ -202,6 +205,13 @@ class Segmenter(nn.Module):
         ]
         return maps if self.neck is None else self.neck(maps)
 
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Set training or evaluation mode; a frozen backbone is in evaluation mode always."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
+
     # ---- changing a built model ---------------------------------------------------------------------
 
     @torch.inference_mode(False)
@@ -261,6 +271,14 @@ class Segmenter(nn.Module):
         the backbone, so that both are decayed.
         """
         return set()
+
+    def unused_parameters(self) -> set[str]:
+        """Name the parameters that no output depends on: those of blocks behind the last one that is read."""
+        blocks = self.config.out_indices
+        assert blocks is not None
+        unused = range(max(blocks) + 1, len(self.backbone.blocks))
+        prefixes = tuple(f"backbone.blocks.{index}." for index in unused)
+        return {name for name, _ in self.named_parameters() if name.startswith(prefixes)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Say which layer a parameter belongs to, as `Beit.group_matcher`; neck and heads are of the last layer."""

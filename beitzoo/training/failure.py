@@ -1,6 +1,5 @@
 """An update whose loss or gradient is no number: what of it is kept, so that it can be done again alone."""
 
-import itertools
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -30,17 +29,32 @@ class Start:
     Attributes:
         generators: States of the global generators of this process.
         moved: What of the model a forward pass may change: buffers, and parameters that learn without gradients.
+        versions: How often these parameters had been written to.
     """
 
     generators: dict[str, Any]
     moved: dict[str, Tensor]
+    versions: dict[str, int]
 
     @classmethod
-    def of(cls, model: nn.Module, names: frozenset[str], device: torch.device) -> "Start":
-        """Copy it; `names` are those of `moved_names`."""
-        tensors = itertools.chain(model.named_buffers(), model.named_parameters())
-        moved = {name: tensor.detach().clone() for name, tensor in tensors if name in names}
-        return cls(generator_states(device), moved)
+    def of(
+        cls, model: nn.Module, names: frozenset[str], device: torch.device, before: "Start | None" = None
+    ) -> "Start":
+        """Copy it; `names` are those of `moved_names`.
+
+        Parameters that nobody wrote to since the start of an update before are not copied again: frozen parts may be
+        large. (Buffers are few, and batch norms write to theirs behind the back of PyTorch's count.)
+        """
+        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if name in names}
+        kept = {name: parameter for name, parameter in model.named_parameters() if name in names}
+        versions = {name: parameter._version for name, parameter in kept.items()}
+        parameters = {
+            name: before.moved[name]
+            if before is not None and before.versions.get(name) == versions[name]
+            else parameter.detach().clone()
+            for name, parameter in kept.items()
+        }
+        return cls(generator_states(device), {**buffers, **parameters}, versions)
 
     def restore(self, model: nn.Module) -> None:
         """Give a model back what a forward pass changed."""

@@ -126,7 +126,8 @@ class _Fit:
         """Take one step down the gradient of the mean loss over all items of all processes."""
         state, train, processes = self.state, self.run.train, self.run.processes
         state.schedule.set(state.optimizer, state.update)
-        self.starts.append(Start.of(state.model, self._moved_names, processes.device))
+        before = self.starts[-1] if self.starts else None
+        self.starts.append(Start.of(state.model, self._moved_names, processes.device, before))
         # The mean over all items is known only when all parts are done; until then each part counts for this many.
         share = train.batch_size / (processes.count * train.accumulation)
         sums = [self._add_gradients(model, batches, share, left) for left in reversed(range(train.accumulation))]

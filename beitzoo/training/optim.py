@@ -1,6 +1,7 @@
 """Which parameter learns how fast, and when."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,18 @@ def groups_without_layers(model: nn.Module, train: TrainSection) -> list[dict[st
         }
         for (decayed, is_table), members in groups.items()
     ]
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Ask for no gradients of parameters that a model says no output depends on; they are as they were, undecayed.
+
+    Several processes would wait for these gradients in vain, or have to search for them in each update.
+    """
+    name_unused: Callable[[], set[str]] = getattr(model, "unused_parameters", set)
+    unused = name_unused()
+    for name, parameter in model.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
 
 
 def spread_bias_tables(model: nn.Module, std: float) -> None:

@@ -16,6 +16,7 @@ from beitzoo.results import environment
 from beitzoo.training.failure import FAILED
 from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed
 from beitzoo.training.loop import Run, fit
+from beitzoo.training.norms import has_batch_norms
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe
 from beitzoo.training.sections import TrainSection
@@ -112,9 +113,23 @@ def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processe
     return [
         *([warning] if state.schedule.warmup >= state.schedule.updates else []),
         *([slow] if train.compile else []),
+        *(_describe_norms(recipe.train, processes) if has_batch_norms(state.model) else []),
         *([rare] if train.val_epochs > 1 and task.metric_names else []),
         f"{length}, in {train.precision} on {processes.count} x {processes.device.type}. {start}",
     ]
+
+
+def _describe_norms(train: TrainSection, processes: Processes) -> list[str]:
+    """Say over which images batch norms go, where that is not an update of one process."""
+    lines = []
+    if processes.count > 1:
+        lines.append(f"Batch norms go over the images of all {processes.count} processes.")
+    if train.accumulation > 1:
+        lines.append(
+            f"Batch norms see one of the {train.accumulation} parts of an update at a time: with another "
+            "train.accumulation the run is another."
+        )
+    return lines
 
 
 def _describe_length(train: TrainSection, updates_per_epoch: int) -> str:

@@ -152,7 +152,8 @@ class TrainSection(Section):
         epochs: Passes over the training images.
         updates: Updates of the whole run, instead of `epochs`; the last epoch is then cut short.
         batch_size: Images per update, of all processes together.
-        accumulation: Passes into which each process splits its share of an update; memory is for one of them.
+        accumulation: Passes into which each process splits its share of an update; memory is for one of them. The
+            result is the same, but for networks with batch norms (those of segmentation), which see one at a time.
         lr: Peak learning rate of the head; see `layer_decay`.
         schedule: How the learning rate falls: along a cosine, or along a line as mmsegmentation's `poly` of power 1.
         min_lr: Learning rate at the end.

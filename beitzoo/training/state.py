@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from beitzoo.errors import UserError
 from beitzoo.files import read_text, write_folder, write_text
 from beitzoo.training.generators import derive_seed, generator_states, restore_generators, seed_generators
-from beitzoo.training.optim import Schedule, make_optimizer
+from beitzoo.training.norms import share_norms
+from beitzoo.training.optim import Schedule, freeze_unused, make_optimizer
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import TrainSection
 from beitzoo.training.tally import Means
@@ -70,6 +71,8 @@ class TrainState:
 def start_state(task: Task, model: nn.Module, train: TrainSection, processes: Processes) -> TrainState:
     """Make the state before the first update, and seed the global generators, differently in each process."""
     model.to(processes.device)
+    freeze_unused(model)
+    share_norms(model, processes)
     optimizer = make_optimizer(task.parameter_groups(model), train)
     _seed_process(train.seed, processes, update=0)
     return TrainState(

@@ -141,10 +141,15 @@ def test_the_log_says_how_long_it_waited(tmp_path: Path, monkeypatch: pytest.Mon
     assert 2 / 0.3 * 0.5 < float(lines[1]["images_per_sec"]) < 2 / 0.3
 
 
-def test_tensorboard_has_the_numbers_of_the_log(tmp_path: Path) -> None:
-    """Of a run that goes on, no step twice: the updates after its last state are done again."""
-    fitted([[1.0]] * 4, tmp_path, epochs=2)
-    _, _, lines = fitted([[1.0]] * 4, tmp_path, update=2, epochs=2)
+@pytest.mark.parametrize("later", [0, -1, 1])
+def test_tensorboard_has_the_numbers_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int) -> None:
+    """Of a run that goes on, no step twice: the updates after its last state are done again.
+
+    So it is if it goes on within the same second, which names of event files do not order, and if the clock is behind.
+    """
+    for turn, update in enumerate((0, 1, 3, 2)):
+        monkeypatch.setattr(time, "time", lambda turn=turn: 2e9 + later * turn)
+        _, _, lines = fitted([[1.0]] * 4, tmp_path, update=update, epochs=2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name in ("loss", "lr", "weight_decay", "grad_norm", "distance", "wait_share"):
         points = events.Scalars(f"updates/{name}")

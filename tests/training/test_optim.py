@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 import beitzoo
-from beitzoo.training.optim import Schedule, parameter_groups, spread_bias_tables
+from beitzoo.models.segmentation import Segmenter
+from beitzoo.training.failure import Start, moved_names
+from beitzoo.training.optim import (
+    Schedule,
+    freeze_unused,
+    groups_without_layers,
+    make_optimizer,
+    parameter_groups,
+    spread_bias_tables,
+)
 from beitzoo.training.sections import TrainSection
 
 
@@ -31,6 +40,71 @@ def test_bias_tables_are_spread_and_nothing_else() -> None:
             assert parameter.detach().std() == pytest.approx(0.5, rel=0.15)
         else:
             assert torch.equal(parameter, before[name])
+
+
+def segmenter(**options: object) -> Segmenter:
+    """One whose second block is not read, without dropout, as transformers' files have blocks."""
+    model = beitzoo.create_model(
+        "test_beit", head="segment", num_classes=3, out_indices=(-1, 0, 0, 0), decoder_drop_rate=0, **options
+    )
+    assert isinstance(model, Segmenter)
+    return model
+
+
+def test_parameters_without_a_gradient_stay_as_they_are() -> None:
+    """A model says which they are, and that is what the graph of its loss says; no weight decay reaches them."""
+    model = segmenter()
+    train = TrainSection(epochs=1, batch_size=1, lr=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(parameter_groups(model, train), train)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):
+        sum(logits.square().mean() for logits in model(torch.randn(2, 3, 64, 64))).backward()
+        without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert without == model.unused_parameters() == {name for name in before if name.startswith("backbone.blocks.1.")}
+    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == without
+    freeze_unused(model)
+    for groups in (parameter_groups(model, train), groups_without_layers(model, train)):
+        learning = {id(parameter) for group in groups for parameter in group["params"]}
+        assert learning == {id(p) for name, p in model.named_parameters() if name not in without}
+
+
+def test_a_frozen_backbone_is_left_out_and_stays_in_evaluation_mode() -> None:
+    model = segmenter(drop_path_rate=0.5, drop_rate=0.5)
+    model.backbone.requires_grad_(False)
+    model.train()
+    assert model.training
+    assert model.decode_head.training
+    assert not any(module.training for module in model.backbone.modules())
+    train = TrainSection(epochs=1, batch_size=1, lr=0.1)
+    learning = {id(parameter) for group in parameter_groups(model, train) for parameter in group["params"]}
+    assert learning == {id(p) for name, p in model.named_parameters() if not name.startswith("backbone.")}
+    images = torch.randn(2, 3, 64, 64)
+    features = [model.backbone.embed(images)[0] for _ in range(2)]
+    assert not features[0].requires_grad
+    assert torch.equal(*features)
+    assert model.backbone.requires_grad_().training is False
+    assert all(module.training for module in model.train().modules())
+
+
+def test_what_updates_start_from_shares_frozen_weights() -> None:
+    """Otherwise each update of a line would keep a copy of them; what changes is copied each time."""
+    model = segmenter()
+    model.backbone.requires_grad_(False)
+    names = moved_names(model)
+    first = Start.of(model, names, torch.device("cpu"))
+    model.train()(torch.randn(2, 3, 64, 64))
+    with torch.no_grad():
+        model.backbone.cls_token += 1
+    second = Start.of(model, names, torch.device("cpu"), first)
+    changed = {name for name in names if first.moved[name] is not second.moved[name]}
+    assert changed == {"backbone.cls_token", *(name for name, _ in model.named_buffers())}
+    assert not torch.equal(first.moved["backbone.cls_token"], second.moved["backbone.cls_token"])
+    assert not torch.equal(
+        first.moved["decode_head.bottleneck.bn.running_mean"], model.decode_head.bottleneck.bn.running_mean
+    )
+    torch.testing.assert_close({name: model.state_dict()[name] for name in names}, second.moved, rtol=0, atol=0)
 
 
 def original_array(start: float, end: float, epochs: int, per_epoch: int, warmup: int = 0) -> list[float]:

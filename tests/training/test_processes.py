@@ -12,7 +12,7 @@ import torch
 from colours import mim_recipe, write_colours
 from safetensors.torch import load_file
 
-from beitzoo.factory import create_tokenizer
+from beitzoo.factory import create_model, create_tokenizer
 from beitzoo.saving import save_tokenizer
 from beitzoo.training.recipe import Recipe, dump_recipe
 from beitzoo.training.tasks.pretrain import pretrain
@@ -60,6 +60,32 @@ def test_two_processes_equal_one_in_two_parts(tmp_path: Path) -> None:
         load_file(run / "best" / "model.safetensors") for run in (tmp_path / "one", tmp_path / "two" / "whole")
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_batch_norms_are_those_of_all_processes(tmp_path: Path) -> None:
+    """Two processes with unlike shares of a batch, one even empty, do what one does with the whole batch.
+
+    Nobody waits for the gradients of the block that is not read. What is saved is an ordinary model.
+    """
+    program = Path(__file__).parents[1] / "batch_norms_in_two.py"
+    for count in ("1", "2"):
+        (tmp_path / count).mkdir()
+        command = [sys.executable, str(program), str(tmp_path / count), count]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+        assert result.returncode == 0, result.stderr
+    one, first, second = (torch.load(tmp_path / name) for name in ("1/0.pt", "2/0.pt", "2/1.pt"))
+    torch.testing.assert_close(first, one, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    start = create_model("test_beit", head="segment", num_classes=3, out_indices=(-1, 0, 0, 0), auxiliary_channels=8)
+    moved = {name for name in first["model"] if name.endswith("num_batches_tracked")}
+    assert moved == {name for name in start.state_dict() if name.endswith("num_batches_tracked")} != set()
+    assert {int(first["model"][name]) for name in moved} == {3}
+    saved = create_model(f"local-dir:{tmp_path / '2' / 'best'}", pretrained=True).state_dict()
+    assert list(saved) == list(start.state_dict())
+    expected = {name: tensor.to(saved[name].dtype) for name, tensor in first["model"].items()}
+    torch.testing.assert_close(dict(saved), expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow
