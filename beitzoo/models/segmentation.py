@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from beitzoo.errors import check
 from beitzoo.models.beit import Beit
+from beitzoo.models.convolutions import convolve_joined, resize
 from beitzoo.zoo.checkpoints import PretrainedConfig, Segment
 from beitzoo.zoo.labels import label_names
 from beitzoo.zoo.networks import Pair, SegmenterConfig
@@ -63,16 +64,19 @@ class Neck(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution that keeps the size, batch norm and ReLU; the names are mmsegmentation's."""
+    """A convolution that keeps the size, batch norm and ReLU; the names are mmsegmentation's.
+
+    Of several maps, it is that of their concatenation, all resized to the size of the first.
+    """
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.bn = nn.BatchNorm2d(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, h, w) to (B, channels, h, w)."""
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+    def forward(self, *maps: Tensor) -> Tensor:
+        """Map one or more maps, together of `in_channels`, to (B, channels, h, w) of the size of the first."""
+        return F.relu(self.bn(convolve_joined(self.conv, maps)), inplace=True)
 
 
 class UperHead(nn.Module):
@@ -94,14 +98,13 @@ class UperHead(nn.Module):
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Map the four maps of a pyramid to logits (B, K, 4h, 4w) of the size of the first."""
         *lower, last = pyramid
-        pooled = [_resize(pool(last), _size(last)) for pool in self.psp_modules]
-        tops = [self.bottleneck(torch.cat([last, *pooled], dim=1))]  # from the smallest map to the largest
+        pooled = [pool(last) for pool in self.psp_modules]
+        tops = [self.bottleneck(last, *pooled)]  # from the smallest map to the largest
         for lateral, one in zip(reversed(self.lateral_convs), reversed(lower), strict=True):
-            tops.append(lateral(one) + _resize(tops[-1], _size(one)))
+            tops.append(lateral(one) + resize(tops[-1], _size(one)))
         top, *rest = tops
         levels = [conv(one) for conv, one in zip(self.fpn_convs, reversed(rest), strict=True)] + [top]
-        fused = self.fpn_bottleneck(torch.cat([_resize(level, _size(levels[0])) for level in levels], dim=1))
-        return self.conv_seg(self.dropout(fused))
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(*levels)))
 
 
 class FcnHead(nn.Module):
@@ -317,7 +320,3 @@ def _init_classifier(classifier: nn.Conv2d) -> None:
 
 def _size(x: Tensor) -> Pair:
     return x.shape[2], x.shape[3]
-
-
-def _resize(x: Tensor, size: Pair) -> Tensor:
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
