@@ -98,7 +98,12 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         ),
         head=Segment(labels="ade20k"),
         data=DataConfig(
-            input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+            input_size=(3, 640, 640),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            interpolation="bilinear",
+            crop_pct=1.0,
+            reduce_zero_label=True,
         ),
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
@@ -180,7 +185,12 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         ),
         head=Segment(labels="ade20k"),
         data=DataConfig(
-            input_size=(3, 640, 640), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+            input_size=(3, 640, 640),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            interpolation="bilinear",
+            crop_pct=1.0,
+            reduce_zero_label=True,
         ),
         license="MIT",
         paper="https://arxiv.org/abs/2106.08254",
@@ -254,7 +264,12 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ft21ktoade20k.pth"),),
         head=Segment(labels="ade20k"),
         data=DataConfig(
-            input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+            input_size=(3, 512, 512),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            interpolation="bilinear",
+            crop_pct=1.0,
+            reduce_zero_label=True,
         ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
@@ -263,7 +278,12 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(ReleaseFile("BEiT-v2", "beitv2_base_patch16_224_pt1k_ftade20k.pth"),),
         head=Segment(labels="ade20k"),
         data=DataConfig(
-            input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+            input_size=(3, 512, 512),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            interpolation="bilinear",
+            crop_pct=1.0,
+            reduce_zero_label=True,
         ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
@@ -335,7 +355,12 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ft21ktoade20k.pth"),),
         head=Segment(labels="ade20k"),
         data=DataConfig(
-            input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+            input_size=(3, 512, 512),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            interpolation="bilinear",
+            crop_pct=1.0,
+            reduce_zero_label=True,
         ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",
@@ -344,7 +369,12 @@ PRETRAINED: dict[str, PretrainedConfig] = {
         sources=(ReleaseFile("BEiT-v2", "beitv2_large_patch16_224_pt1k_ftade20k.pth"),),
         head=Segment(labels="ade20k"),
         data=DataConfig(
-            input_size=(3, 512, 512), crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, reduce_zero_label=True
+            input_size=(3, 512, 512),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            interpolation="bilinear",
+            crop_pct=1.0,
+            reduce_zero_label=True,
         ),
         license="MIT",
         paper="https://arxiv.org/abs/2208.06366",

@@ -324,3 +324,5 @@ def test_segmentation_rows_count_their_classes_from_one() -> None:
     reducing = {name for name in beitzoo.list_pretrained() if beitzoo.get_pretrained_cfg(name).data.reduce_zero_label}
     assert reducing == set(beitzoo.list_pretrained("*ade20k"))
     assert len(reducing) == 6
+    # Images are resized by mmcv's default filter, other than those of the classifiers.
+    assert {beitzoo.get_pretrained_cfg(name).data.interpolation for name in reducing} == {"bilinear"}
