@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that ended with a loss that is not finite.")],
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a run that ended with a loss or a metric that is not finite.")
+    ],
 ) -> None:
-    """Do the update again by which a run failed, and say where numbers end to be finite.
+    """Do the update or the validation again by which a run failed, and say where numbers end to be finite.
 
     The exit code is 1 if it does not fail again.
     """

@@ -1,4 +1,4 @@
-"""An update whose loss or gradient is no number: what of it is kept, so that it can be done again alone."""
+"""An update or a validation that gave no number: what of it is kept, so that it can be done again alone."""
 
 import shlex
 import shutil
@@ -67,13 +67,15 @@ def moved_names(model: nn.Module) -> frozenset[str]:
     return frozenset(model.state_dict().keys() - trained)
 
 
-def keep_failed(batches: list[Any], state: TrainState, start: Start, directory: Path, processes: Processes) -> str:
+def keep_failed(
+    batches: list[Any] | None, state: TrainState, start: Start, directory: Path, processes: Processes
+) -> str:
     """Write `failed/`: the state before the update and the batches of each process; return the command that redoes it.
 
     The moving average of the weights may be that of a few updates later. All processes call this.
 
     Args:
-        batches: Of this process, in order.
+        batches: Of this process, in order; None if it was the validation of the state that failed.
         state: Of an update that failed, with parameters and optimizer as they were before it.
         start: What else it started from.
         directory: The folder of the run.

@@ -53,7 +53,8 @@ def fit(task: Task, state: TrainState, run: Run) -> None:
 
     Raises:
         Interrupted: A signal asked the run to stop; its state was saved.
-        NonFiniteError: A loss is not finite. The update that gave it is in `failed/`; what was saved before stays.
+        NonFiniteError: A loss, a validation metric or a weight is not finite. The update that gave it, or the state
+            that was measured, is in `failed/`; what was saved before stays.
     """
     names = (*task.log_names, *task.metric_names, *(task.epoch_names if isinstance(task, EndsEpochs) else ()))
     shown = run.processes.is_main
@@ -193,14 +194,24 @@ class _Fit:
         if isinstance(task, CountsItems):
             task.take_counts()
         metrics = task.validate(state.evaluated) if self._validation_is_due() else None
-        if not all(map(math.isfinite, (metrics or {}).values())) or not _is_finite(state.evaluated):
-            raise self._non_finite("A validation metric or a weight", state.update)
+        self._check_epoch(metrics or {})
         better = metrics is not None and (not metrics or state.best is None or task.better(metrics, state.best))
         state.best = metrics if better else state.best
         if self.log is not None:
             self._write_epoch(metrics or {}, better)
         state.epoch = Means()
         state.model.train()
+
+    def _check_epoch(self, metrics: Metrics) -> None:
+        """Stop if a metric or a weight is not finite; the state is kept, and measures the same again."""
+        state, run = self.state, self.run
+        odd = [f"{name} ({value})" for name, value in metrics.items() if not math.isfinite(value)]
+        if not odd and _is_finite(state.evaluated):
+            return
+        what = f"The validation metric {odd[0]}" if odd else "A weight"
+        start = Start.of(state.model, self._moved_names, run.processes.device)
+        command = keep_failed(None, state, start, run.directory, run.processes)
+        raise self._non_finite(what, state.update, f"The state was kept; `{command}` measures it again.")
 
     def _validation_is_due(self) -> bool:
         """Tell whether this epoch has one; a task without metrics is asked each time, as its last model is the best."""

@@ -14,7 +14,7 @@ from beitzoo.training.folder import RunError
 from beitzoo.training.recipe import Recipe
 from beitzoo.training.replay import replay
 from beitzoo.training.state import saved_states
-from beitzoo.training.tasks.finetune import finetune, prepare
+from beitzoo.training.tasks.finetune import FinetuneTask, finetune, prepare
 from beitzoo.training.tasks.tokenizer import prepare as prepare_tokenizer
 from beitzoo.training.tasks.tokenizer import train_tokenizer
 
@@ -91,6 +91,34 @@ def test_an_update_of_two_processes_is_done_again_by_one(failed: tuple[Path, str
     assert (both.update, both.items) == (alone.update, 2 * alone.items)
     assert both.failed
     assert both.module == alone.module
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_validation_that_fails_is_done_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float
+) -> None:
+    """Its last update is a finite one, and its weights too large to be computed with; nothing of it is a model."""
+    train = {**recipe.train.model_dump(), "epochs": 1, "batch_size": 54, "warmup_epochs": 0, "ema_decay": ema}
+    changed = Recipe.model_validate({**recipe.model_dump(), "train": train})
+    with pytest.raises(
+        NonFiniteError, match=r"metric val_loss \(nan\) is not finite any more at update 1 .* measures"
+    ) as e:
+        finetune(changed, tmp_path)
+    assert f"`beitzoo replay {tmp_path}`" in str(e.value)
+    assert not (tmp_path / "best").exists()
+    (state,) = saved_states(tmp_path / "failed")
+    assert state.name == "state-1"
+    result = run("replay", str(tmp_path))
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("Validation after update 1: val_top1 ")
+    assert lines[0].endswith("val_loss nan.")
+    assert "(validation)" in lines[1]
+    assert lines[2:] == ["Weights that are not finite: those of 0 parameters.", "It fails again."]
+    metrics = {"val_top1": 1.0, "val_loss": 2.0}
+    monkeypatch.setattr(FinetuneTask, "validate", lambda *_: metrics)
+    result = run("replay", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[0] == "Validation after update 1: val_top1 1, val_loss 2."
 
 
 def test_an_update_that_does_not_fail_is_told(failed: tuple[Path, str], tmp_path: Path) -> None:
