@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,34 +95,53 @@ def images_of(shards: Shards, containers: Sequence[Container], classes: Classes,
     Raises:
         MissingFileError: There are no images.
     """
-    rows, labels = [], []
+    names = classes.names
+    keep = [
+        np.ones(len(numbers), bool) if names is None else (numbers >= 0) & (numbers < len(names))
+        for numbers in classes.numbers
+    ]
+    for container, kept in zip(containers, keep, strict=True):
+        list_left_out(shards, container, ~kept, WITHOUT_CLASS, left_out)
+    labels = [numbers[kept] for numbers, kept in zip(classes.numbers, keep, strict=True)]
+    images = kept_images(shards, containers, keep, left_out)
+    return replace(images, labels=None if names is None else np.concatenate(labels).tolist(), names=names or ())
+
+
+def list_left_out(
+    shards: Shards, container: Container, places: np.ndarray[Any, np.dtype[np.bool_]], reason: str, left_out: LeftOut
+) -> None:
+    """List the images of a file, True in `places`, that are left out for a reason."""
+    for place in np.flatnonzero(places):
+        file = container.path.relative_to(shards.root).as_posix()
+        left_out.add(reason, f"{file}:{container[int(place)].place}")
+
+
+def kept_images(
+    shards: Shards,
+    containers: Sequence[Container],
+    keep: Sequence[np.ndarray[Any, np.dtype[np.bool_]]],
+    left_out: LeftOut,
+) -> ImageSet:
+    """Return the images of all files that are kept, True in `keep`, without classes and in the parts of the files.
+
+    Raises:
+        MissingFileError: There are no images.
+    """
+    rows = [np.flatnonzero(kept) for kept in keep]
+    counts = iter(map(len, rows))
     parts: dict[str, range] = {}
-    rest = zip(containers, classes.numbers, strict=True)
-    names, end = classes.names, 0
+    end = 0
     for part, files in shards.parts.items():
         start = end
-        for container, numbers in (next(rest) for _ in files):
-            keep = np.ones(len(numbers), bool) if names is None else (numbers >= 0) & (numbers < len(names))
-            for place in np.flatnonzero(~keep):
-                file = container.path.relative_to(shards.root).as_posix()
-                left_out.add(WITHOUT_CLASS, f"{file}:{container[int(place)].place}")
-            rows.append(np.flatnonzero(keep))
-            labels.append(numbers[keep])
-            end += len(rows[-1])
+        end += sum(next(counts) for _ in files)
         if end > start:
             parts[part] = range(start, end)
     if not end:
         raise MissingFileError(
             ". ".join([f"No images in the files at {shards.root}; give others", *left_out.describe()])
         )
-    return ImageSet(
-        ShardImages(containers, rows),
-        None if names is None else np.concatenate(labels).tolist(),
-        names or (),
-        shards.root,
-        left_out,
-        parts if len(parts) > 1 else {},
-    )
+    own = parts if len(parts) > 1 else {}
+    return ImageSet(ShardImages(containers, rows), None, (), shards.root, left_out, own)
 
 
 class ShardImages(Sequence[Encoded]):

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, features
 
 from beitzoo.errors import InvalidOptionError, UserError
 
@@ -24,6 +24,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", *(("AVIF",) if READS_AVIF else ()), "BMP", "GI
 
 # Notes of a JPEG that may say how it is turned; without them, looking costs a tenth of decoding a tiny image.
 _TURNING = {"exif", "xmp"}
+# Values of the EXIF orientation that swap width and height.
+_ON_ITS_SIDE = (5, 6, 7, 8)
 # What one image may take while it is decoded; the header says so beforehand. Enough for cameras of 60 megapixels.
 MAX_BYTES = 500_000_000
 # Pillow holds 4 bytes a pixel, and while it turns or converts an image, two of them.
@@ -97,6 +99,20 @@ def _decoded(source: Path | Encoded, name: str, in_chans: int) -> Image.Image:
     with opened(source) as image:
         image.load()
         return _converted(_upright(image, name, in_place=True), in_chans)
+
+
+def upright_size(source: Path | Encoded) -> tuple[int, int]:
+    """Return width and height of the image that `as_image` returns, from the header alone.
+
+    Raises:
+        ImageError: The file cannot be read, as far as the header tells.
+    """
+    with opened(source) as image:
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
+        except Exception:  # `as_image` does not turn by damaged notes either
+            turned = False
+        return image.size[::-1] if turned else image.size
 
 
 def as_image(source: Any, in_chans: int = 3) -> Image.Image:

@@ -19,6 +19,8 @@ HIDDEN = "hidden, or left by a tool"
 EMPTY_CLASSES = "class folders without an image"
 OUTSIDE = "outside of class folders"
 NO_IMAGES = "not called like images"
+WITHOUT_MASK = "images without a mask"
+WITHOUT_IMAGE = "masks without an image"
 
 # Names that a description gives of those that were left out for the same reason.
 _EXAMPLES = 3

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,17 +19,19 @@ from huggingface_hub.utils import WeakFileLock
 
 from beitzoo.errors import FileAccessError, InvalidValueError, UnsupportedError, UserError
 from beitzoo.files import write_atomically
-from beitzoo.images.classes import classes_of, images_of
+from beitzoo.images.classes import ShardImages, classes_of, images_of, kept_images, list_left_out
 from beitzoo.images.files import Encoded, ImageError
-from beitzoo.images.folders import LeftOut
+from beitzoo.images.folders import WITHOUT_IMAGE, WITHOUT_MASK, LeftOut
 from beitzoo.images.image_set import ImageSet
-from beitzoo.images.shards import find_shards
+from beitzoo.images.shards import Shards, find_shards
 
 _logger = logging.getLogger(__name__)
 
 # Columns that are looked for before those that the hub's notes in a file call images and classes.
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAME = "label"
+# Columns of masks, as data sets on the hub call them.
+MASK_COLUMNS = ("annotation", "label", "mask", "segmentation_mask")
 # Bytes of a data set that are kept in memory at most; each process may have to keep its own.
 _MOST_IN_MEMORY = 2**30
 _ROWS_AT_A_TIME = 256
@@ -92,6 +94,11 @@ class Table:
         chunk, place = self._place(row)
         value = chunk[place].as_buffer()
         return None if value is None else value.size
+
+    def there(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Tell of each row whether it has an image."""
+        rows = [chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in self._chunks]
+        return np.concatenate([np.zeros(0, bool), *rows]).astype(bool)
 
     def _place(self, row: int) -> tuple[Any, int]:
         chunk = bisect_right(self._starts, row) - 1
@@ -206,9 +213,7 @@ def find_tables(path: Path) -> ImageSet:
         MissingFileError: There are no such files, or no rows in them.
         InvalidValueError: A file has no images, or other classes than the others, or is no Parquet file.
     """
-    if find_spec("pyarrow") is None:
-        raise UnsupportedError("Parquet files need pyarrow, which is not installed: pip install 'beitzoo[train]'")
-    shards = find_shards(path, (".parquet",), "Parquet files")
+    shards = _shards(path)
     forms = {file: _form(file) for file in shards.files}
     names = {form.names for form in forms.values() if form.names}
     if len(names) > 1:
@@ -220,6 +225,54 @@ def find_tables(path: Path) -> ImageSet:
         if len(table) != len(labels):
             raise _damaged(table.path, f"it has {len(table)} images, but {len(labels)} rows")
     return images_of(shards, tables, classes, LeftOut())
+
+
+def find_mask_tables(path: Path) -> tuple[ImageSet, Sequence[Encoded]]:
+    """Return the images of Parquet files without classes, and their masks.
+
+    A column `annotation`, `label`, `mask` or `segmentation_mask` holds the bytes of mask files in the form that images
+    have; that of images is found as `find_tables` finds it. Rows without an image or without a mask are left out.
+
+    Raises:
+        MissingFileError: There are no such files, or no rows in them.
+        InvalidValueError: A file has no images, no masks or several columns of masks, or is no Parquet file.
+    """
+    shards = _shards(path)
+    masks = {file: _mask_form(file) for file in shards.files}
+    images = {file: _form(file, {form.image}) for file, form in masks.items()}
+    image_tables, mask_tables = _tables(images), _tables(masks)
+    left_out = LeftOut()
+    keep = []
+    for table, mask_table in zip(image_tables, mask_tables, strict=True):
+        if len(table) != len(mask_table):
+            raise _damaged(table.path, f"it has {len(table)} images, but {len(mask_table)} masks")
+        there, masked = table.there(), mask_table.there()
+        list_left_out(shards, table, ~there, WITHOUT_IMAGE, left_out)
+        list_left_out(shards, table, there & ~masked, WITHOUT_MASK, left_out)
+        keep.append(there & masked)
+    found = kept_images(shards, image_tables, keep, left_out)
+    return found, ShardImages(mask_tables, [np.flatnonzero(kept) for kept in keep])
+
+
+def _shards(path: Path) -> Shards:
+    if find_spec("pyarrow") is None:
+        raise UnsupportedError("Parquet files need pyarrow, which is not installed: pip install 'beitzoo[train]'")
+    return find_shards(path, (".parquet",), "Parquet files")
+
+
+def _mask_form(path: Path) -> _Form:
+    import pyarrow as pa
+
+    with _parquet(path) as file:
+        schema = file.schema_arrow
+    found = [name for name in MASK_COLUMNS if _holds_bytes(schema, name)]
+    if len(found) != 1:
+        what = f"several columns of masks, {', '.join(found)}" if found else "no column of masks"
+        raise InvalidValueError(
+            f"{path} has {what}. Expected one column {', '.join(MASK_COLUMNS[:-1])} or {MASK_COLUMNS[-1]} of bytes, or "
+            "of {bytes, path} as on the hub; rename or remove the others, or give other tables."
+        )
+    return _Form(found[0], pa.types.is_struct(schema.field(found[0]).type), None, None)
 
 
 def _tables(forms: dict[Path, _Form]) -> list[Table]:
@@ -238,7 +291,8 @@ def _tables(forms: dict[Path, _Form]) -> list[Table]:
     return [table.open() for table in tables]
 
 
-def _form(path: Path) -> _Form:
+def _form(path: Path, masks: Collection[str] = ()) -> _Form:
+    """Read the form of a table; columns of masks are not those of its images."""
     import pyarrow as pa
 
     with _parquet(path) as file:
@@ -246,7 +300,9 @@ def _form(path: Path) -> _Form:
     features = _hub_features(schema.metadata or {})
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
     called_images = (name for name, kind in kinds.items() if kind == "Image")
-    image = next((name for name in (*_IMAGE_NAMES, *called_images) if _holds_bytes(schema, name)), None)
+    image = next(
+        (name for name in (*_IMAGE_NAMES, *called_images) if _holds_bytes(schema, name) and name not in masks), None
+    )
     if image is None:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise InvalidValueError(
