@@ -5,9 +5,9 @@ photometric distortion, normalisation, padding. What is random is drawn first, a
 generator, of the mask and of its size.
 
 It is faster than the original's steps one by one, as only what is in the crop is resized, and as the shares of classes
-are counted before the image is touched. It differs in three things, each by less than a pixel or a few levels: an
-image that shrinks is antialiased; a pixel of the resized mask takes the label at its centre, as the image does, where
-the original's is up to half a pixel to the left and above; and hues have 255 steps, where the original's have 180.
+are counted before the image is touched. It differs in three things: an image that shrinks is antialiased, as where the
+model is used; a pixel of the resized mask takes the label at its centre, as the image does, where the original's is up
+to half a pixel to the left and above; and hues have 255 steps, where the original's have 180.
 """
 
 import random
@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from beitzoo.errors import check
+from beitzoo.images.label_maps import IGNORE
 from beitzoo.zoo.networks import Pair
 
-IGNORE = 255
 _TRIES = 10  # for a crop in which no class has too large a share, until the next one is taken as it is
 _BRIGHTNESS = 32.0  # levels
 _CONTRAST = _SATURATION = (0.5, 1.5)

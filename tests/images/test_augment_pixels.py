@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from beitzoo.errors import InvalidValueError
-from beitzoo.images.augment_pixels import IGNORE, Distortion, PixelView, PixelViews
+from beitzoo.images.augment_pixels import Distortion, PixelView, PixelViews
+from beitzoo.images.label_maps import IGNORE
 from beitzoo.images.masks import sample_generator
 from beitzoo.zoo.checkpoints import IMAGENET_MEAN, IMAGENET_STD
 
