@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from beitzoo.images.transforms import create_transform as create_transform
     from beitzoo.images.transforms import resolve_data_config as resolve_data_config
     from beitzoo.inference.classify import predict as predict
+    from beitzoo.inference.segment import SegmentOptions as SegmentOptions
+    from beitzoo.inference.segment import segment as segment
     from beitzoo.models.beit import Beit as Beit
     from beitzoo.models.optimize import optimize as optimize
     from beitzoo.saving import save_pretrained as save_pretrained
@@ -39,6 +41,7 @@ _HOMES = {
     "DataConfig": "beitzoo.zoo.checkpoints",
     "DownloadError": "beitzoo.weights.checksums",
     "PretrainedConfig": "beitzoo.zoo.checkpoints",
+    "SegmentOptions": "beitzoo.inference.segment",
     "UnknownModelError": "beitzoo.zoo.registry",
     "UserError": "beitzoo.errors",
     "create_model": "beitzoo.factory",
@@ -56,6 +59,7 @@ _HOMES = {
     "save_tokenizer": "beitzoo.saving",
     "save_transformers": "beitzoo.saving",
     "save_unilm": "beitzoo.saving",
+    "segment": "beitzoo.inference.segment",
 }
 
 __all__ = [*_HOMES]

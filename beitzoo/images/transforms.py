@@ -1,7 +1,7 @@
 """From a data config to the transforms of training and evaluation; timm.data underneath."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Transform = Callable[["Image"], Tensor]
+Prepared = TypeVar("Prepared")
 
 _FIELDS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -79,7 +80,7 @@ def create_transform(is_training: bool = False, *, fast: bool = False, **options
     return ImageSteps(steps)
 
 
-def prepare(image: "Image", transform: Transform) -> Tensor:
+def prepare(image: "Image", transform: Callable[["Image"], Prepared]) -> Prepared:
     """Transform an image for a network.
 
     Raises:

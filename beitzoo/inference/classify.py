@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from beitzoo.errors import check
 from beitzoo.images.transforms import resolve_data_config
-from beitzoo.inference.pipeline import Failure, Job, Loading, View, run_jobs
+from beitzoo.inference.pipeline import Failure, Job, Loading, View, one_or_many, run_jobs
 from beitzoo.models.beit import Beit
 from beitzoo.zoo.checkpoints import Classify
 
@@ -92,9 +91,7 @@ def predict(
             positive.
         InvalidOptionError: An image is none of these.
     """
-    if isinstance(images, str | Path | Image) or hasattr(images, "dtype"):
-        images = [images]
-    return list(predict_each(models, images, topk=topk, loading=Loading(batch_size, workers)))
+    return list(predict_each(models, one_or_many(images), topk=topk, loading=Loading(batch_size, workers)))
 
 
 def predict_each(

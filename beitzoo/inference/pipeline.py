@@ -7,10 +7,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from beitzoo.errors import OutOfMemoryError, check, is_out_of_memory
@@ -21,6 +24,7 @@ _logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,20 @@ class Failure:
     reason: str
 
 
+class AnyView(Protocol):
+    """How a model wants to see images, as a key: jobs of equal views share what was prepared."""
+
+    @property
+    def in_chans(self) -> int:
+        """1 for grey, 3 for RGB."""
+
+    def transform(self) -> Callable[[Image], Any]:
+        """Make what prepares an image."""
+
+
 @dataclass(frozen=True)
 class View:
-    """How a model wants to see images; jobs of the same view share what was prepared.
+    """Images as `create_transform` prepares them, all of one size.
 
     Attributes:
         in_chans: 1 for grey, 3 for RGB.
@@ -41,6 +56,10 @@ class View:
 
     in_chans: int
     data: tuple[tuple[str, Any], ...]
+
+    def transform(self) -> Transform:
+        """Make the transform."""
+        return create_transform(**dict(self.data))
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,23 @@ class Job(Generic[Outcome]):
 
 
 @dataclass(frozen=True)
+class PartsJob(Generic[Outcome]):
+    """What one model does with every image where images are of any size: one at a time, and each in parts.
+
+    Attributes:
+        view: How images are prepared for it.
+        run: From a prepared image, and how many of its parts may be in a forward pass, to its outcome or a failure.
+        most: Parts in a forward pass; fewer where they do not fit into memory.
+        part: What a part is, in the error that not even one fits.
+    """
+
+    view: AnyView
+    run: Callable[[Any, int], Outcome | Failure]
+    most: int
+    part: str
+
+
+@dataclass(frozen=True)
 class Loading:
     """How images are loaded.
 
@@ -78,9 +114,14 @@ class Loading:
             check(number >= 1, f"{name} is {number}; it can be 1 or more. Leave it out for the default.")
 
 
+def one_or_many(images: Any) -> Iterable[Any]:
+    """Return images as they are, or a list of the one that was given alone."""
+    return [images] if isinstance(images, str | Path | Image) or hasattr(images, "dtype") else images
+
+
 def run_jobs(
     inputs: Iterable[Item],
-    jobs: Sequence[Job[Outcome]],
+    jobs: Sequence[Job[Outcome] | PartsJob[Outcome]],
     loading: Loading,
     image_of: Callable[[Item], Any] = lambda item: item,
 ) -> Iterator[tuple[Item, list[Outcome | Failure]]]:
@@ -99,16 +140,25 @@ def run_jobs(
     Raises:
         OutOfMemoryError: A single image does not fit beside the models.
     """
-    runners = [_Runner(job, loading.batch_size) for job in jobs]
+    runners = [_PartsRunner(job) if isinstance(job, PartsJob) else _Runner(job, loading.batch_size) for job in jobs]
     for batch in _batches(inputs, {job.view for job in jobs}, loading, image_of):
-        prepared = [look for _, look in batch]
-        columns = [runner.outcomes(prepared) for runner in runners]
+        columns = [
+            _with_failures([look if isinstance(look, Failure) else look[job.view] for _, look in batch], runner.run)
+            for job, runner in zip(jobs, runners, strict=True)
+        ]
         for (item, _), outcomes in zip(batch, zip(*columns, strict=True), strict=True):
             yield item, list(outcomes)
 
 
 # One image as all views see it, or why it cannot be seen.
-_Look = Mapping[View, Tensor] | Failure
+_Look = Mapping[AnyView, Any] | Failure
+
+
+def _with_failures(
+    looks: Sequence[Any], run: Callable[[list[Any]], Iterator[Outcome | Failure]]
+) -> list[Outcome | Failure]:
+    outcomes = run([look for look in looks if not isinstance(look, Failure)])
+    return [look if isinstance(look, Failure) else next(outcomes) for look in looks]
 
 
 class _Runner(Generic[Outcome]):
@@ -116,44 +166,84 @@ class _Runner(Generic[Outcome]):
 
     def __init__(self, job: Job[Outcome], batch_size: int) -> None:
         self.job = job
-        self.most = batch_size
+        self.fitting = Fitting("image", batch_size)
 
-    def outcomes(self, looks: Sequence[_Look]) -> list[Outcome | Failure]:
-        seen = [look[self.job.view] for look in looks if not isinstance(look, Failure)]
-        outcomes = self._run_all(seen)
-        return [look if isinstance(look, Failure) else next(outcomes) for look in looks]
-
-    def _run_all(self, images: list[Tensor]) -> Iterator[Outcome | Failure]:
+    def run(self, images: list[Tensor]) -> Iterator[Outcome | Failure]:
         """Run all images, in halves where the whole does not fit into memory."""
         start = 0
         while start < len(images):
-            batch = torch.stack(images[start : start + self.most])
-            try:
-                outcomes = self._run(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(batch) == 1:
-                    raise OutOfMemoryError(
-                        f"Not even one image of {tuple(batch.shape[1:])} fits into memory beside the model; take a "
-                        "smaller model or another device."
-                    ) from error
-                self.most = len(batch) // 2
-                _logger.warning("%d images do not fit into memory; going on with %d.", len(batch), self.most)
-                continue
-            start += len(batch)
+            rest = images[start:]
+            outcomes = self.fitting.run(partial(self._run, rest), len(rest), f" of {tuple(rest[0].shape)}")
+            start += len(outcomes)
             yield from outcomes
 
     @torch.inference_mode()
-    def _run(self, batch: Tensor) -> Sequence[Outcome | Failure]:
+    def _run(self, images: list[Tensor], count: int) -> Sequence[Outcome | Failure]:
+        batch = torch.stack(images[:count])
         return self.job.run(batch.to(device=self.job.device, dtype=self.job.dtype))
 
 
+class _PartsRunner(Generic[Outcome]):
+    """A job in progress that takes images in parts, and how many of these fit into memory at a time."""
+
+    def __init__(self, job: PartsJob[Outcome]) -> None:
+        self.job = job
+        self.fitting = Fitting(job.part, job.most)
+
+    def run(self, images: list[Any]) -> Iterator[Outcome | Failure]:
+        """Run all images, one after the other."""
+        for image in images:
+            yield self.fitting.run(partial(self._run, image), self.job.most)
+
+    @torch.inference_mode()
+    def _run(self, image: Any, most: int) -> Outcome | Failure:
+        return self.job.run(image, most)
+
+
+class Fitting:
+    """How many parts of the work fit into memory at a time.
+
+    Args:
+        part: What a part is.
+        most: Parts to begin with; halved whenever they do not fit.
+    """
+
+    def __init__(self, part: str, most: int) -> None:
+        self.part = part
+        self.most = most
+
+    def run(self, work: Callable[[int], Result], count: int, shape: str = "") -> Result:
+        """Return what the work gives for the largest number of parts, up to `count`, that fits.
+
+        Args:
+            work: From a number of parts to a result.
+            count: Parts that there are.
+            shape: Of a part, for the error.
+
+        Raises:
+            OutOfMemoryError: Not even one fits.
+        """
+        while True:
+            number = min(self.most, count)
+            try:
+                return work(number)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if number == 1:
+                    raise OutOfMemoryError(
+                        f"Not even one {self.part}{shape} fits into memory beside the model; take a smaller model or "
+                        "another device."
+                    ) from error
+                self.most = number // 2
+                _logger.warning("%d %ss do not fit into memory; going on with %d.", number, self.part, self.most)
+
+
 def _batches(
-    inputs: Iterable[Item], views: Iterable[View], loading: Loading, image_of: Callable[[Item], Any]
+    inputs: Iterable[Item], views: Iterable[AnyView], loading: Loading, image_of: Callable[[Item], Any]
 ) -> Iterator[list[tuple[Item, _Look]]]:
     """Open and prepare images batch by batch, in order; while one is worked on, the next is prepared."""
-    transforms = {view: create_transform(**dict(view.data)) for view in views}
+    transforms = {view: view.transform() for view in views}
     rest = iter(inputs)
     pool = ThreadPoolExecutor(loading.workers)
 
@@ -174,7 +264,7 @@ def _batches(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _look(image: Any, transforms: Mapping[View, Transform]) -> _Look:
+def _look(image: Any, transforms: Mapping[AnyView, Callable[[Image], Any]]) -> _Look:
     try:
         images = {channels: as_image(image, channels) for channels in {view.in_chans for view in transforms}}
         return {view: prepare(images[view.in_chans], transform) for view, transform in transforms.items()}
