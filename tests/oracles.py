@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from beitzoo import Beit, BeitConfig
 from beitzoo.measure.peers import randomise as randomise
+from beitzoo.models.segmentation import Segmenter
 
 Array = np.ndarray
 
@@ -43,6 +44,17 @@ def timm_model(model: Beit) -> nn.Module:
             module.k_bias = torch.zeros(c.embed_dim)
     peer.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, strict=True, assign=True)
     return peer.train(model.training)
+
+
+@torch.no_grad()
+def vary_classes(model: Segmenter, size: tuple[int, int]) -> None:
+    """Scale the classifier so that logits of noise have mean 0 and deviation 1 in each class: all become likeliest."""
+    noise = torch.randn(2, model.backbone.in_chans, *size, generator=torch.Generator().manual_seed(0))
+    logits = model.eval()(noise)
+    mean, std = logits.mean((0, 2, 3)), logits.std((0, 2, 3))
+    classifier = model.decode_head.conv_seg
+    classifier.weight.div_(std[:, None, None, None])
+    classifier.bias.sub_(mean).div_(std)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

@@ -86,12 +86,14 @@ class PartsJob(Generic[Outcome]):
     Attributes:
         view: How images are prepared for it.
         run: From a prepared image, and how many of its parts may be in a forward pass, to its outcome or a failure.
+        count: How many parts a prepared image has.
         most: Parts in a forward pass; fewer where they do not fit into memory.
         part: What a part is, in the error that not even one fits.
     """
 
     view: AnyView
     run: Callable[[Any, int], Outcome | Failure]
+    count: Callable[[Any], int]
     most: int
     part: str
 
@@ -193,7 +195,7 @@ class _PartsRunner(Generic[Outcome]):
     def run(self, images: list[Any]) -> Iterator[Outcome | Failure]:
         """Run all images, one after the other."""
         for image in images:
-            yield self.fitting.run(partial(self._run, image), self.job.most)
+            yield self.fitting.run(partial(self._run, image), self.job.count(image))
 
     @torch.inference_mode()
     def _run(self, image: Any, most: int) -> Outcome | Failure:

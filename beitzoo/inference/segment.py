@@ -225,7 +225,7 @@ def segmentation(model: Segmenter, options: SegmentOptions | None = None, name: 
         except NotFiniteError:
             return Failure(NOT_FINITE)
 
-    return PartsJob(work.view, run, work.most, "window" if options.mode == "slide" else "whole image")
+    return PartsJob(work.view, run, work.count, work.most, work.part)
 
 
 def label_pixels(model: Segmenter, image: Any, options: SegmentOptions | None = None) -> Tensor:
@@ -246,7 +246,7 @@ def label_pixels(model: Segmenter, image: Any, options: SegmentOptions | None = 
     work = _Labelling(model, options)
     scaled = prepare(as_image(image, work.view.in_chans), work.view.transform())
     with eval_mode([model]), torch.inference_mode():
-        return Fitting("window", work.most).run(lambda most: work.labels(scaled, most), work.most)
+        return Fitting(work.part, work.most).run(lambda most: work.labels(scaled, most), work.count(scaled))
 
 
 def check_segmenter(model: nn.Module, name: str) -> None:
@@ -305,6 +305,7 @@ class _Labelling:
     Attributes:
         view: How images are resized.
         most: Windows in a forward pass.
+        part: What errors call a window.
     """
 
     def __init__(self, model: Segmenter, options: SegmentOptions) -> None:
@@ -314,6 +315,7 @@ class _Labelling:
         self.model = model
         self.options = options
         self.sliding = Sliding((height, width), (max(stride[0], 1), max(stride[1], 1)))
+        self.part = "window" if options.mode == "slide" else "whole image"
         self.most = 1
         if options.mode == "slide":
             self.most = max(options.budget // window_bytes(model, (height, width)), 1)
@@ -321,6 +323,10 @@ class _Labelling:
         self.view = ScaledView(model.backbone.in_chans, side, min(height, width), options.scales, data["interpolation"])
         device = model.backbone.cls_token.device
         self.mean, self.std = (torch.tensor(data[name], device=device)[:, None, None] for name in ("mean", "std"))
+
+    def count(self, image: ScaledImage) -> int:
+        """Return the windows of an image at the scale that has most of them."""
+        return max(len(self._sliding(one).places(one)) for one in image.pixels)
 
     def labels(self, image: ScaledImage, most: int) -> Tensor:
         """Return the label map of an image, uint8 (height, width), with so many windows in a forward pass."""
@@ -337,11 +343,14 @@ class _Labelling:
 
     def _logits(self, pixels: Tensor, flip: bool, most: int) -> SlidingLogits:
         normalised = pixels.to(self.mean.device).float().div_(255).sub_(self.mean).div_(self.std)
-        sliding = replace(self.sliding, most=most)
-        if self.options.mode == "whole":
-            size = (pixels.shape[1], pixels.shape[2])
-            sliding = Sliding(size, size)
+        sliding = replace(self._sliding(pixels), most=most)
         return SlidingLogits(self.model, normalised.flip(2) if flip else normalised, sliding)
+
+    def _sliding(self, pixels: Tensor) -> Sliding:
+        if self.options.mode == "slide":
+            return self.sliding
+        size = (pixels.shape[1], pixels.shape[2])
+        return Sliding(size, size)
 
     def _scores(self, views: Sequence[tuple[SlidingLogits, bool]], size: Pair, band: Pair) -> Tensor:
         """Return rows of the logits, (K, rows, width), or of the sum of probabilities if there are several views."""

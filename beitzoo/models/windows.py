@@ -67,6 +67,10 @@ class Sliding:
             "as pixels between windows would have no class. Give a smaller stride, or leave it out for two thirds.",
         )
 
+    def places(self, image: Tensor) -> list[Window]:
+        """Return the windows of an image (C, height, width)."""
+        return window_places((image.shape[1], image.shape[2]), self.crop, self.stride)
+
 
 def window_places(size: Pair, crop: Pair, stride: Pair) -> list[Window]:
     """Return the windows that cover an image, row by row, all of one size.
@@ -114,7 +118,7 @@ class SlidingLogits:
         self.image = image
         self.size: Pair = (image.shape[1], image.shape[2])
         self.most = sliding.most
-        self._waiting = window_places(self.size, sliding.crop, sliding.stride)
+        self._waiting = sliding.places(image)
         self._held: list[tuple[Window, Tensor]] = []
         first = self._waiting[0]
         self._padded = _padded_size((first.bottom, first.right), model)
