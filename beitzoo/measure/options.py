@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from beitzoo.errors import InvalidOptionError, InvalidValueError, check
 from beitzoo.results import Format
-from beitzoo.zoo.checkpoints import Classify, Mim
-from beitzoo.zoo.networks import BeitConfig, MimConfig
+from beitzoo.zoo.checkpoints import Classify, Mim, Segment
+from beitzoo.zoo.networks import BeitConfig, HeadConfig, MimConfig, SegmenterConfig
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,9 @@ _OF_FILES = {"model", "bench", "num_bench_iter", "images", "seed"}
 # What has a column of its own; all else that was asked for goes into the column `options`.
 _COLUMNS = {"model", "bench", "img_size", "input_size", "batch_size", "precision", "device", "peer", "subject"}
 _COLUMNS |= {"subject_precision", "num_warm_iter", "num_bench_iter", "retry"}
-# What is not timm's default where visual tokens are predicted: as in BEiT's pretraining.
-_OF_PRETRAINING: dict[str, Any] = {"opt": "adamw", "smoothing": 0.0}
+# What is not timm's default where visual tokens or the classes of pixels are predicted: as in BEiT's own training.
+_OF_ORIGINAL: dict[str, Any] = {"opt": "adamw", "smoothing": 0.0}
+_HEADS: dict[object, type[Mim | Segment]] = {"mim": Mim, "segment": Segment}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class BenchmarkOptions:
             "inference, train, both (the default), or profile (count, run nothing); with --compare inference (the "
             "default) or train; load: from a file to the first logits; data: from an image file to a tensor. "
             "A checkpoint of masked image modelling is trained to predict visual tokens of masked patches; inference "
-            "runs it without that head."
+            "runs it without that head. One of segmentation is trained on random labels of all pixels."
         ),
     ] = "inference"
     batch_size: Annotated[
@@ -123,7 +124,7 @@ class BenchmarkOptions:
     ] = True
     detail: Annotated[bool, Flag("Time forward, backward and update of a training step as well.")] = False
     seed: Annotated[int, Flag("Of weights, images and the order of rounds.")] = 0
-    opt: Annotated[str, Flag("Any optimizer of timm; adamw where visual tokens are predicted.")] = "sgd"
+    opt: Annotated[str, Flag("Any optimizer of timm; adamw where visual tokens or pixels are predicted.")] = "sgd"
     opt_eps: Annotated[float | None, Flag("Its epsilon.")] = None
     opt_betas: Annotated[tuple[float, float] | None, Flag("Its betas.")] = None
     momentum: Annotated[float, Flag("Its momentum.")] = 0.9
@@ -131,7 +132,7 @@ class BenchmarkOptions:
     lr: Annotated[float, Flag("Its learning rate.")] = 0.0001
     clip_grad: Annotated[float | None, Flag("Bound of the gradient.")] = None
     clip_mode: Annotated[ClipMode, Flag("What that bounds: norm, value, or agc (relative to the weights).")] = "norm"
-    smoothing: Annotated[float, Flag("Label smoothing; none where visual tokens are predicted.")] = 0.1
+    smoothing: Annotated[float, Flag("Label smoothing; none where visual tokens or pixels are predicted.")] = 0.1
     drop: Annotated[float, Flag("Dropout before the head.")] = 0.0
     drop_path: Annotated[float | None, Flag("Stochastic depth.")] = None
     subject: Annotated[str, Flag("Our side of a comparison: beitzoo, beitzoo+compile or beitzoo+optimize.")] = "beitzoo"
@@ -176,7 +177,7 @@ class BenchmarkOptions:
         """The arguments of `create_model` behind the name."""
         channels, *size = self.input_size or (None, self.img_size, self.img_size)
         trained = self._entry().pretrained
-        kept = (Classify, Mim) if self.bench == "train" else Classify
+        kept = (Classify, Segment, Mim) if self.bench == "train" else (Classify, Segment)
         headless = trained is not None and not isinstance(trained.head, kept)
         return {
             "in_chans": channels,
@@ -200,8 +201,17 @@ class BenchmarkOptions:
     @property
     def mim(self) -> MimConfig | None:
         """The head of masked image modelling, if that is trained."""
-        around = self._plan().wanted_head
-        return around if isinstance(around, MimConfig) else None
+        return self.heads if isinstance(self.heads, MimConfig) else None
+
+    @property
+    def segmenter(self) -> SegmenterConfig | None:
+        """The heads of segmentation, if there are any."""
+        return self.heads if isinstance(self.heads, SegmenterConfig) else None
+
+    @property
+    def heads(self) -> HeadConfig | None:
+        """What is around the backbone."""
+        return self._plan().wanted_head
 
     def phase(self, phase: Phase) -> "BenchmarkOptions":
         """Return the options of one of the phases."""
@@ -225,7 +235,7 @@ class BenchmarkOptions:
     def _entry(self) -> "Entry":
         from beitzoo.factory import look_up
 
-        return look_up(self.model, head=Mim if self._head() == "mim" else None)
+        return look_up(self.model, head=_HEADS.get(self._head()))
 
     def _head(self) -> object:
         return dict(self.model_kwargs).get("head")
@@ -236,22 +246,23 @@ class BenchmarkOptions:
         entry = self._entry()
         trained = entry.pretrained.head if entry.pretrained else Classify(num_classes=entry.config.num_classes)
         wanted = {name: value for name, value in self.overrides.items() if name != "head"}
-        return make_plan(entry.name, entry.config, trained, wanted, Mim if self._head() == "mim" else None)
+        return make_plan(entry.name, entry.config, trained, wanted, _HEADS.get(self._head()))
 
     def _check_head(self) -> None:
         """Make sure that the network can be built, and trained as asked for."""
         check(
-            self._head() is None or (self._head() == "mim" and self.bench == "train"),
-            f"head={self._head()} with --bench {self.bench}; there is head=mim with --bench train.",
+            self._head() in (None, "segment") or (self._head() == "mim" and self.bench == "train"),
+            f"head={self._head()} with --bench {self.bench}; there are head=segment, and head=mim with --bench train.",
         )
         self.network()
         if self.bench == "both":
             self.phase("train")
-        unused = [name for name in ("drop", "gp") if getattr(self, name)] if self.mim else []
+        unused = [name for name in ("drop", "gp") if getattr(self, name)] if self.heads else []
+        what, way = ("the classes of pixels", "") if self.segmenter else ("visual tokens", ", or give --num-classes")
         check(
             not unused,
-            f"--{' and --'.join(unused)} without a head for classes: {self.model} is trained to predict visual tokens. "
-            "Leave that out, or give --num-classes.",
+            f"--{' and --'.join(unused)} without a head for classes of images: {self.model} is trained to predict "
+            f"{what}. Leave that out{way}.",
         )
 
     def _check_files(self) -> None:
@@ -312,10 +323,17 @@ class SweepOptions:
 
 
 def _with_defaults(job: BenchmarkOptions, given: Mapping[str, Any]) -> BenchmarkOptions:
-    """Fill in what was not given as BEiT's pretraining has it, if that is what is timed."""
-    missing = {name: value for name, value in _OF_PRETRAINING.items() if name not in given}
-    pretrains = "train" in job.phases and job.phase("train").mim is not None
-    return replace(job, **missing) if pretrains else job
+    """Fill in what was not given as BEiT's own training has it, if that is what is timed, and what a peer can build."""
+    missing = {name: value for name, value in _OF_ORIGINAL.items() if name not in given}
+    heads = job.phase("train").heads if "train" in job.phases else job.heads
+    if "train" in job.phases and heads is not None:
+        job = replace(job, **missing)
+    if isinstance(heads, SegmenterConfig) and heads.out_indices is None and "transformers" in (job.peer or ""):
+        blocks = heads.of_depth(job.network().depth).out_indices or ()
+        # transformers reads two blocks earlier than it is told to, and cannot be told to read the original's.
+        read = tuple(max(block - 2, 0) for block in blocks)
+        job = replace(job, model_kwargs=(*job.model_kwargs, ("out_indices", read)))
+    return job
 
 
 def usable_device(name: str) -> "torch.device":

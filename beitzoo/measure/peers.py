@@ -20,6 +20,7 @@ from beitzoo.measure.steps import rounded
 from beitzoo.models.beit import Beit
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.optimize import optimize
+from beitzoo.models.segmentation import Segmenter
 from beitzoo.results import Row
 from beitzoo.saving import save_pretrained, save_transformers
 from beitzoo.weights.timm_form import timm_lacks
@@ -44,7 +45,7 @@ class Side:
     """
 
     name: str
-    model: Beit | MaskedImageModel
+    model: Beit | MaskedImageModel | Segmenter
     images: Tensor
     options: BenchmarkOptions
     folder: Path
@@ -112,13 +113,19 @@ def compare(options: BenchmarkOptions) -> Row:
 
 
 def measure_memory(options: BenchmarkOptions) -> Row:
-    """Take training steps with the peer alone; return the most memory in use, in MB, of a process that does no more."""
+    """Run the peer alone; return the most memory in use, in MB, of a process that does no more.
+
+    Of training, that is from building the network on; of inference, from the second pass on.
+    """
     steps.set_switches(options)
+    device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        training = _training(_side(options, Path(folder, "peer")))
-    for _ in range(2):  # from the second on, the optimizer has its state
-        training()
-    return {"peak_memory": round(steps.peak_memory(torch.device(options.device)), 1)}
+        step = _prepare(_side(options, Path(folder, "peer"))).step
+    if options.bench != "train":
+        steps.reset_peak_memory(device)
+    for _ in range(2):
+        step()
+    return {"peak_memory": round(steps.peak_memory(device), 1)}
 
 
 def _side(options: BenchmarkOptions, folder: Path) -> Side:
@@ -193,7 +200,7 @@ def _time(ours: _Ready, theirs: _Ready, config: BeitConfig, options: BenchmarkOp
     """Time both sides, and torch.mm, in interleaved rounds; return the seconds of a step in each round."""
     calls = {"ours": ours.step, "theirs": theirs.step}
     device = torch.device(options.device)
-    if options.precision != "int8":  # torch.mm has none
+    if options.precision != "int8" and options.segmenter is None:  # torch.mm has none, and bounds no convolutions
         dtype = steps.autocast_dtype(options.precision) or steps.stored_dtype(options.precision)
         calls["gemm"] = gemm_call(config, options.batch_size, dtype, device)
     for _ in range(options.num_warm_iter):
@@ -220,6 +227,8 @@ def _gemm_columns(times: dict[str, list[float]], config: BeitConfig, options: Be
 
     A training step is counted as three forward passes, the usual estimate.
     """
+    if options.segmenter is not None:
+        return {}
     passes = 3 if options.bench == "train" else 1
     macs = costs.macs(config)
     if (mim := options.mim) is not None:
@@ -329,8 +338,19 @@ class _Logits(nn.Module):
         self.network.gradient_checkpointing_enable()  # type: ignore[operator]
 
 
+class _PixelLogits(_Logits):
+    """A segmentation network of transformers, with its own loss: what `steps.PixelLoss` is for ours."""
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return self.read(self.network(images))
+        loss: Tensor = self.network(images, labels=labels).loss
+        return loss
+
+
 def _ours(side: Side) -> nn.Module:
-    return deepcopy(side.model)
+    model = deepcopy(side.model)
+    return steps.PixelLoss(model) if isinstance(model, Segmenter) else model
 
 
 def _timm(side: Side) -> nn.Module:
@@ -341,6 +361,8 @@ def _timm(side: Side) -> nn.Module:
             f"timm has no masked image modelling to train {side.options.model} by; compare it with transformers, or "
             "give --num-classes to train it as a classifier."
         )
+    if isinstance(side.model, Segmenter):
+        raise UnsupportedError(f"timm has no segmentation models such as {side.options.model}; try transformers.")
     lacking = timm_lacks(side.model.backbone.config)
     if lacking is not None:
         raise UnsupportedError(f"timm cannot build {side.options.model}: {lacking}. Compare it with transformers.")
@@ -362,6 +384,8 @@ def _transformers(side: Side) -> nn.Module:
     save_transformers(side.model, folder)
     if isinstance(side.model, MaskedImageModel):
         return _Logits(transformers.BeitForMaskedImageModeling.from_pretrained(folder), _logits)
+    if isinstance(side.model, Segmenter):
+        return _PixelLogits(transformers.BeitForSemanticSegmentation.from_pretrained(folder), _logits)
     if side.model.num_classes:
         return _Logits(transformers.BeitForImageClassification.from_pretrained(folder), _logits)
     config = side.model.config

@@ -1,5 +1,6 @@
 """What is timed (forward passes, training steps, loading), the clocks, and statistics of their readings."""
 
+import gc
 import math
 import random
 import statistics
@@ -30,6 +31,8 @@ WIDEST = 1.5
 _TURN = 0.05
 # Seconds between turns, in which the threads of another runtime stop spinning.
 _PAUSE = 0.01
+_NO_CLASS = 255  # of a pixel, as in the original
+_AUXILIARY_WEIGHT = 0.4  # of the auxiliary head's loss
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _AUTOCAST = {"amp": torch.float16, "amp_bfloat16": torch.bfloat16}
 
@@ -48,7 +51,8 @@ def measure_steps(options: BenchmarkOptions) -> Row:
     images = random_images(config, options, model.backbone.cls_token.device)
     training = None
     if options.bench == "train":
-        training = TrainingStep(model, images, options, random_mask(config, options, images.device))
+        network = PixelLoss(model) if options.segmenter else model
+        training = TrainingStep(network, images, options, random_mask(config, options, images.device))
     step = training or inference_step(prepared(model.eval(), options), images, options.precision)
     compile_time = round(time_call(step, images.device), 3) if options.torchcompile else None
     times = time_steps(step, options.num_warm_iter, options.num_bench_iter, images.device)
@@ -100,6 +104,16 @@ def random_mask(config: BeitConfig, options: BenchmarkOptions, device: torch.dev
     return torch.stack(masks).flatten(1).to(device)
 
 
+def random_labels(options: BenchmarkOptions, images: Tensor) -> Tensor:
+    """Draw a class for each pixel of a batch of images, (B, H, W); a sixteenth has none."""
+    assert options.segmenter is not None
+    generator = torch.Generator().manual_seed(options.seed)
+    batch, _, height, width = images.shape
+    labels = torch.randint(options.segmenter.num_classes, (batch, height, width), generator=generator)
+    labels[:, : height // 16] = _NO_CLASS
+    return labels.to(images.device)
+
+
 def masked_patches(grid: Pair) -> int:
     """Say how many patches of a grid are masked: BEiT's share, 75 of 196."""
     return max(1, round(math.prod(grid) * 75 / 196))
@@ -134,8 +148,34 @@ def casting(precision: Precision, device: torch.device) -> AbstractContextManage
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+class PixelLoss(nn.Module):
+    """A segmentation model that returns its loss when it is given labels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Map images to logits, or with labels (B, H, W), 255 where there is none, to the loss of all pixels."""
+        outputs = self.model(images)
+        if labels is None:
+            return cast(Tensor, outputs)
+        several = [outputs] if isinstance(outputs, Tensor) else outputs
+        losses = [
+            F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels, ignore_index=_NO_CLASS)
+            for logits in several
+        ]
+        return losses[0] if len(losses) == 1 else losses[0] + _AUXILIARY_WEIGHT * losses[1]
+
+    def set_grad_checkpointing(self) -> None:
+        """Recompute the blocks in the backward pass."""
+        self.model.set_grad_checkpointing()  # type: ignore[operator]
+
+
 class TrainingStep:
     """Forward, backward and update of a network on one fixed batch, by timm's optimizers; call it for one step.
+
+    A network of segmentation is a `PixelLoss`, or what is called as one.
 
     With a mask, (B, h w), the network is called with it too. It returns logits of the masked patches, those of patch
     aggregation beside, and their losses are added.
@@ -153,6 +193,7 @@ class TrainingStep:
         self.network = prepared(network.train(), options)
         images = images.to(stored_dtype(self._precision))
         self._inputs = (images,) if mask is None else (images, mask)
+        self._labels = random_labels(options, images) if options.segmenter else None
         self._device = images.device
         self._targets: Tensor | None = None
         self._loss: Tensor | None = None
@@ -184,6 +225,8 @@ class TrainingStep:
     def loss(self) -> Tensor:
         """Return the loss of the batch."""
         with casting(self._precision, self._device):
+            if self._labels is not None:
+                return cast(Tensor, self.network(*self._inputs, self._labels))
             outputs = self.network(*self._inputs)
             several = [outputs] if isinstance(outputs, Tensor) else outputs
             # Tokens that were not pooled are classified one by one.
@@ -384,6 +427,15 @@ def peak_memory(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` start again from what is in use now, where the system can do that: on Linux and on CUDA."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (switch := Path("/proc/self/clear_refs")).exists():
+        switch.write_text("5")
 
 
 def _repeat(call: Callable[[], object], times: int) -> Callable[[], object]:

@@ -131,8 +131,8 @@ def _ask_speed(job: BenchmarkOptions) -> list[Row]:
 
 
 def _measure_speed(job: BenchmarkOptions) -> list[Row]:
-    mim = job.phase("train").mim if "train" in job.phases else None
-    row: Row = {**costs.columns(job.network(), mim)}
+    heads = job.phase("train").heads if "train" in job.phases else job.heads
+    row: Row = {**costs.columns(job.network(), heads)}
     if job.bench == "profile":
         return [row | {"infer_img_size": job.network().img_size[1], "infer_batch_size": 1}]  # nothing runs
     errors = []
@@ -184,11 +184,12 @@ def _measure_comparison(job: BenchmarkOptions) -> list[Row]:
     outcome = run_in_child(compare, job, limit_memory=job.device == "cpu")
     if outcome.result is None:
         return [{"error": outcome.error}]
-    return [outcome.result | _measure_memory(job)] if job.bench == "train" else [outcome.result]
+    takes_much = job.bench == "train" or job.segmenter is not None
+    return [outcome.result | _measure_memory(job)] if takes_much else [outcome.result]
 
 
 def _measure_memory(job: BenchmarkOptions) -> Row:
-    """Let each side take training steps in a process of its own, and return the most memory it had in use."""
+    """Let each side run in a process of its own, and return the most memory it had in use."""
     row: Row = {}
     sides = {"": (job.subject, job.subject_precision or job.precision), "peer_": (job.peer, job.precision)}
     for prefix, (name, precision) in sides.items():

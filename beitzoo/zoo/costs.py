@@ -1,10 +1,15 @@
 """What one image costs, by closed formula."""
 
-from beitzoo.zoo.networks import BeitConfig, MimConfig
+import itertools
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+from beitzoo.zoo.networks import BeitConfig, HeadConfig, MimConfig, SegmenterConfig
 
 
-def parameters(config: BeitConfig, mim: MimConfig | None = None) -> int:
-    """Count the numbers that training can change, with those of a head of masked image modelling."""
+def parameters(config: BeitConfig, around: HeadConfig | None = None) -> int:
+    """Count the numbers that training can change, with those of the heads around the backbone."""
     width, hidden = config.embed_dim, config.hidden_dim
     table = config.bias_rows * config.num_heads
     patches = width * (config.in_chans * config.patch_size[0] * config.patch_size[1] + 1)
@@ -12,24 +17,30 @@ def parameters(config: BeitConfig, mim: MimConfig | None = None) -> int:
     block = 4 * width * width + width + 2 * width * hidden + hidden + width  # linears
     block += 4 * width + 2 * width * config.qkv_bias + 2 * width * bool(config.init_values)  # norms, biases, scales
     block += config.use_rel_pos_bias * table
+    body = patches + tokens + config.use_shared_rel_pos_bias * table + config.depth * block
+    if isinstance(around, SegmenterConfig):
+        layers = [*_decoder(config, around), *_auxiliary(config, around)]
+        return body + sum(layer.weights + layer.vectors for layer in layers)
     head = config.num_classes * (width + 1)
-    if mim is not None:
-        head += mim.vocab_size * (width + 1)
-        if mim.early_layers:
-            own = 0 if mim.shared_lm_head else 2 * width + mim.vocab_size * (width + 1)
-            head += mim.head_layers * block + own
-    return patches + tokens + config.use_shared_rel_pos_bias * table + config.depth * block + 2 * width + head
+    if around is not None:
+        head += around.vocab_size * (width + 1)
+        if around.early_layers:
+            own = 0 if around.shared_lm_head else 2 * width + around.vocab_size * (width + 1)
+            head += around.head_layers * block + own
+    return body + 2 * width + head
 
 
-def columns(config: BeitConfig, mim: MimConfig | None = None) -> dict[str, float]:
+def columns(config: BeitConfig, around: HeadConfig | None = None) -> dict[str, float]:
     """Return parameters, multiply-adds and activations in timm's columns and units.
 
-    A head of masked image modelling counts among the parameters alone: inference does without it.
+    A head of masked image modelling, and the auxiliary head of segmentation, count among the parameters alone:
+    inference does without them.
     """
+    heads = around if isinstance(around, SegmenterConfig) else None
     return {
-        "param_count": round(parameters(config, mim) / 1e6, 2),
-        "infer_gmacs": round(macs(config) / 1e9, 2),
-        "infer_macts": round(activations(config) / 1e6, 2),
+        "param_count": round(parameters(config, around) / 1e6, 2),
+        "infer_gmacs": round(macs(config, heads) / 1e9, 2),
+        "infer_macts": round(activations(config, heads) / 1e6, 2),
     }
 
 
@@ -38,8 +49,14 @@ def input_size(config: BeitConfig) -> str:
     return "x".join(map(str, (config.in_chans, *config.img_size)))
 
 
-def macs(config: BeitConfig) -> int:
-    """Count the multiply-adds of one image: linears, patch projection and the two products of attention."""
+def macs(config: BeitConfig, heads: SegmenterConfig | None = None) -> int:
+    """Count the multiply-adds of one image: linears, patch projection and the two products of attention.
+
+    Of a segmentation model, those of its convolutions as its definition has them, and of the blocks that it runs; ours
+    makes fewer (`models/convolutions.py`).
+    """
+    if heads is not None:
+        return macs(_run(config, heads)) + sum(layer.weights * layer.pixels for layer in _decoder(config, heads))
     n, c, patches = config.num_tokens, config.embed_dim, config.num_tokens - 1
     linears = n * (4 * c * c + 2 * c * config.hidden_dim)
     products = 2 * n * n * c
@@ -62,8 +79,10 @@ def mim_macs(config: BeitConfig, mim: MimConfig, masked: int) -> int:
     return macs(config) + further + branches * masked * c * mim.vocab_size - cut * unread
 
 
-def activations(config: BeitConfig) -> int:
+def activations(config: BeitConfig, heads: SegmenterConfig | None = None) -> int:
     """Count the numbers that those operations put out for one image (timm's `macts`)."""
+    if heads is not None:
+        return activations(_run(config, heads)) + sum(layer.outputs * layer.pixels for layer in _decoder(config, heads))
     n, c, patches = config.num_tokens, config.embed_dim, config.num_tokens - 1
     linears = n * (5 * c + config.hidden_dim)
     products = config.num_heads * n * n + n * c
@@ -72,3 +91,55 @@ def activations(config: BeitConfig) -> int:
 
 def _head_rows(config: BeitConfig) -> int:
     return config.num_tokens if config.global_pool == "" else 1
+
+
+class _Layer(NamedTuple):
+    """A convolution with what is behind it.
+
+    Attributes:
+        weights: Its numbers that are multiplied.
+        pixels: How often each of them is.
+        outputs: Numbers put out for each of these pixels.
+        vectors: Its bias, and weight and bias of a norm.
+    """
+
+    weights: int
+    pixels: int
+    outputs: int
+    vectors: int
+
+
+def _run(config: BeitConfig, heads: SegmenterConfig) -> BeitConfig:
+    """Return the part of the backbone that runs: up to the last block that is read."""
+    return replace(config, depth=max(heads.of_depth(config.depth).out_indices or ()) + 1, num_classes=0)
+
+
+def _decoder(config: BeitConfig, heads: SegmenterConfig) -> list[_Layer]:
+    """List neck and decode head."""
+    c, (h, w), scales = config.embed_dim, config.grid_size, heads.pool_scales
+    if heads.decoder == "linear":
+        return [_Layer(0, 0, 0, 2 * c), _classifier(c, heads.num_classes, h * w)]
+    grids = [16 * h * w, 4 * h * w, h * w, (h // 2) * (w // 2)]
+    doubled = [h * w, 4 * h * w, h * w]
+    layers = [_Layer(4 * c * c, pixels, 4 * c, c) for pixels in doubled] + [_Layer(0, 0, 0, 2 * c)]  # with one norm
+    layers += [_normed(c, c, 1, side * side) for side in scales]
+    layers += [_normed(c * (1 + len(scales)), c, 9, grids[3])]
+    layers += [_normed(c, c, area, pixels) for area in (1, 9) for pixels in grids[:3]]
+    return [*layers, _normed(4 * c, c, 9, grids[0]), _classifier(c, heads.num_classes, grids[0])]
+
+
+def _auxiliary(config: BeitConfig, heads: SegmenterConfig) -> list[_Layer]:
+    if not heads.has_auxiliary:
+        return []
+    pixels, width = math.prod(config.grid_size), heads.auxiliary_channels
+    widths = [config.embed_dim] + [width] * heads.auxiliary_convs
+    layers = [_normed(before, after, 9, pixels) for before, after in itertools.pairwise(widths)]
+    return [*layers, _classifier(width, heads.num_classes, pixels)]
+
+
+def _normed(inputs: int, outputs: int, area: int, pixels: int) -> _Layer:
+    return _Layer(inputs * outputs * area, pixels, outputs, 2 * outputs)
+
+
+def _classifier(inputs: int, classes: int, pixels: int) -> _Layer:
+    return _Layer(inputs * classes, pixels, classes, classes)

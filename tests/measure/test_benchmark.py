@@ -170,9 +170,12 @@ def test_what_is_trained_is_what_is_counted(
         ("--bench data", "--bench data needs --images FILE"),
         (
             "--model test_beit --model-kwargs head=mim",
-            "head=mim with --bench both; there is head=mim with --bench train",
+            "head=mim with --bench both; there are head=segment, and head=mim with",
         ),
-        ("--model test_beit --bench train --model-kwargs head=mae", "head=mae with --bench train; there is head=mim"),
+        (
+            "--model test_beit --bench train --model-kwargs head=mae",
+            "head=mae with --bench train; there are head=segment",
+        ),
         (
             "--model beit_base_patch16_224.mim_in22k --bench train --drop 0.1 --gp avg",
             "--drop and --gp without a head for classes",

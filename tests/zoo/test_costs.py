@@ -8,11 +8,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from beitzoo.models import kernels
 from beitzoo.models.beit import Beit
 from beitzoo.models.mim import MaskedImageModel
+from beitzoo.models.segmentation import Segmenter
 from beitzoo.zoo import costs
 from beitzoo.zoo.architectures import ARCHITECTURES
-from beitzoo.zoo.networks import MimConfig
+from beitzoo.zoo.networks import MimConfig, SegmenterConfig
 
 FIELDS: list[dict[str, Any]] = [
     {"num_classes": 0},
@@ -48,6 +50,25 @@ def test_masked_image_models_are_counted(head: MimConfig) -> None:
     spared = (16 - 5) * 2 * config.embed_dim * config.hidden_dim
     mlps = {0: 1, 1: 2, config.depth: 1}[head.early_layers]
     assert counter.get_total_flops() == 2 * (costs.mim_macs(config, head, masked=5) + mlps * spared)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        SegmenterConfig(num_classes=7, auxiliary_channels=10, auxiliary_convs=2, pool_scales=(1, 3)),
+        SegmenterConfig(num_classes=7, auxiliary_channels=0, out_indices=(0, 1, 1, 2)),
+        SegmenterConfig(num_classes=7, decoder="linear"),
+    ],
+    ids=str,
+)
+def test_segmentation_models_are_counted(heads: SegmenterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(ARCHITECTURES["test_beit"], num_classes=0, depth=4, img_size=(48, 80))
+    model = Segmenter(Beit(config), heads).eval()
+    assert costs.parameters(config, heads) == sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(kernels, "is_hooked", lambda module: True)  # in the steps of the definition
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 3, 48, 80))
+    assert counter.get_total_flops() == 2 * costs.macs(config, heads)
 
 
 def test_columns_are_in_timms_units() -> None:
