@@ -26,10 +26,24 @@ LabelMap = np.ndarray[Any, np.dtype[np.uint8]]
 _LARGEST = 2**16
 # What an error says of numbers or colours that stand for nothing: the most frequent few.
 _EXAMPLES = 5
-# Pillow scales grey of 2 and 4 bits to 8; these factors.
-_SCALED = {"L;2": 85, "L;4": 17}
+# Pillow scales grey of 2 and 4 bits to the range of 8, by these factors.
+_FACTORS = {"L;2": 85, "L;4": 17}
 _LOSSLESS_TIFF = (None, "raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "zstd", "lzma")
 _WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262
+
+
+_KINDS = {
+    "RGB": "colours (RGB)",
+    "RGBA": "colours (RGBA)",
+    "CMYK": "colours (CMYK)",
+    "LA": "grey with transparency",
+    "PA": "a palette with transparency",
+    "F": "fractions (32-bit floating point)",
+    "1": "numbers (1 bit)",
+    "L": "numbers (8-bit grey)",
+    "I": "numbers (32 bits)",
+    "I;16": "numbers (16-bit grey)",
+}
 
 
 class MaskError(ImageError):
@@ -134,7 +148,9 @@ class MaskLabels:
     def _what_is_wrong(self, numbers: Numbers) -> str:
         found = Counter(dict(zip(*(part.tolist() for part in np.unique(numbers, return_counts=True)), strict=True)))
         wrong = {n: count for n, count in found.most_common() if not 0 <= n < _LARGEST or self._table[n] < 0}
-        shown = ", ".join(f"{number} ({count:,} pixels)" for number, count in list(wrong.items())[:_EXAMPLES])
+        shown = ", ".join(
+            f"{number} ({count:,} pixel{'s' * (count > 1)})" for number, count in list(wrong.items())[:_EXAMPLES]
+        )
         more = f" and {len(wrong) - _EXAMPLES} others" * (len(wrong) > _EXAMPLES)
         last = self.first + len(self.names) - 1
         both = f"If {last + 1} stands for no class, add it to ignore; if 0 does, set reduce_zero_label"
@@ -155,9 +171,7 @@ class MaskLabels:
         return np.where(packed[order][places] == pixels, order[places], IGNORE).astype(np.uint8)
 
 
-def read_label_map(
-    mask: Path | Encoded | Image.Image, labels: MaskLabels, size: tuple[int, int] | None = None
-) -> LabelMap:
+def read_label_map(mask: Path | Encoded, labels: MaskLabels, size: tuple[int, int] | None = None) -> LabelMap:
     """Read a mask as label map (H, W) of uint8: classes 0 to K - 1, and `IGNORE`.
 
     Masks are PNG or TIFF files, which keep every number. Grey ones of 1 to 16 bits and palettes are read as numbers; of
@@ -166,7 +180,7 @@ def read_label_map(
     then have the size of its image. It is never resized.
 
     Args:
-        mask: A file, a file within a file, or an open image.
+        mask: A file, or a file within a file; not an open image, whose numbers Pillow may have scaled.
         labels: What its pixels stand for.
         size: Width and height of its image, upright; None asks for none.
 
@@ -174,17 +188,21 @@ def read_label_map(
         MaskError: It has another size, numbers that stand for nothing, or is no mask of this kind.
         ImageError: It cannot be read.
     """
-    if isinstance(mask, Image.Image):
-        return _label_map(mask, labels, size)
     with opened(mask) as image:
         _check_file(image)
-        return _label_map(image, labels, size)
+        factor = _FACTORS.get(_rawmode(image)[:3], 1)
+        upright = ImageOps.exif_transpose(image)
+        if size is not None and upright.size != size:
+            raise MaskError(_other_size(upright.size, size))
+        if labels.colours is not None:
+            return labels.of_colours(_colours(upright))
+        return labels.of_numbers(_numbers(upright) // factor)
 
 
 def unknown_colours(mask: Path | Encoded, labels: MaskLabels) -> Counter[tuple[int, int, int]]:
     """Count the pixels of each colour of a mask that stands for no class."""
     with opened(mask) as image:
-        colours = np.asarray(image.convert("RGB"))
+        colours = _colours(image)
     pixels, counts = np.unique(_packed(colours[labels.of_colours(colours) == IGNORE]), return_counts=True)
     found = zip(pixels.tolist(), counts.tolist(), strict=True)
     return Counter({(pixel >> 16, pixel >> 8 & 255, pixel & 255): count for pixel, count in found})
@@ -201,6 +219,8 @@ def _check_file(image: Image.Image) -> None:
     if image.format not in ("PNG", "TIFF"):
         lossy = ", which does not keep numbers as they are" * (image.format in ("JPEG", "WEBP", "AVIF"))
         raise MaskError(f"a {image.format} file{lossy}; masks are PNG or TIFF files. Save them as PNG")
+    if getattr(image, "n_frames", 1) > 1:
+        raise MaskError("a file of several images, of which only one could be the mask; save that as PNG")
     compression = image.info.get("compression")
     if image.format == "TIFF" and compression not in _LOSSLESS_TIFF:
         raise MaskError(f"a TIFF file compressed as {compression}, which does not keep numbers; save it as PNG")
@@ -209,41 +229,25 @@ def _check_file(image: Image.Image) -> None:
         raise MaskError("a TIFF file whose numbers are inverted (WhiteIsZero); save it as PNG")
 
 
-def _label_map(image: Image.Image, labels: MaskLabels, size: tuple[int, int] | None) -> LabelMap:
-    rawmode = _rawmode(image)
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    if size is not None and upright.size != size:
-        raise MaskError(_other_size(upright.size, size))
-    if labels.colours is not None:
-        if upright.mode not in ("RGB", "RGBA", "P"):
-            raise MaskError(
-                f"{_KINDS.get(upright.mode, upright.mode)}, where colours are expected; leave out the colour table, or "
-                "give masks in RGB"
-            )
-        upright.info.pop("transparency", None)  # `convert` would make it a channel, or warn
-        return labels.of_colours(np.asarray(upright.convert("RGB")))
-    if upright.mode not in ("1", "L", "P", "I") and not upright.mode.startswith("I;16"):
+def _colours(image: Image.Image) -> Numbers:
+    if image.mode not in ("RGB", "RGBA", "P"):
         raise MaskError(
-            f"{_KINDS.get(upright.mode, upright.mode)}, where numbers of classes are expected"
-            f"{_equal_channels(upright)}; give a table of the classes' colours, or save masks in one channel"
+            f"{_KINDS.get(image.mode, image.mode)}, where colours are expected; leave out the colour table, or give "
+            "masks in RGB"
         )
-    numbers = np.asarray(upright)
-    return labels.of_numbers(numbers // _SCALED[rawmode] if rawmode in _SCALED else numbers.astype(numbers.dtype, "C"))
+    image.load()
+    image.info.pop("transparency", None)  # `convert` would warn of it
+    return np.asarray(image.convert("RGB"))
 
 
-_KINDS = {
-    "RGB": "colours (RGB)",
-    "RGBA": "colours (RGBA)",
-    "CMYK": "colours (CMYK)",
-    "LA": "grey with transparency",
-    "PA": "a palette with transparency",
-    "F": "fractions (32-bit floating point)",
-    "1": "numbers (1 bit)",
-    "L": "numbers (8-bit grey)",
-    "I": "numbers (32 bits)",
-    "I;16": "numbers (16-bit grey)",
-}
+def _numbers(image: Image.Image) -> Numbers:
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise MaskError(
+            f"{_KINDS.get(image.mode, image.mode)}, where numbers of classes are expected{_equal_channels(image)}; "
+            "give a table of the classes' colours, or save masks in one channel"
+        )
+    numbers = np.asarray(image)
+    return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 
 def _rawmode(image: Image.Image) -> str:

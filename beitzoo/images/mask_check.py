@@ -52,17 +52,17 @@ class MaskCheck:
         by_size = sorted(zip(self.shares, self.names, strict=True), key=lambda pair: (-pair[0], pair[1]))
         shares = ", ".join(f"{name} {share:.1%}" for share, name in by_size if share)
         lines = [f"In {self.count:,} masks: {shares or 'no class at all'}; no class {self.ignored / total:.1%}."]
-        if self.absent:
-            lines.append(f"{len(self.absent):,} classes never appear: {_first(self.absent)}")
+        if self.absent and self.count:
+            lines.append(f"Classes that never appear, {len(self.absent):,}: {_first(self.absent)}")
         if self.empty:
-            lines.append(f"{len(self.empty):,} masks have no pixel of any class: {_first(self.empty)}")
+            lines.append(f"Masks without a pixel of any class, {len(self.empty):,}: {_first(self.empty)}")
         if self.unknown:
             colours = [f"{colour} ({count:,} pixels)" for colour, count in Counter(self.unknown).most_common(4)]
             share = sum(self.unknown.values()) / total
             lines.append(f"{share:.1%} of the pixels have colours that are not in the colour table: {_first(colours)}")
         if self.unreadable:
             failures = [f"{name}: {reason}" for name, reason in self.unreadable]
-            lines.append(f"{len(self.unreadable):,} cannot be read: {_first(failures)}")
+            lines.append(f"Cannot be read, {len(self.unreadable):,}: {_first(failures)}")
         return lines
 
 
@@ -79,7 +79,8 @@ def check_masks(masked: MaskedSet, indices: Sequence[int] | None = None, limit: 
         limit: Masks that are read at most, evenly from all of these.
 
     Raises:
-        InvalidValueError: A mask does not fit its image or the classes; or all pixels with a class have the same one.
+        InvalidValueError: A mask does not fit its image or the classes; all pixels with a class have the same one; or
+            nothing can be read.
     """
     chosen = range(len(masked)) if indices is None else indices
     count = min(limit, len(chosen))
@@ -87,6 +88,9 @@ def check_masks(masked: MaskedSet, indices: Sequence[int] | None = None, limit: 
     for index in (chosen[place * len(chosen) // count] for place in range(count)):
         tally.add(index)
     result = tally.result()
+    if result.unreadable and not result.count:
+        name, reason = result.unreadable[0]
+        raise InvalidValueError(f"None of {count:,} masks can be read, with its image. The first: {name}: {reason}.")
     if sum(map(bool, result.pixels)) == 1 and result.ignored:
         (name,) = set(result.names) - set(result.absent)
         raise InvalidValueError(

@@ -304,7 +304,7 @@ def _of_pairs(path: Path) -> tuple[ImageSet, list[Path]]:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the rows of a CSV of pairs, with the number of the line where each ends."""
     text = read_text(path).removeprefix("\ufeff")
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
         header = reader.fieldnames or ()
         if not {"image", "mask"} <= set(header) or len(set(header)) < len(header):
@@ -314,13 +314,13 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             )
         for row in reader:
             check(
-                "" not in row and None not in row.values(),
+                None not in row and None not in row.values(),
                 f"{path}, line {reader.line_num}: there are not {len(header)} fields, as many as columns. Put names "
                 "with a comma in quotation marks.",
             )
             yield reader.line_num, row
     except csv.Error as error:
-        raise InvalidValueError(f"{path}, line {reader.line_num}: {error}. Save it as CSV again.") from error
+        raise InvalidValueError(f"{path}, line {reader.reader.line_num}: {error}. Save it as CSV again.") from error
 
 
 def _pair(row: Mapping[str, str], place: str, folder: Path) -> _Pair:
