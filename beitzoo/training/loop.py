@@ -96,6 +96,7 @@ class _Fit:
     def __post_init__(self) -> None:
         self.lost = torch.zeros((), dtype=torch.bool, device=self.run.processes.device)
         self._moved_names = moved_names(self.state.model)
+        self._learning = sum(parameter.requires_grad for parameter in self.state.model.parameters())
 
     def to_the_end(self) -> None:
         """Do the updates that are left."""
@@ -136,6 +137,9 @@ class _Fit:
         state.scaler.unscale_(state.optimizer)
         correction = share * processes.count / total[0].clamp(min=1)
         gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        assert processes.count == 1 or len(gradients) == self._learning, (
+            "Several processes wait for a gradient of each parameter; `unused_parameters` of a model names the others."
+        )
         for gradient in gradients:
             gradient.mul_(correction)
         norm = torch.nn.utils.get_total_norm(gradients)
