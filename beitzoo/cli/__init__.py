@@ -24,6 +24,7 @@ from beitzoo.cli import (
     probe,
     reconstruct,
     replay,
+    segment,
     tokenize,
     train_tokenizer,
 )
@@ -72,6 +73,7 @@ app.command()(models.download)
 app.command()(models.verify)
 app.command()(models.convert_tokenizer)
 app.command("predict")(predict.predict_)
+app.command()(segment.segment)
 app.command()(evaluate.evaluate)
 app.command()(probe.probe)
 app.command()(reconstruct.reconstruct)

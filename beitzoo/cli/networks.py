@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from beitzoo.errors import InvalidValueError, UnsupportedError
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from beitzoo.models.beit import Beit
+    from beitzoo.models.segmentation import Segmenter
 
 
 def load_networks(names: Sequence[str], checkpoint: Path | None, device: "torch.device") -> dict[str, "Beit"]:
@@ -18,18 +19,54 @@ def load_networks(names: Sequence[str], checkpoint: Path | None, device: "torch.
     Raises:
         InvalidValueError: There are several models for one file.
     """
-    from beitzoo.factory import create_model
-
-    if checkpoint is None:
-        return _for_images({name: create_model(name, pretrained=True, device=device) for name in dict.fromkeys(names)})
-    if len(names) > 1:
+    if len(names) > 1 and checkpoint is not None:
         raise InvalidValueError(
             f"--checkpoint is one file, and {len(names)} models are named ({', '.join(names)}); name the one that the "
             "file is of."
         )
-    if not names:  # a file that says itself what network it is of, by what is beside it
-        return _for_images({str(checkpoint): create_model(str(checkpoint), pretrained=True, device=device)})
-    return _for_images({names[0]: create_model(names[0], checkpoint_path=checkpoint, device=device)})
+    # A file alone says itself what network it is of, by what is beside it.
+    wanted = list(dict.fromkeys(names)) or [str(checkpoint)]
+    return _for_images({name: _create(name, checkpoint if names else None, device) for name in wanted})
+
+
+def load_segmenter(name: str | None, checkpoint: Path | None, device: "torch.device") -> tuple[str, "Segmenter"]:
+    """Create the segmentation model of that name, or the one whose weights are in a file; return its name too.
+
+    Raises:
+        InvalidValueError: Neither is given, or it is no segmentation model.
+    """
+    from beitzoo.factory import look_up
+    from beitzoo.models.segmentation import Segmenter
+    from beitzoo.zoo.checkpoints import Segment
+
+    if name is None and checkpoint is None:
+        raise InvalidValueError(f"No model is named. {_HOW_TO_SEGMENT}")
+    wanted = str(checkpoint) if name is None else name
+    pretrained = look_up(wanted, head=Segment).pretrained
+    if pretrained is not None and not isinstance(pretrained.head, Segment):  # known before anything is downloaded
+        raise InvalidValueError(_names_no_pixels(wanted))
+    model: object = _create(wanted, None if name is None else checkpoint, device)
+    if not isinstance(model, Segmenter):
+        raise InvalidValueError(_names_no_pixels(wanted))
+    return wanted, model
+
+
+_HOW_TO_SEGMENT = (
+    "Name a segmentation model with --model: one of `beitzoo list '*ade20k*' --pretrained`, or the folder of your own, "
+    'which `beitzoo finetune` trains from any BEiT by a recipe with task.kind = "segment".'
+)
+
+
+def _names_no_pixels(name: str) -> str:
+    return f"{name} is no segmentation model: it tells nothing of single pixels. {_HOW_TO_SEGMENT}"
+
+
+def _create(name: str, checkpoint: Path | None, device: "torch.device") -> Any:
+    from beitzoo.factory import create_model
+
+    if checkpoint is None:
+        return create_model(name, pretrained=True, device=device)
+    return create_model(name, checkpoint_path=checkpoint, device=device)
 
 
 def _for_images(networks: dict[str, "Beit"]) -> dict[str, "Beit"]:

@@ -1,14 +1,13 @@
 """The command predict."""
 
-import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from beitzoo.cli.inputs import count_listed, find_listed
 from beitzoo.cli.networks import load_networks
 from beitzoo.cli.records import Running, takes_records
 from beitzoo.inference.rows import Form, choose_form
@@ -57,7 +56,9 @@ def predict_(
     names = models or ([] if running.checkpoint else [DEFAULT_MODEL])
     networks = load_networks(names, running.checkpoint, usable_device(running.device))
     left_out = LeftOut()
-    predictions = predict_each(networks, _paths(images, left_out), topk=topk, loading=running.loading)
+    predictions = predict_each(
+        networks, (path for _, path in find_listed(images, left_out)), topk=topk, loading=running.loading
+    )
     tally = Tally(predictions)
     unit = "image" if len(networks) == 1 else "row"
     rows_on_terminal = output is None and sys.stdout.isatty()
@@ -65,14 +66,9 @@ def predict_(
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is in its row
         if not (models or running.checkpoint):
             print(_NOBODY_NAMED, file=sys.stderr)
-        watched = watch(tally, unit, _total(images, len(networks)), bar=not rows_on_terminal)
+        watched = watch(tally, unit, count_listed(images, len(networks)), bar=not rows_on_terminal)
         write_rows(watched, form, file, topk, rows_for_widths=min(running.batch_size, 16) * len(networks))
     _summarise(tally, unit, left_out)
-
-
-def _total(images: Sequence[str], models: int) -> int | None:
-    """Return how many rows there will be, where that is known without walking through folders beforehand."""
-    return len(images) * models if all(map(os.path.isfile, images)) else None
 
 
 def _summarise(tally: "Tally", unit: str, left_out: "LeftOut") -> None:
@@ -85,16 +81,3 @@ def _summarise(tally: "Tally", unit: str, left_out: "LeftOut") -> None:
         print(f"{tally.failed:,} of {tally.rows:,} {unit}s have no answer; each says why.", file=sys.stderr)
     if tally.failed or not tally.rows:
         raise typer.Exit(1)
-
-
-def _paths(arguments: Iterable[str], left_out: "LeftOut") -> Iterator[Path]:
-    """Find the images of all arguments; where one is '-', those named on stdin, read line by line as needed."""
-    from beitzoo.images.folders import find_images, images_at
-
-    for argument in arguments:
-        if argument == "-":
-            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
-            for line in filter(None, lines):
-                yield from images_at(line, left_out)
-        else:
-            yield from find_images([argument], left_out)

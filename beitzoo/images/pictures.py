@@ -87,7 +87,7 @@ def _printable(words: str) -> str:
 def _lines(words: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     lines: list[str] = []
     for word in words.split():
-        word = _shortened(word, width, font)
+        word = shortened(word, width, font)
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer
@@ -96,7 +96,7 @@ def _lines(words: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
     return lines or [""]
 
 
-def _shortened(word: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def shortened(word: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Cut the middle out of a word that is wider than that; the ends of a file name tell most."""
     kept = len(word)
     short = word

@@ -114,13 +114,22 @@ def write_rows(
             later sticks out and is never cut.
 
     Raises:
-        FileAccessError: The rows cannot be written, such as on a full disk.
+        FileAccessError: As `write_lines`.
     """
     if form is Form.TABLE:
         paint = _paint if file.isatty() and not os.environ.get("NO_COLOR") else _plain
         lines = _table(predictions, paint, rows_for_widths)
     else:
         lines = _json(predictions) if form is Form.JSON else _csv(predictions, topk)
+    write_lines(lines, file)
+
+
+def write_lines(lines: Iterable[str], file: TextIO) -> None:
+    """Write lines as they come, each through to the file.
+
+    Raises:
+        FileAccessError: They cannot be written, such as on a full disk.
+    """
     for line in lines:
         try:
             file.write(line)
@@ -151,16 +160,17 @@ def _csv(predictions: Iterable["Prediction"], topk: int) -> Iterator[str]:
     """Write a line per image and model; the columns of a class that there is not are empty."""
     ranks = range(1, topk + 1)
     titles = [f"{column}_{rank}" for rank in ranks for column in ("label", "index", "probability")]
-    header = _csv_line(["path", "model", "error", *titles])
+    header = csv_line(["path", "model", "error", *titles])
     for prediction in predictions:
         classes = [value for answer in prediction.answers for value in (answer.label, answer.index, answer.probability)]
         missing = [""] * (3 * topk - len(classes))
-        yield header + _csv_line([_path(prediction), prediction.model, prediction.error, *classes, *missing])
+        yield header + csv_line([_path(prediction), prediction.model, prediction.error, *classes, *missing])
         header = ""
     yield header
 
 
-def _csv_line(values: Iterable[object]) -> str:
+def csv_line(values: Iterable[object]) -> str:
+    """Return values as a line of a CSV."""
     line = io.StringIO()
     # The writer quotes what has a character of its line end in it, so that with this one no \r stays bare in a name.
     csv.writer(line, lineterminator="\r\n").writerow(values)
