@@ -117,7 +117,7 @@ def find_masked_images(source: MaskSource, path: Path, labels: MaskLabels | Labe
             `shards.PARTS` has them. `pairs`: a CSV with the columns `image`, `mask` and perhaps `part`; paths are
             relative to its folder. `parquet`: tables with a column of images and one of masks, see `find_mask_tables`.
         path: The folder; the CSV; or of tables a folder, one file or a pattern.
-        labels: What the pixels of masks stand for.
+        labels: What the pixels of masks stand for. A `classes.txt` beside the images must agree with it.
 
     Raises:
         MissingFileError: There are no images with masks.
@@ -135,9 +135,7 @@ def find_masked_images(source: MaskSource, path: Path, labels: MaskLabels | Labe
             found, masks = find_mask_tables(path)
             assert found.root is not None
             folders = [found.root, path if path.is_dir() else path.parent]
-    if isinstance(labels, LabelOptions):
-        labels = _resolved(labels, folders)
-    return MaskedSet(found, masks, labels)
+    return MaskedSet(found, masks, _resolved(labels, folders))
 
 
 def guess_masked_source(path: Path) -> MaskSource:
@@ -163,18 +161,30 @@ def with_held_out_masks(masked: MaskedSet, held_out: MaskedSet) -> MaskedSet:
     return MaskedSet(images, Joined(masked.masks, held_out.masks), masked.labels)
 
 
-def _resolved(options: LabelOptions, folders: Iterable[Path]) -> MaskLabels:
+def _resolved(given: MaskLabels | LabelOptions, folders: Sequence[Path]) -> MaskLabels:
+    """Return what pixels stand for; names that are given must be those of a `classes.txt`, if there is one."""
+    file = next((folder / CLASSES_FILE for folder in folders if (folder / CLASSES_FILE).is_file()), None)
+    listed = () if file is None else _names_in(file)
+    labels = given if isinstance(given, MaskLabels) else _labels_of(given, listed, folders[0] / CLASSES_FILE)
+    if listed and listed != labels.names:
+        place = next((n for n, (a, b) in enumerate(zip(listed, labels.names, strict=False)) if a != b), None)
+        what = f"{len(listed)} classes" if place is None else f"{listed[place]!r} as class {place}"
+        other = f"{len(labels.names)}" if place is None else f"{labels.names[place]!r}"
+        raise InvalidValueError(
+            f"{file} has {what}, where {other} is expected. Both must name the same classes in the same order; correct "
+            "or remove the file."
+        )
+    return labels
+
+
+def _labels_of(options: LabelOptions, listed: tuple[str, ...], file: Path) -> MaskLabels:
     colours = {name: _colour(name, parts) for name, parts in (options.colours or {}).items()} or None
     names = tuple(name for name, _ in ade20k_classes()) if options.classes == "ade20k" else options.classes
-    file = next((folder / CLASSES_FILE for folder in folders if (folder / CLASSES_FILE).is_file()), None)
-    if not names and file is not None:
-        names = _names_in(file)
-    if not names and colours is not None:
-        names = tuple(colours)
+    names = names or listed or tuple(colours or ())
     if not names:
         raise InvalidValueError(
-            f"Nothing names the classes of the masks. Write a name a line to {next(iter(folders)) / CLASSES_FILE}, in "
-            "the order of their numbers, or name them in the recipe (task.labels.classes)."
+            f"Nothing names the classes of the masks. Write a name a line to {file}, in the order of their numbers, or "
+            "name them in the recipe (task.labels.classes)."
         )
     return MaskLabels(tuple(names), options.reduce_zero_label, frozenset(options.ignore), colours)
 

@@ -125,7 +125,14 @@ def test_where_names_of_classes_come_from(tmp_path: Path) -> None:
         with pytest.raises(InvalidValueError, match=reason):
             names(LabelOptions())
     file.write_text("a\nb\n")
-    assert (names(LabelOptions()), names(LabelOptions(("x", "y", "z")))) == (("a", "b"), ("x", "y", "z"))
+    assert names(LabelOptions()) == names(LabelOptions(("a", "b"))) == ("a", "b")
+    assert find_masked_images("annotations", tmp_path, MaskLabels(("a", "b"))).labels == MaskLabels(("a", "b"))
+    for other, reason in (
+        (("a", "c"), "'b' as class 1, where 'c' is expected"),
+        (("a", "b", "c"), "2 classes, where 3"),
+    ):
+        with pytest.raises(InvalidValueError, match=reason):
+            names(LabelOptions(other))
 
 
 def test_pairs_of_a_csv(tmp_path: Path) -> None:
