@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from beitzoo.errors import InvalidValueError, MissingFileError
+from beitzoo.images import tables
 from beitzoo.images.files import ImageError
 from beitzoo.images.label_maps import IGNORE, MaskError, MaskLabels
 from beitzoo.images.mask_check import check_masks
@@ -307,11 +308,20 @@ def test_a_check_counts_unknown_colours(tmp_path: Path) -> None:
     assert line in found.describe()
 
 
-def test_masks_are_read_fast(tmp_path: Path) -> None:
+def test_a_check_reads_as_many_masks_as_it_may(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 3, (64, 64), dtype=np.uint8)
     image(tmp_path / "images/a.png", 0, (64, 64))
     (tmp_path / "annotations").mkdir()
     Image.fromarray(pixels).save(tmp_path / "annotations/a.png")
     masked = find_masked_images("annotations", tmp_path, LABELS)
-    found = check_masks(masked, [0] * 300, limit=300)
-    assert found.pixels == tuple(300 * np.bincount(pixels.ravel()).astype(int))
+    found = check_masks(masked, [0] * 30, limit=20)
+    assert found.pixels == tuple(20 * np.bincount(pixels.ravel()).astype(int))
+
+
+def test_images_and_masks_of_large_tables_are_copied_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_MOST_IN_MEMORY", 10)
+    monkeypatch.setattr(tables.constants, "HF_HOME", str(tmp_path / "cache"))
+    path = write_masked_table(tmp_path / "t.parquet", [(10, 1), (20, 2)])
+    for _ in range(2):
+        assert numbers(find_masked_images("parquet", path, LABELS)) == [(10, 1), (20, 2)]
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 2
