@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from beitzoo.errors import check
 from beitzoo.training.processes import Processes
 
 _AXES = (0, 2, 3)  # batch, height, width
@@ -28,10 +27,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to normalised values; B may differ between processes, and be 0 in some.
 
-        Mean and variance are sums over all processes, through which gradients go. Sums are in float32 at least.
-
-        Raises:
-            InvalidValueError: All processes together have one value per channel.
+        Mean and variance are sums over all processes, through which gradients go. Sums are in float32 at least. If all
+        processes together have one value per channel, since other images could not be read, it becomes the bias.
         """
         if not self.training:
             return super().forward(x)
@@ -39,10 +36,6 @@ class SharedBatchNorm(nn.BatchNorm2d):
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         here = exact.new_tensor([x.numel() // self.num_features])
         *_, count = sums = _sum(torch.cat([exact.sum(_AXES), here]))
-        check(
-            count != 1,
-            "Got one value per channel in the whole batch, which a batch norm makes 0; give more or larger images.",
-        )
         mean = sums[:-1] / count.clamp(min=1)
         centred = exact - _per_channel(mean)
         variance = _sum(centred.square().sum(_AXES)) / count.clamp(min=1)
@@ -54,8 +47,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running mean and variance, the unbiased one; a batch without images moves nothing."""
-        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None or not count:
+        """Move the running mean and variance, the unbiased one; a value that is alone, or none, moves nothing."""
+        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None or count < 2:
             return
         self.num_batches_tracked += 1
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum

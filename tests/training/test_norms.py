@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from beitzoo.errors import InvalidValueError
 from beitzoo.training.norms import SharedBatchNorm, share_norms
 from beitzoo.training.processes import Processes
 
@@ -58,9 +57,14 @@ def test_batches_of_nothing_and_of_one_value() -> None:
     norm(torch.empty(0, 2, 4, 4, requires_grad=True)).sum().backward()
     assert norm.weight.grad is not None
     assert norm.weight.grad.tolist() == [0, 0]
+    nn.init.constant_(norm.bias, 0.5)
+    x = torch.ones(1, 2, 1, 1, requires_grad=True)
+    y = norm(x)
+    y.sum().backward()
+    assert y.flatten().tolist() == [0.5, 0.5]
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [0, 0]
     assert [buffer.tolist() for buffer in norm.buffers()] == [[0, 0], [1, 1], 0]
-    with pytest.raises(InvalidValueError, match="one value per channel"):
-        norm(torch.ones(1, 2, 1, 1))
 
 
 def test_norms_are_replaced_in_place() -> None:
