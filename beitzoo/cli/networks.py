@@ -78,6 +78,7 @@ def _for_images(networks: dict[str, "Beit"]) -> dict[str, "Beit"]:
         if isinstance(network, Segmenter):
             raise UnsupportedError(
                 f"{name} is a segmentation model, and this command is for whole images. Name a classifier (`beitzoo "
-                "list --pretrained`), or use its backbone in Python: create_model(..., num_classes=0)."
+                "list --pretrained`), label pixels with `beitzoo segment`, or use its backbone in Python: "
+                "create_model(..., num_classes=0)."
             )
     return networks

@@ -168,11 +168,13 @@ class _Tally:
 
     def summarise(self, out: Path, classes: "PixelClasses", left_out: "LeftOut") -> None:
         """Say what was written, and on stderr what was not; exit with 1 if there was nothing, or something failed."""
+        from beitzoo.inference.rows import printable
+
         done = self.images - len(self.failed)
         if done:
             print(f"{done:,} image{'s' * (done != 1)} in {out}. Most pixels: {self._largest(classes.names)}.")
         for line in [*left_out.describe(), *(f"{path}: {reason}" for path, reason in self.failed)]:
-            print(line, file=sys.stderr)
+            print(printable(line), file=sys.stderr)
         if not self.images:
             print("There were no images: nothing was listed on stdin.", file=sys.stderr)
         elif self.failed:

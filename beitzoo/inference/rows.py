@@ -201,16 +201,16 @@ def _table_rows(first: list["Prediction"], predictions: Iterable["Prediction"], 
     for prediction in predictions:
         start = _aligned(_cells(prediction, several), widths)
         if prediction.error is not None:
-            yield f"{start}  {paint(_printable(prediction.error), 'error')}\n"
+            yield f"{start}  {paint(printable(prediction.error), 'error')}\n"
             continue
-        others = ", ".join(f"{_printable(answer.label)} {answer.probability:.1%}" for answer in prediction.answers[1:])
+        others = ", ".join(f"{printable(answer.label)} {answer.probability:.1%}" for answer in prediction.answers[1:])
         yield f"{start}  {prediction.answers[0].probability:>11.1%}  {others}".rstrip() + "\n"
 
 
 def _cells(prediction: "Prediction", several: bool) -> list[str]:
     """Return the cells of a row that say which image, which model and which class."""
-    label = [_printable(prediction.answers[0].label)] if prediction.answers else []
-    return [_printable(_path(prediction) or ""), *([prediction.model or ""] if several else []), *label]
+    label = [printable(prediction.answers[0].label)] if prediction.answers else []
+    return [printable(_path(prediction) or ""), *([prediction.model or ""] if several else []), *label]
 
 
 def _path(prediction: "Prediction") -> str | None:
@@ -223,7 +223,7 @@ def _aligned(cells: list[str], widths: list[int]) -> str:
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Show what is no character, such as a terminal's commands in a file name, by its escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
