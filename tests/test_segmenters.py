@@ -1,16 +1,19 @@
 """Segmentation models by name: what is built, what files come in and go out, and what else a file is good for."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from oracles import randomise, relative_error
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import beitzoo
 from beitzoo import create_model
+from beitzoo.errors import UnsupportedError
 from beitzoo.models.segmentation import LinearHead, Neck, Segmenter
 from beitzoo.zoo.checkpoints import Segment
 from beitzoo.zoo.labels import label_names
@@ -244,8 +247,67 @@ def test_what_cannot_be_built_is_refused_plainly() -> None:
         Neck(4)([torch.zeros(1, 4, 2, 2)] * 3)
 
 
-@pytest.mark.parametrize("decoder", ["upernet", "linear"])
-def test_an_inference_copy_gives_the_same_logits(decoder: str) -> None:
-    model = build(decoder=decoder)
-    copy = beitzoo.optimize(model)
-    assert relative_error(logits(copy, IMAGES), logits(model, IMAGES)) < 1e-5
+@pytest.mark.parametrize("fields", [{}, {"decoder": "linear"}, {"dynamic_img_size": True}], ids=str)
+def test_an_inference_copy_gives_the_same_pyramid_and_logits(fields: dict[str, object]) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build(**fields))
+    images = torch.randn(2, 3, 48, 80) if "dynamic_img_size" in fields else IMAGES
+    with torch.inference_mode():
+        expected, pyramid = model(images), model.forward_features(images)
+        for copied in (beitzoo.optimize(model), pickle.loads(pickle.dumps(beitzoo.optimize(model)))):
+            assert relative_error(copied(images), expected) < 1e-5
+            for ours, theirs in zip(copied.forward_features(images), pyramid, strict=True):
+                assert relative_error(ours, theirs) < 1e-5
+        norms = [isinstance(one, nn.SyncBatchNorm) for one in beitzoo.optimize(model).modules()]
+        assert sum(norms) == ("decoder" in fields)  # the linear decoder's is before its classifier
+        assert torch.equal(model(images), expected)
+        assert beitzoo.optimize(model, inplace=True) is model
+        assert relative_error(model(images), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), ("int8", 6e-2)], ids=str)
+def test_an_inference_copy_of_another_precision(dtype: torch.dtype | str, tolerance: float) -> None:
+    model = build()
+    copied = beitzoo.optimize(model, dtype=dtype)
+    assert 1e-4 < relative_error(logits(copied, IMAGES), logits(model, IMAGES)) < tolerance
+    assert copied.decode_head.conv_seg.weight.dtype == (torch.float32 if dtype == "int8" else dtype)
+    for refused in (copied.train, copied.state_dict):
+        with pytest.raises(UnsupportedError, match="inference snapshot"):
+            refused()
+
+
+def test_what_is_hooked_to_a_convolution_or_norm_is_kept_in_an_inference_copy() -> None:
+    model, seen = build(), []
+    model.neck.fpn1[1].register_forward_hook(lambda module, inputs, output: seen.append(module))
+    model.decode_head.fpn_convs[0].conv.register_forward_hook(lambda module, inputs, output: output * 2)
+    copied = beitzoo.optimize(model)
+    assert relative_error(logits(copied, IMAGES), logits(model, IMAGES)) < 1e-5
+    assert len(seen) == 2
+
+
+def test_layers_learn_as_fast_as_in_the_original() -> None:
+    """`get_num_layer_for_vit` of the original, written out: depth + 2 levels, neck and heads at full rate."""
+    model = build()
+    depth, decay = SMALL["depth"], 0.9
+    groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=decay)
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(found) == len(list(model.parameters()))
+    assert len({scale for scale, _ in found.values()}) == depth + 2
+    for name, parameter in model.named_parameters():
+        layer = depth + 1
+        if name == "backbone.cls_token" or name.startswith("backbone.patch_embed"):
+            layer = 0
+        elif name.startswith("backbone.blocks"):
+            layer = int(name.split(".")[2]) + 1
+        scale, weight_decay = found[id(parameter)]
+        assert scale == pytest.approx(decay ** (depth + 1 - layer)), name
+        # The original looks for names without the prefix, so that the class token is decayed.
+        assert weight_decay == (0 if parameter.ndim == 1 or name.endswith(".bias") else 0.05), name
+
+
+def test_synchronised_norms_keep_names_and_numbers() -> None:
+    model = build()
+    state, expected = model.state_dict(), logits(model, IMAGES)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in synced.modules())
+    assert list(synced.state_dict()) == list(state)
+    assert torch.equal(logits(synced, IMAGES), expected)

@@ -12,12 +12,14 @@ from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from beitzoo.errors import InvalidValueError, UnsupportedError
 from beitzoo.models import inputs, kernels
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp
 from beitzoo.models.kernels import PositionBias
 from beitzoo.models.packed import InferenceLinear, MakeLinear, linears_for
+from beitzoo.models.segmentation import ConvNorm, Neck
 from beitzoo.zoo.networks import Pair
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -42,8 +44,8 @@ def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, 
     is slower; where shapes keep changing, that ends, and with it most of what is gained.
 
     Args:
-        model: A `Beit`, or what holds one (`BeitFeatures`), on the device where it shall run, without adapters or
-            hooks inside its blocks.
+        model: A `Beit`, or what holds one (`BeitFeatures`, a `Segmenter`), on the device where it shall run, without
+            adapters or hooks inside its blocks.
         dtype: Of weights and outputs; the model's own if None. Outputs follow to rounding. `"int8"` is for CPUs
             and changes outputs: by 1.3 % of the largest logit for a base model of random weights on a processor
             without VNNI; it was not validated on trained weights. Linears of the blocks then compute in 8 bits, scaled
@@ -68,6 +70,7 @@ def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, 
         for index, block in enumerate(backbone.blocks):
             assert isinstance(block, Block)
             backbone.blocks[index] = InferenceBlock(block, make)
+    _fold_norms(result)
     if isinstance(dtype, torch.dtype):
         result.to(dtype)
     for backbone in backbones:
@@ -263,6 +266,28 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
         return weight, bias
     gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
     return weight * gamma[:, None], bias * gamma
+
+
+def _fold_norms(model: nn.Module) -> None:
+    """Put the batch norms of segmentation models into the convolutions before them."""
+    for module in model.modules():
+        if isinstance(module, ConvNorm):
+            module.conv, module.bn = _folded(module.conv, module.bn)
+        elif isinstance(module, Neck):
+            module.fpn1[0], module.fpn1[1] = _folded(module.fpn1[0], module.fpn1[1])
+
+
+def _folded(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return a convolution with its norm in it and nothing behind; as they are, if anything else is done there."""
+    watched = kernels.is_hooked(conv) or kernels.is_hooked(norm)
+    if watched or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None:
+        return conv, norm
+    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    if isinstance(conv, nn.Conv2d) and type(conv) is nn.Conv2d:
+        return fuse_conv_bn_eval(conv, norm), nn.Identity()
+    if isinstance(conv, nn.ConvTranspose2d) and type(conv) is nn.ConvTranspose2d:
+        return fuse_conv_bn_eval(conv, norm, transpose=True), nn.Identity()
+    return conv, norm
 
 
 def _check_unchanged(model: Beit) -> None:

@@ -71,8 +71,8 @@ class ConvNorm(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
+        self.conv: nn.Module = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(channels)
 
     def forward(self, *maps: Tensor) -> Tensor:
         """Map one or more maps, together of `in_channels`, to (B, channels, h, w) of the size of the first."""
@@ -261,6 +261,7 @@ class Segmenter(nn.Module):
             if isinstance(module, nn.ConvTranspose2d | nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.reset_parameters()
             elif isinstance(module, ConvNorm):
+                assert isinstance(module.conv, nn.Conv2d)
                 nn.init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
         for head in self._heads():
             _init_classifier(head.conv_seg)
