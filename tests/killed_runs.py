@@ -25,9 +25,10 @@ from beitzoo.training.folder import METRICS
 from beitzoo.training.recipe import read_resolved
 from beitzoo.training.tasks.finetune import finetune
 from beitzoo.training.tasks.pretrain import pretrain
+from beitzoo.training.tasks.segment import train_segmenter
 from beitzoo.training.tasks.tokenizer import train_tokenizer
 
-_TRAIN = {"finetune": finetune, "pretrain": pretrain, "tokenizer": train_tokenizer}
+_TRAIN = {"finetune": finetune, "pretrain": pretrain, "segment": train_segmenter, "tokenizer": train_tokenizer}
 
 
 def main(recipe: str, out: str, seed: str, processes: str, kind: str, longest: str, least: str) -> None:

@@ -18,15 +18,18 @@ def finetune(
         Path | None, typer.Option(help="Start from this file instead of the weights of the recipe's model.")
     ] = None,
 ) -> None:
-    """Train a classifier by a recipe.
+    """Train a classifier, or a segmentation model, by a recipe.
 
     It is measured once on held-out images. The same command goes on with a run that was interrupted.
     """
     training.require_extras()
     from beitzoo.training.recipe import load_recipe
-    from beitzoo.training.tasks.finetune import finetune as train
 
     chosen = load_recipe(recipe, settings or ())
     if checkpoint is not None:
         chosen = chosen.starting_from(checkpoint)
+    if chosen.task.kind == "segment":
+        from beitzoo.training.tasks.segment import train_segmenter as train
+    else:
+        from beitzoo.training.tasks.finetune import finetune as train
     training.train_by(chosen, out, train)

@@ -64,7 +64,8 @@ def load_recipe(name: str | Path, settings: Sequence[str] = (), kind: str = "fin
     Args:
         name: A TOML file with the sections of `Recipe`, or the name of one that comes with beitzoo, such as `digits`.
         settings: `section.key=value`, the value in TOML; a word that is not TOML is taken as a string.
-        kind: The task, which is also the folder of the recipes that come with beitzoo.
+        kind: The task, which is also the folder of the recipes that come with beitzoo; or another one that the same
+            command runs.
 
     Raises:
         RecipeError: Names the file and the first thing in it that is wrong, or the recipe is for another task.
@@ -75,7 +76,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = (), kind: str = "fin
         for setting in settings:
             _set(document, setting)
         task = document.setdefault("task", {})
-        if isinstance(task, dict) and task.setdefault("kind", kind) != kind:
+        if isinstance(task, dict) and task.setdefault("kind", kind) not in _kinds_beside(kind):
             raise RecipeError(
                 f"{path} is a recipe for {_COMMANDS.get(str(task['kind']), repr(task['kind']))}, not {_COMMANDS[kind]}."
             )
@@ -97,7 +98,8 @@ def find_recipe(name: str | Path, kind: str) -> Path:
     path = full_path(name)
     if path.is_file():
         return path
-    packaged = {recipe.stem: recipe for recipe in sorted((_packaged_folder() / kind).glob("*.toml"))}
+    folders = [_packaged_folder() / one for one in _kinds_beside(kind)]
+    packaged = {recipe.stem: recipe for folder in folders for recipe in sorted(folder.glob("*.toml"))}
     if str(name) not in packaged:
         raise RecipeError(
             f"There is no recipe {name}: no such file, and of the packaged ones {closest(str(name), packaged)}"
@@ -123,6 +125,11 @@ def read_resolved(path: Path) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe with every default spelt out, as JSON."""
     return json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _kinds_beside(kind: str) -> list[str]:
+    """Return the tasks that the command for one of them runs."""
+    return [other for other, command in _COMMANDS.items() if command == _COMMANDS[kind]]
 
 
 def _packaged_folder() -> Path:
