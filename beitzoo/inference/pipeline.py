@@ -88,7 +88,8 @@ class PartsJob(Generic[Outcome]):
         run: From a prepared image, and how many of its parts may be in a forward pass, to its outcome or a failure.
         count: How many parts a prepared image has.
         most: Parts in a forward pass; fewer where they do not fit into memory.
-        part: What a part is, in the error that not even one fits.
+        part: What a part is.
+        advice: What to do where not even one fits.
     """
 
     view: AnyView
@@ -96,6 +97,7 @@ class PartsJob(Generic[Outcome]):
     count: Callable[[Any], int]
     most: int
     part: str
+    advice: str
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class _Runner(Generic[Outcome]):
 
     def __init__(self, job: Job[Outcome], batch_size: int) -> None:
         self.job = job
-        self.fitting = Fitting("image", batch_size)
+        self.fitting = Fitting("image", batch_size, "take a smaller model or another device")
 
     def run(self, images: list[Tensor]) -> Iterator[Outcome | Failure]:
         """Run all images, in halves where the whole does not fit into memory."""
@@ -190,7 +192,7 @@ class _PartsRunner(Generic[Outcome]):
 
     def __init__(self, job: PartsJob[Outcome]) -> None:
         self.job = job
-        self.fitting = Fitting(job.part, job.most)
+        self.fitting = Fitting(job.part, job.most, job.advice)
 
     def run(self, images: list[Any]) -> Iterator[Outcome | Failure]:
         """Run all images, one after the other."""
@@ -208,11 +210,13 @@ class Fitting:
     Args:
         part: What a part is.
         most: Parts to begin with; halved whenever they do not fit.
+        advice: What to do where not even one fits.
     """
 
-    def __init__(self, part: str, most: int) -> None:
+    def __init__(self, part: str, most: int, advice: str) -> None:
         self.part = part
         self.most = most
+        self.advice = advice
 
     def run(self, work: Callable[[int], Result], count: int, shape: str = "") -> Result:
         """Return what the work gives for the largest number of parts, up to `count`, that fits.
@@ -234,8 +238,7 @@ class Fitting:
                     raise
                 if number == 1:
                     raise OutOfMemoryError(
-                        f"Not even one {self.part}{shape} fits into memory beside the model; take a smaller model or "
-                        "another device."
+                        f"Not even one {self.part}{shape} fits into memory beside the model; {self.advice}."
                     ) from error
                 self.most = number // 2
                 _logger.warning("%d %ss do not fit into memory; going on with %d.", number, self.part, self.most)

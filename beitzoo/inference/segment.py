@@ -40,7 +40,7 @@ class SegmentOptions:
     """How a segmentation model looks at an image. The defaults are how the originals are measured at a single scale.
 
     Attributes:
-        mode: Window by window, or the whole image at once, which takes memory by the square of its pixels.
+        mode: Window by window, or the whole image at once, whose attention takes memory by the square of its pixels.
         crop: Side of the window in pixels; the network's size if None.
         stride: Pixels from one window to the next; two thirds of the crop if None.
         short_side: The shorter side that images are resized to. If None it is the network's, and the longer side is
@@ -48,8 +48,10 @@ class SegmentOptions:
         scales: Factors of that size, whose probabilities are averaged. With others than 1 the short side is never
             smaller than the window, as in the original, whose scales are 0.5 to 1.75 by steps of 0.25.
         flip: Look at the mirrored image too.
-        budget: Bytes for windows in a forward pass and for logits of the size of an image, beside the model. One
-            window is always taken. It changes the speed and not the result.
+        budget: Bytes for windows in a forward pass and for logits at the size of the image, beside the model; one
+            window and one row are always taken. It changes the speed and not the result. What is kept of windows until
+            their rows are complete comes on top: at each scale and flip two to three rows of windows, of a sixteenth
+            of their pixels.
     """
 
     mode: Mode = "slide"
@@ -153,7 +155,7 @@ class ScaledView:
 def segment(
     model: Segmenter, images: Any, options: SegmentOptions | None = None, *, workers: int = 2
 ) -> list[Segmentation]:
-    """Name the class of each pixel of images; return a label map of each image, in order.
+    """Segment images: return for each a map of the classes of its pixels, in order.
 
     An image that cannot be read is a segmentation with an error. All are made before this returns; `segment_each`
     makes them one by one, for more images than fit into memory.
@@ -177,7 +179,7 @@ def segment(
 def segment_each(
     model: Segmenter, images: Iterable[Any], options: SegmentOptions | None = None, *, workers: int = 2
 ) -> Iterator[Segmentation]:
-    """Name the class of each pixel image by image, as `segment`, of any number of images in constant memory.
+    """Segment images one by one, as `segment`, of any number of images in constant memory.
 
     Args:
         model: A `Segmenter`.
@@ -225,7 +227,7 @@ def segmentation(model: Segmenter, options: SegmentOptions | None = None, name: 
         except NotFiniteError:
             return Failure(NOT_FINITE)
 
-    return PartsJob(work.view, run, work.count, work.most, work.part)
+    return PartsJob(work.view, run, work.count, work.most, work.part, work.advice)
 
 
 def label_pixels(model: Segmenter, image: Any, options: SegmentOptions | None = None) -> Tensor:
@@ -246,7 +248,9 @@ def label_pixels(model: Segmenter, image: Any, options: SegmentOptions | None = 
     work = _Labelling(model, options)
     scaled = prepare(as_image(image, work.view.in_chans), work.view.transform())
     with eval_mode([model]), torch.inference_mode():
-        return Fitting(work.part, work.most).run(lambda most: work.labels(scaled, most), work.count(scaled))
+        return Fitting(work.part, work.most, work.advice).run(
+            lambda most: work.labels(scaled, most), work.count(scaled)
+        )
 
 
 def check_segmenter(model: nn.Module, name: str) -> None:
@@ -305,7 +309,8 @@ class _Labelling:
     Attributes:
         view: How images are resized.
         most: Windows in a forward pass.
-        part: What errors call a window.
+        part: What errors call what is in a forward pass.
+        advice: What to do where that does not fit into memory.
     """
 
     def __init__(self, model: Segmenter, options: SegmentOptions) -> None:
@@ -315,10 +320,12 @@ class _Labelling:
         self.model = model
         self.options = options
         self.sliding = Sliding((height, width), (max(stride[0], 1), max(stride[1], 1)))
-        self.part = "window" if options.mode == "slide" else "whole image"
-        self.most = 1
         if options.mode == "slide":
             self.most = max(options.budget // window_bytes(model, (height, width)), 1)
+            self.part, self.advice = "window", "take a smaller model, a smaller crop or another device"
+        else:
+            self.most = 1
+            self.part, self.advice = "whole image", 'take mode="slide", a smaller short side or another device'
         side = min(model.backbone.config.img_size) if options.short_side is None else options.short_side
         self.view = ScaledView(model.backbone.in_chans, side, min(height, width), options.scales, data["interpolation"])
         device = model.backbone.cls_token.device
@@ -334,8 +341,9 @@ class _Labelling:
         views = [(self._logits(one, flip, most), flip) for one in image.pixels for flip in flips]
         height, width = image.size
         result = self.mean.new_empty(image.size, dtype=torch.uint8)
-        row_bytes = 4 * self.model.num_classes * max(width, *(view.size[1] for view, _ in views))
-        step = max(self.options.budget // _BANDS_IN_BUDGET // row_bytes, 1)
+        pixels = max(height * width, *(math.prod(view.size) for view, _ in views))
+        row_bytes = 4 * self.model.num_classes * pixels / height
+        step = max(int(self.options.budget / _BANDS_IN_BUDGET / row_bytes), 1)
         for top in range(0, height, step):
             bottom = min(top + step, height)
             result[top:bottom] = self._scores(views, image.size, (top, bottom)).argmax(dim=0)
