@@ -15,7 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from beitzoo.cli import extras
-from beitzoo.cli.evaluate import list_failures
+from beitzoo.cli.evaluate_pixels import list_failures
 from beitzoo.cli.models import AsJson
 from beitzoo.cli.networks import load_networks
 from beitzoo.cli.records import Running, takes_records

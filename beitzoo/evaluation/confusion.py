@@ -14,6 +14,8 @@ from beitzoo.errors import check
 from beitzoo.images.label_maps import IGNORE
 from beitzoo.results import Row
 
+CLASS_COLUMNS = ("class", "iou", "acc", "pixels", "predicted_pixels")
+
 
 @dataclass(frozen=True)
 class PixelScores:

@@ -182,21 +182,9 @@ def _scores(accuracy: Accuracy) -> Row:
 def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -> tuple[list[int], list[str]]:
     """Choose the images that the model was not trained on, nor chosen by; and say what was left out."""
     own = split_of_run(subject, images)
-    seen = set() if own is None else {*own.train, *own.val}
     if split_seed is None and (own is not None or images.root is not None):
-        shown = images.held_out
-        unseen = [index for index in shown if index not in seen]
-        check(
-            bool(unseen),
-            f"{subject.name} was trained on all {len(shown):,} images; evaluate it on others.",
-        )
-        notes = []
-        if len(shown) < len(images.images):
-            notes.append(f"The data has parts; only the {len(shown):,} images that are held out by their names count.")
-        if left_out := len(shown) - len(unseen):
-            total = f"{left_out:,} of {len(shown):,}"
-            notes.append(f"Left out {total} images, which {subject.name} was trained on or chosen by.")
-        return unseen, notes
+        return unseen_images(subject.name, images, own)
+    seen = set() if own is None else {*own.train, *own.val}
     held_out = _split_of_digits(images, split_seed or 0).test
     check(
         not seen & set(held_out),
@@ -206,12 +194,40 @@ def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -
     return sorted(held_out), []
 
 
+def unseen_images(name: str, images: ImageSet, own: Split | None) -> tuple[list[int], list[str]]:
+    """Choose the images that are held out and that a model was not trained on; and say what was left out.
+
+    Args:
+        name: What notes and errors call the model.
+        images: All images.
+        own: How the model's own run split them, if that is known.
+
+    Raises:
+        InvalidValueError: It was trained on all of them.
+    """
+    seen = set() if own is None else {*own.train, *own.val}
+    shown = images.held_out
+    unseen = [index for index in shown if index not in seen]
+    check(bool(unseen), f"{name} was trained on all {len(shown):,} images; evaluate it on others.")
+    notes = []
+    if len(shown) < len(images.images):
+        notes.append(f"The data has parts; only the {len(shown):,} images that are held out by their names count.")
+    if left_out := len(shown) - len(unseen):
+        notes.append(f"Left out {left_out:,} of {len(shown):,} images, which {name} was trained on or chosen by.")
+    return unseen, notes
+
+
 def split_of_run(subject: Subject, images: ImageSet) -> Split | None:
     """Find the split that a model was trained with: in the file that its run wrote; seed 0 for the shipped model."""
-    if subject.checkpoint is not None:
-        files = [full_path(subject.checkpoint)]
+    return split_of(subject.name, subject.checkpoint, images)
+
+
+def split_of(name: str, checkpoint: Path | None, images: ImageSet) -> Split | None:
+    """Find the split that the model of a name, or of a file of weights, was trained with; see `split_of_run`."""
+    if checkpoint is not None:
+        files = [full_path(checkpoint)]
     else:
-        entry = look_up(subject.name)
+        entry = look_up(name)
         if entry.name == DEFAULT_MODEL:
             return None if images.root is not None else _split_of_digits(images, 0)
         sources = () if entry.pretrained is None else entry.pretrained.sources

@@ -1,0 +1,224 @@
+"""The command evaluate, of segmentation models: what it is measured by, and what it writes."""
+
+import json
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from beitzoo.cli import extras
+from beitzoo.cli.networks import load_segmenter
+from beitzoo.cli.records import Running
+from beitzoo.cli.segment import Looking
+from beitzoo.errors import InvalidValueError, check
+
+if TYPE_CHECKING:
+    from beitzoo.evaluation.evaluate import Evaluation
+    from beitzoo.evaluation.segmentation import SegmenterEvaluation
+    from beitzoo.images.masked_sets import MaskedSet
+    from beitzoo.results import Row
+
+# Unreadable images that are listed for one model.
+_MOST_LISTED = 20
+# Classes that a terminal has lines for.
+_MOST_PRINTED = 30
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where rows go, and how models are run.
+
+    Attributes:
+        results_file: Receives a row per model.
+        as_json: Print rows as JSON, not for people.
+        running: The weights and where they run.
+    """
+
+    results_file: Path | None
+    as_json: bool
+    running: Running
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a segmentation model is measured by, and where the details go.
+
+    Attributes:
+        classes: Names of the classes of the masks.
+        reduce_zero_label: Number 0 stands for no class.
+        ignore: Numbers that stand for no class.
+        per_class: Receives a row for each class.
+        confusion: Receives a picture.
+    """
+
+    classes: Annotated[
+        str | None, typer.Option(help="Of masks: 'ade20k', or names with commas; a classes.txt in the data by default.")
+    ] = None
+    reduce_zero_label: Annotated[
+        bool | None,
+        typer.Option(
+            "--reduce-zero-label/--keep-zero-label",
+            help="Number 0 in masks is no class, 1 the first; by default with --classes ade20k.",
+        ),
+    ] = None
+    ignore: Annotated[str | None, typer.Option(help="Numbers in masks that are no class, such as 11 or 0,11.")] = None
+    per_class: Annotated[Path | None, typer.Option(help="Write a row for each class of pixels to this CSV.")] = None
+    confusion: Annotated[Path | None, typer.Option(help="Draw which classes are taken for which: PNG, SVG, PDF.")] = (
+        None
+    )
+
+    def load(self, data: str) -> "MaskedSet":
+        """Find the images and masks.
+
+        Raises:
+            UserError: There are none, or nothing says what their classes are.
+        """
+        from beitzoo.files import full_path
+        from beitzoo.images.masked_sets import LabelOptions, find_masked_images, guess_masked_source
+
+        path = full_path(data)
+        is_ade20k = self.classes == "ade20k"
+        names = None if self.classes is None else tuple(name.strip() for name in self.classes.split(","))
+        options = LabelOptions(
+            classes="ade20k" if is_ade20k else names,
+            reduce_zero_label=is_ade20k if self.reduce_zero_label is None else self.reduce_zero_label,
+            ignore=self._ignored(),
+        )
+        return find_masked_images(guess_masked_source(path), path, options)
+
+    def _ignored(self) -> list[int]:
+        try:
+            return [] if self.ignore is None else [int(number) for number in self.ignore.split(",")]
+        except ValueError as error:
+            raise InvalidValueError(f"--ignore {self.ignore!r} are no numbers; write some such as 0,11.") from error
+
+    def check(self, models: int) -> None:
+        """Make sure, before anything is measured, that the details can be written."""
+        from beitzoo.evaluation.confusion_picture import check_picture
+
+        check(
+            models == 1 or (self.per_class is None and self.confusion is None),
+            "--per-class and --confusion are of one model; name one.",
+        )
+        if self.confusion is not None:
+            extras.require("plots", "matplotlib")
+            check_picture(self.confusion)
+
+    def write(self, evaluation: "SegmenterEvaluation") -> None:
+        """Write the details of a measurement, and print a table of the classes if they are few."""
+        from beitzoo.evaluation.confusion import CLASS_COLUMNS, class_rows
+        from beitzoo.evaluation.confusion_picture import write_confusion
+        from beitzoo.files import full_path, write_text
+        from beitzoo.results import csv_text
+
+        if self.per_class is not None:
+            rows = class_rows(evaluation.matrix, evaluation.names)
+            write_text(full_path(self.per_class), csv_text(CLASS_COLUMNS, rows))
+        if self.confusion is not None:
+            row = evaluation.row
+            title = f"{row['model']}: mIoU {row['miou']:.2f}, {row['count']} images"
+            write_confusion(
+                full_path(self.confusion), evaluation.matrix.counts.numpy(force=True), evaluation.names, title
+            )
+
+
+def are_segmenters(models: Sequence[str]) -> bool:
+    """Tell whether all these are segmentation models, before anything of them is downloaded.
+
+    Raises:
+        UserError: A name is unknown, or only some are.
+    """
+    from beitzoo.factory import look_up
+    from beitzoo.zoo.checkpoints import Segment
+
+    of_pixels = []
+    for name in models:
+        pretrained = look_up(name).pretrained
+        of_pixels.append(pretrained is not None and isinstance(pretrained.head, Segment))
+    check(
+        all(of_pixels) or not any(of_pixels),
+        "Only some of these are segmentation models, and no data measures both kinds. Evaluate each kind alone.",
+    )
+    return any(of_pixels)
+
+
+def evaluate_segmenters(
+    models: Sequence[str], data: str, masks: Masks, looking: Looking, output: Output
+) -> "Sequence[SegmenterEvaluation]":
+    """Measure segmentation models; each row is written and printed when it is measured."""
+    from beitzoo import results
+    from beitzoo.evaluation.segmentation import COLUMNS, SegmenterSubject, evaluate_segmenter
+    from beitzoo.measure.options import usable_device
+
+    running, options = output.running, looking.options
+    masks.check(len(models))
+    kept = results.Table(output.results_file, COLUMNS)
+    kept.check()
+    where = usable_device(running.device)
+    masked = masks.load(data)
+    print("\n".join(masked.describe()), file=sys.stderr)
+    evaluations = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
+        for name in models:
+            _, model = load_segmenter(name, running.checkpoint, where)
+            subject = SegmenterSubject(model, name, running.checkpoint)
+            evaluations.append(evaluate_segmenter(subject, masked, data, options, running.workers))
+            kept.append(evaluations[-1].row)
+            masks.write(evaluations[-1])
+            if not output.as_json:
+                _print(evaluations[-1])
+    comment(evaluations)
+    rows = [evaluation.row for evaluation in evaluations]
+    if output.as_json:
+        print(json.dumps(rows, indent=2))
+    elif len(rows) > 1:
+        print(_summarise(rows))
+    return evaluations
+
+
+def _print(evaluation: "SegmenterEvaluation") -> None:
+    """Print the scores of one model, and those of its classes if they are few."""
+    from beitzoo.evaluation.confusion import class_rows
+
+    row = evaluation.row
+    scores = ", ".join(
+        f"{name} {row[column]:.2f}" for name, column in (("mIoU", "miou"), ("mAcc", "macc"), ("aAcc", "aacc"))
+    )
+    print(f"{row['model']}: {scores} ({row['count']} images, {row['failures']} failures)", flush=True)
+    if len(evaluation.names) > _MOST_PRINTED:
+        return
+    table = Table("class", "IoU", "Acc", "pixels", "predicted", box=None, pad_edge=False)
+    for one in class_rows(evaluation.matrix, evaluation.names):
+        shares = ["" if one[name] is None else f"{one[name]:.2f}" for name in ("iou", "acc")]
+        table.add_row(str(one["class"]), *shares, f"{one['pixels']:,}", f"{one['predicted_pixels']:,}")
+    Console().print(table)
+
+
+def _summarise(rows: "Sequence[Row]") -> str:
+    """Say mean and sample standard deviation of mIoU over several rows."""
+    values = [float(row["miou"] or 0) for row in rows]
+    return f"mIoU {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (mean ± sd of {len(values)})"
+
+
+def comment(evaluations: "Sequence[Evaluation] | Sequence[SegmenterEvaluation]") -> None:
+    """Say on stderr what was measured, and which images could not be; each once for all models."""
+    for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
+        print(note, file=sys.stderr)
+    list_failures([failure for evaluation in evaluations for failure in evaluation.failures])
+
+
+def list_failures(failures: Sequence[tuple[str, str]]) -> None:
+    """Say on stderr which images were not counted, and why; each once."""
+    failures = list(dict.fromkeys(failures))
+    for image, reason in failures[:_MOST_LISTED]:
+        print(f"Not counted: {image}: {reason}", file=sys.stderr)
+    if len(failures) > _MOST_LISTED:
+        print(f"Not counted: {len(failures) - _MOST_LISTED:,} more", file=sys.stderr)

@@ -1,0 +1,246 @@
+"""How right a segmentation model is: mIoU, mAcc and aAcc on images with masks that it was not trained on, as a row."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from beitzoo.errors import InvalidValueError, check
+from beitzoo.evaluation.confusion import ConfusionMatrix
+from beitzoo.evaluation.evaluate import split_of, unseen_images
+from beitzoo.images.files import ImageError
+from beitzoo.images.label_maps import IGNORE, LabelMap
+from beitzoo.images.masked_sets import MaskedSet
+from beitzoo.inference.classify import eval_mode
+from beitzoo.inference.pipeline import Failure, Loading, run_jobs
+from beitzoo.inference.segment import SegmentOptions, segmentation
+from beitzoo.models.segmentation import Segmenter
+from beitzoo.progress import watch
+from beitzoo.results import ENVIRONMENT, Row, environment
+
+COLUMNS = (
+    "model",
+    "img_size",
+    "mode",
+    "short_side",
+    "stride",
+    "scales",
+    "flip",
+    "miou",
+    "macc",
+    "aacc",
+    "param_count",
+    "data",
+    "count",
+    "failures",
+    *ENVIRONMENT,
+)
+
+NO_CLASS = "no pixel has a class"
+
+
+@dataclass(frozen=True)
+class SegmenterSubject:
+    """A segmentation model that is measured, and where its weights are from.
+
+    Attributes:
+        model: The model.
+        name: As in `create_model`; the row has it.
+        checkpoint: The file of its weights, where they are not those of the name.
+    """
+
+    model: Segmenter
+    name: str
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class SegmenterEvaluation:
+    """One measurement.
+
+    Attributes:
+        row: Of the columns `COLUMNS`.
+        matrix: What the scores are of.
+        names: Of the classes, in the order of the matrix.
+        failures: Images that were not counted, with the reason.
+        notes: What a reader of the row must know.
+    """
+
+    row: Row
+    matrix: ConfusionMatrix
+    names: tuple[str, ...]
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate_segmenter(
+    subject: SegmenterSubject,
+    masked: MaskedSet,
+    data: str,
+    options: SegmentOptions | None = None,
+    workers: int = 2,
+) -> SegmenterEvaluation:
+    """Measure a segmentation model on all images that are held out and that its own run was not trained on.
+
+    Args:
+        subject: The model.
+        masked: Images with masks of the model's classes.
+        data: What the row calls them.
+        options: How the model looks at images.
+        workers: Threads that decode images and masks.
+
+    Raises:
+        InvalidValueError: The classes are others, all images were trained on, or none could be measured.
+    """
+    options = options or SegmentOptions()
+    model, images = subject.model, masked.images
+    outputs = _outputs(subject, masked)
+    own = split_of(subject.name, subject.checkpoint, images)
+    indices, notes = unseen_images(subject.name, images, own)
+    seen = watch(indices, "image", len(indices))
+    matrix, failures = measure_segmenter(model, masked, seen, options, workers=workers, outputs=outputs)
+    count = len(indices) - len(failures)
+    if not count:
+        image, reason = failures[0]
+        raise InvalidValueError(f"None of {len(indices):,} images could be measured; the first: {image}: {reason}.")
+    scores = matrix.scores()
+    row: Row = {
+        "model": subject.name if subject.checkpoint is None else str(subject.checkpoint),
+        "img_size": max(model.backbone.config.img_size),
+        "mode": options.mode,
+        "short_side": options.short_side,
+        "stride": options.stride,
+        "scales": " ".join(f"{scale:g}" for scale in options.scales),
+        "flip": options.flip,
+        **{name: round(getattr(scores, name), 3) for name in ("miou", "macc", "aacc")},
+        # Of the whole, the auxiliary head too, as the published figures count.
+        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
+        "data": data,
+        "count": count,
+        "failures": len(failures),
+        **environment(matrix.counts.device),
+    }
+    names = model.class_names or masked.labels.names
+    return SegmenterEvaluation({name: row[name] for name in COLUMNS}, matrix, names, failures, notes)
+
+
+def measure_segmenter(
+    model: Segmenter,
+    masked: MaskedSet,
+    indices: Iterable[int],
+    options: SegmentOptions | None = None,
+    *,
+    workers: int = 2,
+    outputs: Sequence[int] | None = None,
+) -> tuple[ConfusionMatrix, list[tuple[str, str]]]:
+    """Name the classes of the pixels of some images and count them; images and masks are read ahead.
+
+    In memory are a few images at a time. The matrix stays on the model's device until its scores are asked for, so
+    that nothing but label maps moves; processes that share the images out add up their `counts`.
+
+    Args:
+        model: The segmentation model; its training mode is kept.
+        masked: Images with masks.
+        indices: Which of them; read as needed.
+        options: How the model looks at images.
+        workers: Threads that decode images, and as many that read masks.
+        outputs: Of each class of the masks the model's output that stands for it; in the same order if None.
+
+    Returns:
+        The counts, and the images that are not in them, with the reason: image or mask cannot be read or do not fit,
+        no pixel has a class, or the model's output is not finite.
+    """
+    device = model.backbone.cls_token.device
+    matrix = ConfusionMatrix(model.num_classes, device)
+    failures: list[tuple[str, str]] = []
+    job = segmentation(model, options)
+    to_output = _to_output(outputs, device)
+    with eval_mode([model]), _Masks(masked, workers) as masks:
+        found = run_jobs(masks.ahead(indices), [job], Loading(workers, workers), lambda i: masked.images.images[i])
+        for index, (outcome,) in found:
+            image = masked.images.identity(index)[0]
+            label_map = masks.take(index, None if isinstance(outcome, Failure) else tuple(outcome.shape))
+            if isinstance(outcome, Failure):
+                failures.append((image, outcome.reason))
+            elif isinstance(label_map, Failure):
+                failures.append((image, label_map.reason))
+            else:
+                truth = torch.from_numpy(label_map).to(device)
+                matrix.add(outcome, truth if to_output is None else to_output[truth.int()])
+    return matrix, failures
+
+
+class _Masks:
+    """Masks that are read in threads while the model looks at their images."""
+
+    def __init__(self, masked: MaskedSet, workers: int) -> None:
+        self.masked = masked
+        self.pool = ThreadPoolExecutor(workers)
+        self.waiting: dict[int, Future[LabelMap]] = {}
+
+    def __enter__(self) -> "_Masks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def ahead(self, indices: Iterable[int]) -> Iterator[int]:
+        """Pass indices on, and begin to read the mask of each: as far ahead as the images are."""
+        for index in indices:
+            self.waiting[index] = self.pool.submit(self.masked.load_mask, index)
+            yield index
+
+    def take(self, index: int, size: tuple[int, ...] | None) -> LabelMap | Failure:
+        """Return the mask of an image of that height and width, or why there is none."""
+        try:
+            label_map = self.waiting.pop(index).result()
+            if size is not None and label_map.shape != size:
+                # Read again with the size, it says itself what is wrong.
+                label_map = self.masked.load_mask(index, (size[1], size[0]))
+        except ImageError as error:
+            return Failure(str(error))
+        if (label_map == IGNORE).all():
+            return Failure(f"its mask {self.masked.mask_name(index)}: {NO_CLASS}")
+        return label_map
+
+
+def _to_output(outputs: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """Return a table from the numbers in masks to the model's outputs; None if they are the same."""
+    if outputs is None or list(outputs) == list(range(len(outputs))):
+        return None
+    table = torch.full((IGNORE + 1,), IGNORE, dtype=torch.uint8)
+    table[: len(outputs)] = torch.tensor(outputs, dtype=torch.uint8)
+    return table.to(device)
+
+
+def _outputs(subject: SegmenterSubject, masked: MaskedSet) -> list[int]:
+    """Find the output of the model that stands for each class of the masks: by name, or where it has none by number."""
+    name, own, names = subject.name, subject.model.class_names, masked.labels.names
+    if own is None:
+        check(
+            len(names) == subject.model.num_classes,
+            f"{name} tells {subject.model.num_classes} classes apart and nobody named them, the masks have "
+            f"{len(names)} ({_some(names)}). Evaluate a model that was trained on these classes.",
+        )
+        return list(range(len(names)))
+    if own == names:  # the same, whatever they are called: names need not be different
+        return list(range(len(names)))
+    unknown, missing = [n for n in names if own.count(n) != 1], [n for n in own if n not in names]
+    differences = [
+        f"{len(unknown)} of the {len(names)} classes of the masks are none of its own ({_some(unknown)})"
+        * bool(unknown),
+        f"{len(missing)} of its {len(own)} classes are not in the masks ({_some(missing)})" * bool(missing),
+    ]
+    check(
+        not (unknown or missing),
+        f"{name} was trained on other classes: {' and '.join(filter(None, differences))}. Name the classes of the "
+        "masks as the model does (in classes.txt or with --classes), or evaluate a model that was trained on these.",
+    )
+    return [own.index(one) for one in names]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)

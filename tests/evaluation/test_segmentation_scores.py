@@ -1,0 +1,189 @@
+"""Segmentation models measured on images with masks: rows, classes by name, failures, and what a picture shows."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from PIL import Image
+
+import beitzoo
+from beitzoo.errors import InvalidValueError
+from beitzoo.evaluation.confusion import ConfusionMatrix
+from beitzoo.evaluation.confusion_picture import draw_confusion, most_confused, row_shares, write_confusion
+from beitzoo.evaluation.segmentation import SegmenterSubject, evaluate_segmenter, measure_segmenter
+from beitzoo.images.masked_sets import MaskedSet, find_masked_images
+from beitzoo.images.splits import SPLIT_FILE, Split, write_split
+from beitzoo.inference.segment import SegmentOptions, label_pixels
+from beitzoo.models.segmentation import Segmenter
+from beitzoo.zoo.checkpoints import Segment
+
+NAMES = ("sky", "road", "car")
+
+
+def write_pairs(root: Path, names: tuple[str, ...] = NAMES, count: int = 4) -> MaskedSet:
+    """Write images of two sizes with masks of all classes and pixels of none."""
+    draw = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    (root / "classes.txt").write_text("\n".join(names))
+    for number in range(count):
+        size = (24, 40) if number % 2 else (36, 30)
+        Image.fromarray(draw.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / "images" / f"{number}.png")
+        mask = draw.choice([*range(len(names)), 255], size).astype(np.uint8)
+        Image.fromarray(mask).save(root / "annotations" / f"{number}.png")
+    return find_masked_images("annotations", root)
+
+
+@pytest.fixture(scope="module")
+def model() -> Segmenter:
+    torch.manual_seed(0)
+    made: object = beitzoo.create_model("test_beit", head="segment", num_classes=3, img_size=32, decoder="linear")
+    assert isinstance(made, Segmenter)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    head = made.pretrained.head
+    assert isinstance(head, Segment)
+    made.backbone.pretrained = replace(made.pretrained, head=replace(head, labels=NAMES))
+    return made
+
+
+def by_hand(model: Segmenter, masked: MaskedSet, indices: list[int], options: SegmentOptions) -> ConfusionMatrix:
+    matrix = ConfusionMatrix(3)
+    for index in indices:
+        image, mask = masked.load(index)
+        labels = label_pixels(model, image, options).flatten().tolist()
+        for given, truth in zip(labels, mask.flatten().tolist(), strict=True):
+            if truth != 255:
+                matrix.counts[truth, given] += 1
+    return matrix
+
+
+def test_measuring_counts_each_pixel_once_and_keeps_the_mode(model: Segmenter, tmp_path: Path) -> None:
+    masked = write_pairs(tmp_path)
+    model.train()
+    options = SegmentOptions(scales=(1.0, 1.5), flip=True)
+    matrix, failures = measure_segmenter(model, masked, [3, 0, 1], options, workers=3)
+    assert failures == []
+    assert torch.equal(matrix.counts, by_hand(model, masked, [3, 0, 1], options).counts)
+    assert (matrix.counts.sum(0) > 0).sum() > 1  # the network does not give all pixels one class
+    assert all(module.training for module in model.modules())
+
+
+def test_classes_are_matched_by_name(model: Segmenter, tmp_path: Path) -> None:
+    masked = write_pairs(tmp_path / "a")
+    reordered = ("car", "sky", "road")
+    # The same masks, of which number 0 is now called car: the third output of the model.
+    other = replace(masked, labels=replace(masked.labels, names=reordered))
+    outputs = [NAMES.index(name) for name in reordered]
+    evaluation = evaluate_segmenter(SegmenterSubject(model, "test_beit"), other, "data")
+    expected = by_hand(model, masked, [0, 1, 2, 3], SegmentOptions()).counts
+    assert torch.equal(evaluation.matrix.counts[outputs], expected)
+    assert evaluation.names == NAMES
+    foreign = replace(masked, labels=replace(masked.labels, names=("sky", "road", "boat")))
+    with pytest.raises(InvalidValueError, match=r"none of its own \(boat\) and 1 of its 3 .* not in the masks \(car\)"):
+        evaluate_segmenter(SegmenterSubject(model, "test_beit"), foreign, "data")
+
+
+def test_a_model_without_names_needs_as_many_classes(tmp_path: Path) -> None:
+    model: object = beitzoo.create_model("test_beit", head="segment", num_classes=2, img_size=32, decoder="linear")
+    assert isinstance(model, Segmenter)
+    with pytest.raises(InvalidValueError, match="tells 2 classes apart and nobody named them, the masks have 3"):
+        evaluate_segmenter(SegmenterSubject(model, "test_beit"), write_pairs(tmp_path), "data")
+
+
+@pytest.fixture
+def saved(model: Segmenter, tmp_path: Path) -> Path:
+    beitzoo.save_pretrained(model, tmp_path / "run" / "best")
+    return tmp_path / "run" / "best"
+
+
+def test_the_command_prints_rows_and_writes_classes_and_a_picture(saved: Path, tmp_path: Path) -> None:
+    masked = write_pairs(tmp_path / "data")
+    write_split(tmp_path / "run" / SPLIT_FILE, masked.images, Split([0], [2], [1, 3]))
+    files = {name: tmp_path / f"out.{name}" for name in ("rows.csv", "classes.csv", "png")}
+    options = ("--data", str(tmp_path / "data"), "--scales", "1,1.5", "--results-file", str(files["rows.csv"]))
+    details = ("--per-class", str(files["classes.csv"]), "--confusion", str(files["png"]))
+    result = run("evaluate", f"local-dir:{saved}", *options, *details)
+    assert result.exit_code == 0, result.stderr
+    model: object = beitzoo.create_model(f"local-dir:{saved}", pretrained=True)
+    assert isinstance(model, Segmenter)
+    expected = by_hand(model, masked, [1, 3], SegmentOptions(scales=(1.0, 1.5)))
+    scores = expected.scores()
+    (row,) = csv.DictReader(files["rows.csv"].read_text().splitlines())
+    asked = {"count": "2", "failures": "0", "mode": "slide", "scales": "1 1.5", "flip": "False", "img_size": "32"}
+    assert {name: row[name] for name in asked} == asked
+    for name in ("miou", "macc", "aacc"):
+        assert float(row[name]) == pytest.approx(getattr(scores, name), abs=1e-3)
+    assert float(row["param_count"]) == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+    classes = list(csv.DictReader(files["classes.csv"].read_text().splitlines()))
+    assert [one["class"] for one in classes] == list(NAMES)
+    assert [int(one["pixels"]) for one in classes] == expected.counts.sum(1).tolist()
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert f"mIoU {scores.miou:.2f}" in result.stdout and "predicted" in result.stdout
+    assert "Left out 2 of 4 images" in result.stderr
+
+
+def test_the_command_lists_bad_images_and_masks(saved: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_pairs(root, count=5)
+    (root / "images" / "0.png").write_bytes(b"no image")
+    Image.new("L", (7, 9)).save(root / "annotations" / "1.png")
+    Image.new("L", (30, 36), 7).save(root / "annotations" / "2.png")
+    Image.new("L", (40, 24), 255).save(root / "annotations" / "3.png")
+    result = run("evaluate", str(saved), str(saved), "--data", str(root), "--json")
+    rows = json.loads(result.stdout)
+    assert (result.exit_code, [(row["count"], row["failures"]) for row in rows]) == (1, [(1, 4)] * 2)
+    listed = [line for line in result.stderr.splitlines() if line.startswith("Not counted: ")]
+    assert [line.split(": ")[1] for line in listed] == [f"images/{number}.png" for number in range(4)]
+    assert "its mask annotations/1.png" in listed[1] and "7 x 9" in listed[1]
+    assert "7" in listed[2] and "1,080 pixels" in listed[2]
+    assert "no pixel has a class" in listed[3]
+
+
+def test_numbers_that_are_no_class_are_said(saved: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data", names=(*NAMES, "unlabelled"))
+    (tmp_path / "data" / "classes.txt").unlink()
+    options = ("--data", str(tmp_path / "data"), "--classes", "sky,road,car", "--ignore", "3", "--json")
+    (row,) = json.loads(run("evaluate", str(saved), *options).stdout)
+    assert (row["count"], row["failures"]) == (4, 0)
+
+
+def test_options_of_the_other_kind_are_refused(saved: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data")
+    for arguments, message in {
+        ("beit_nano_patch4_32.digits", "--scales", "1,2"): "is no segmentation model",
+        ("beit_nano_patch4_32.digits", str(saved)): "Only some of these are segmentation models",
+        (str(saved), "--split-seed", "1"): "which have no masks",
+        (str(saved), "--confusion", "a.jpg"): "is no picture's name",
+        (str(saved), str(saved), "--per-class", "a.csv"): "are of one model",
+    }.items():
+        result = run("evaluate", *arguments, "--data", str(tmp_path / "data"))
+        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_shares_and_pairs() -> None:
+    counts = np.array([[8, 1, 1], [0, 0, 0], [30, 10, 60]])
+    shares = row_shares(counts)
+    np.testing.assert_allclose(shares[[0, 2]], [[80, 10, 10], [30, 10, 60]])
+    assert np.isnan(shares[1]).all()
+    assert most_confused(counts, 3) == [(2, 0, 30.0), (2, 1, 10.0), (0, 1, 10.0)]
+
+
+@pytest.mark.parametrize(("classes", "numbers", "labels"), [(3, 3, 3), (20, 0, 20), (60, 1, 12)])
+def test_a_picture_has_numbers_of_few_classes_and_pairs_of_many(
+    classes: int, numbers: int, labels: int, tmp_path: Path
+) -> None:
+    counts = np.diag(np.full(classes, 5))
+    names = [f"class {number}" for number in range(classes)]
+    axes = draw_confusion(counts, names).axes[0]
+    assert (len(axes.texts), len(axes.get_yticks())) == (numbers, labels)
+    if classes == 3:
+        pictures = [tmp_path / "a.svg", tmp_path / "b.svg"]
+        for path in pictures:
+            write_confusion(path, counts, names)
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()
