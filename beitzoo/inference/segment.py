@@ -32,7 +32,10 @@ Mode = Literal["slide", "whole"]
 
 _LONGEST = 4  # times the short side, as 2048 x 512 of the original
 _MOST_CLASSES = 255  # the last number of a uint8 is a pixel of no class
-_BANDS_IN_BUDGET = 8  # logits of a band, resized, weighed, as probabilities and so on
+# Logits at the size of an image are made in bands of rows, of which there are several copies at a time: averaged,
+# resized, as probabilities. On a CPU, bands of 128 MiB take twice as long as those of 16.
+_BANDS_IN_BUDGET = 8
+_MOST_BAND_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +346,7 @@ class _Labelling:
         result = self.mean.new_empty(image.size, dtype=torch.uint8)
         pixels = max(height * width, *(math.prod(view.size) for view, _ in views))
         row_bytes = 4 * self.model.num_classes * pixels / height
-        step = max(int(self.options.budget / _BANDS_IN_BUDGET / row_bytes), 1)
+        step = max(int(min(self.options.budget / _BANDS_IN_BUDGET, _MOST_BAND_BYTES) / row_bytes), 1)
         for top in range(0, height, step):
             bottom = min(top + step, height)
             result[top:bottom] = self._scores(views, image.size, (top, bottom)).argmax(dim=0)
