@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -54,6 +54,7 @@ class Masks:
         classes: Names of the classes of the masks.
         reduce_zero_label: Number 0 stands for no class.
         ignore: Numbers that stand for no class.
+        recipe: Says all this, and colours of masks in colour.
         per_class: Receives a row for each class.
         confusion: Receives a picture.
     """
@@ -69,6 +70,9 @@ class Masks:
         ),
     ] = None
     ignore: Annotated[str | None, typer.Option(help="Numbers in masks that are no class, such as 11 or 0,11.")] = None
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe, or a run's recipe.json, whose task.labels say what masks stand for.")
+    ] = None
     per_class: Annotated[Path | None, typer.Option(help="Write a row for each class of pixels to this CSV.")] = None
     confusion: Annotated[Path | None, typer.Option(help="Draw which classes are taken for which: PNG, SVG, PDF.")] = (
         None
@@ -84,14 +88,23 @@ class Masks:
         from beitzoo.images.masked_sets import LabelOptions, find_masked_images, guess_masked_source
 
         path = full_path(data)
+        return find_masked_images(guess_masked_source(path), path, LabelOptions(**self._said()))
+
+    def _said(self) -> dict[str, Any]:
+        """Say what masks stand for: the fields of `LabelOptions`."""
+        if self.recipe is not None:
+            check(
+                (self.classes, self.reduce_zero_label, self.ignore) == (None, None, None),
+                "--recipe says what masks stand for; leave --classes, --reduce-zero-label and --ignore out.",
+            )
+            return _labels_of(self.recipe)
         is_ade20k = self.classes == "ade20k"
         names = None if self.classes is None else tuple(name.strip() for name in self.classes.split(","))
-        options = LabelOptions(
-            classes="ade20k" if is_ade20k else names,
-            reduce_zero_label=is_ade20k if self.reduce_zero_label is None else self.reduce_zero_label,
-            ignore=self._ignored(),
-        )
-        return find_masked_images(guess_masked_source(path), path, options)
+        return {
+            "classes": "ade20k" if is_ade20k else names,
+            "reduce_zero_label": is_ade20k if self.reduce_zero_label is None else self.reduce_zero_label,
+            "ignore": self._ignored(),
+        }
 
     def _ignored(self) -> list[int]:
         try:
@@ -127,6 +140,19 @@ class Masks:
             write_confusion(
                 full_path(self.confusion), evaluation.matrix.counts.numpy(force=True), evaluation.names, title
             )
+
+
+def _labels_of(recipe: str) -> dict[str, Any]:
+    """Return what a recipe says of masks."""
+    from beitzoo.training.recipe import load_recipe, read_resolved
+    from beitzoo.training.sections import TrainSegmenter
+
+    path = Path(recipe)
+    is_of_run = path.suffix == ".json" and path.is_file()
+    found = read_resolved(path) if is_of_run else load_recipe(recipe, kind="segment")
+    check(isinstance(found.task, TrainSegmenter), f"{recipe} trains no segmentation model; give a recipe that does.")
+    assert isinstance(found.task, TrainSegmenter)
+    return found.task.labels.model_dump()
 
 
 def are_segmenters(models: Sequence[str]) -> bool:

@@ -246,6 +246,7 @@ def test_the_options_are_frozen() -> None:
             "mode",
             "models",
             "per_class",
+            "recipe",
             "reduce_zero_label",
             "results_file",
             "scales",

@@ -153,6 +153,28 @@ def test_numbers_that_are_no_class_are_said(saved: Path, tmp_path: Path) -> None
     assert (row["count"], row["failures"]) == (4, 0)
 
 
+def test_masks_in_colour_are_measured_as_a_recipe_says(saved: Path, tmp_path: Path) -> None:
+    masked = write_pairs(tmp_path / "data")
+    palette = np.array([(9, 9, 9), (200, 0, 0), (0, 0, 200), (77, 77, 77)], dtype=np.uint8)
+    plain = run("evaluate", str(saved), "--data", str(tmp_path / "data"), "--json")
+    for index, path in enumerate(masked.masks):
+        assert isinstance(path, Path)
+        numbers = np.minimum(masked.load(index)[1], 3)
+        Image.fromarray(palette[numbers]).save(path)
+    recipe = tmp_path / "recipe.toml"
+    colours = "\n".join(f"{name} = {list(map(int, rgb))}" for name, rgb in zip(NAMES, palette, strict=False))
+    recipe.write_text(
+        f"[model]\nname = 'test_beit'\n[data]\nsource = 'annotations'\npath = '{tmp_path / 'data'}'\n"
+        f"[task]\nkind = 'segment'\n[task.labels.colours]\n{colours}\n"
+        "[train]\nbatch_size = 2\nlr = 1e-3\nepochs = 1\nwarmup_epochs = 0\n"
+    )
+    result = run("evaluate", str(saved), "--data", str(tmp_path / "data"), "--recipe", str(recipe), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads(plain.stdout)
+    refused = run("evaluate", str(saved), "--data", "x", "--recipe", str(recipe), "--ignore", "3")
+    assert (refused.exit_code, "leave --classes" in refused.stderr) == (2, True)
+
+
 def test_options_of_the_other_kind_are_refused(saved: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data")
     for arguments, message in {
