@@ -3,6 +3,7 @@
 `semantic_segmentation/` of BEiT and BEiT v2, which trains by mmsegmentation.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -220,14 +221,16 @@ class SegmentTask:
         if not self.split.test:
             return {}
         best = create_model(directory.absolute(), pretrained=True, device=self.processes.device)
-        scores = self.measure(best.eval(), self.split.test)
+        return self.measure_test(best.eval())
+
+    def measure_test(self, model: nn.Module) -> Metrics:
+        """Measure a model on the held-out images; a class that is nowhere has no IoU."""
+        scores = self.measure(model, self.split.test)
         self._unreadable.report()
         classes = zip(self.masked.labels.names, scores.iou, strict=True)
         return {
             **{f"test_{name}": getattr(scores, name) for name in _SCORES},
-            **{
-                f"test_iou_{name}": value for name, value in classes if value == value
-            },  # NaN of a class that is nowhere
+            **{f"test_iou_{name}": value for name, value in classes if not math.isnan(value)},
         }
 
     def measure(self, model: nn.Module, indices: Sequence[int]) -> PixelScores:
