@@ -97,14 +97,21 @@ class UperHead(nn.Module):
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Map the four maps of a pyramid to logits (B, K, 4h, 4w) of the size of the first."""
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(*self._levels(pyramid))))
+
+    def _levels(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
+        """Return the maps that are joined at the end, from the largest to the smallest.
+
+        On its own, so that the sums it goes through are free again when they are joined.
+        """
         *lower, last = pyramid
-        pooled = [pool(last) for pool in self.psp_modules]
-        tops = [self.bottleneck(last, *pooled)]  # from the smallest map to the largest
-        for lateral, one in zip(reversed(self.lateral_convs), reversed(lower), strict=True):
-            tops.append(lateral(one) + resize(tops[-1], _size(one)))
-        top, *rest = tops
-        levels = [conv(one) for conv, one in zip(self.fpn_convs, reversed(rest), strict=True)] + [top]
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(*levels)))
+        top = self.bottleneck(last, *(pool(last) for pool in self.psp_modules))
+        levels = [top]
+        upwards = zip(reversed(self.lateral_convs), reversed(self.fpn_convs), reversed(lower), strict=True)
+        for lateral, conv, one in upwards:
+            top = lateral(one) + resize(top, _size(one))
+            levels.insert(0, conv(top))
+        return levels
 
 
 class FcnHead(nn.Module):

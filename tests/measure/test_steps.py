@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,3 +206,14 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     before = steps.peak_memory(CPU)
     held = torch.ones(2**26)  # 268 MB
     assert steps.peak_memory(CPU) >= max(before, held.numel() * 4 / 1e6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system cannot forget a peak")
+def test_a_peak_of_memory_can_be_forgotten() -> None:
+    torch.ones(2**26)  # 256 MB, free again at once
+    before = steps.peak_memory(CPU)
+    steps.reset_peak_memory(CPU)
+    now = steps.peak_memory(CPU)
+    assert now < before - 200
+    torch.ones(2**26)
+    assert steps.peak_memory(CPU) > now + 200
