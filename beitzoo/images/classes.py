@@ -89,6 +89,20 @@ def _names_of_file(shards: Shards) -> tuple[str, ...] | None:
     return None
 
 
+def names_in(file: Path) -> tuple[str, ...]:
+    """Read the names of the classes; a name left out would give all later ones another number."""
+    names = [line.strip() for line in read_text(file).removeprefix("\ufeff").rstrip().splitlines()]
+    check(bool(names), f"{file} is empty; write the name of a class on each line, in the order of their numbers.")
+    empty = [number for number, name in enumerate(names, start=1) if not name]
+    check(not empty, f"{file}, line {empty[:1]}: there is no name. Each line names a class; remove it or write one.")
+    for number, name in enumerate(names):
+        first = names.index(name)
+        check(
+            first == number, f"{file}, lines {first + 1} and {number + 1}: both are {name!r}. Give each class a name."
+        )
+    return tuple(names)
+
+
 def images_of(shards: Shards, containers: Sequence[Container], classes: Classes, left_out: LeftOut) -> ImageSet:
     """Return the images of all files that have one of the classes; all images if none has one.
 

@@ -1,4 +1,4 @@
-"""Data sets of images in their forms: the digits, folders, and, from rooms of their own, tables and tars."""
+"""Data sets of images in their forms: the digits, folders, and, from rooms of their own, lists, tables and tars."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,15 @@ from PIL import Image
 
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, UnsupportedError, check
 from beitzoo.files import full_path
+from beitzoo.images.arrow_sets import is_saved, saved_images
+from beitzoo.images.csv_sets import listed_images
 from beitzoo.images.folders import EMPTY_CLASSES, OUTSIDE, LeftOut, images_below, why_not
 from beitzoo.images.image_set import ImageSet
-from beitzoo.images.shards import PARTS
+from beitzoo.images.shards import PART_OF, PARTS, arrange
 from beitzoo.images.tables import find_tables
 from beitzoo.images.tars import find_tars
 
-Source = Literal["digits", "folder", "images", "parquet", "webdataset"]
+Source = Literal["digits", "folder", "images", "csv", "parquet", "arrow", "webdataset"]
 
 _SUFFIXES: dict[str, Source] = {".parquet": "parquet", ".tar": "webdataset"}
 # Names of folders that are parts of a data set.
@@ -27,7 +29,8 @@ def find_images(source: Source, path: Path | None = None) -> ImageSet:
 
     Args:
         source: In which form it is: `digits`; `folder`, with a subfolder per class; `images`, a folder of images
-            without classes; `parquet`, tables in the hub's form; `webdataset`, tars.
+            without classes; `csv`, a list of paths and labels; `parquet`, tables in the hub's form; `arrow`, a folder
+            that `save_to_disk` of the library datasets wrote; `webdataset`, tars.
         path: Where it is. Of tables and tars a folder, one file or a pattern. The digits are nowhere.
 
     Raises:
@@ -44,6 +47,10 @@ def find_images(source: Source, path: Path | None = None) -> ImageSet:
             return labelled_folder(path)
         case "images":
             return folder_of_images(path)
+        case "csv":
+            return listed_images(path)
+        case "arrow":
+            return saved_images(path)
         case "parquet":
             return find_tables(path)
         case "webdataset":
@@ -51,7 +58,11 @@ def find_images(source: Source, path: Path | None = None) -> ImageSet:
 
 
 def guess_source(path: Path) -> Source:
-    """Tell by names whether what lies there are tables of images, tars of images or images in class folders."""
+    """Tell by names whether what lies there is a list, tables or tars of images, or images in class folders."""
+    if path.suffix.lower() == ".csv":
+        return "csv"
+    if is_saved(path):
+        return "arrow"
     for suffix, source in _SUFFIXES.items():
         # In the hub's repositories tables are in a folder `data`; whole trees of images are not searched for them.
         if path.suffix.lower() == suffix or any(any(path.glob(f"{place}*{suffix}")) for place in ("", "data/")):
@@ -78,27 +89,51 @@ def digits() -> ImageSet:
 def labelled_folder(root: Path) -> ImageSet:
     """Return the images of a folder that has one subfolder per class; classes are in order of their names.
 
+    Parts of the data set may be above the classes: `train` beside `val`, `test` or both, as `shards.PARTS` calls them.
     A subfolder that is hidden, left by a tool or without an image is no class; `ImageSet.left_out` says which were.
 
     Raises:
         MissingFileError: No such folder, or no images in subfolders of it.
         FileAccessError: The folder cannot be listed.
-        InvalidValueError: Its subfolders are parts of a data set, such as train and val, and not classes.
+        InvalidValueError: Some of its subfolders are called like parts of a data set, and the others not; or a part
+            has classes that are not trained on.
     """
     root = full_path(root)
     left_out = LeftOut()
-    classes = {name: list(images_below(root / name, left_out, base=root)) for name in _class_folders(root, left_out)}
-    for name, files in classes.items():
+    folders = _class_folders(root, root, left_out)
+    classes = [
+        (part, name, list(images_below(folder / name, left_out, base=root)))
+        for part, folder in _own_parts(root, folders)
+        for name in (_class_folders(folder, root, left_out) if part else folders)
+    ]
+    for part, name, files in classes:
         if not files:
-            left_out.add(EMPTY_CLASSES, name)
-    names = tuple(name for name, files in classes.items() if files)
-    if not names:
+            left_out.add(EMPTY_CLASSES, f"{part}/{name}" if part else name)
+    found = [(part, name, file) for part, name, files in classes for file in files]
+    if not found:
         raise MissingFileError(
             ". ".join([f"No images in class folders below {root}; expected {root}/CLASS/IMAGE", *left_out.describe()])
         )
-    images = [path for name in names for path in classes[name]]
-    labels = [label for label, name in enumerate(names) for _ in classes[name]]
-    return ImageSet(images, labels, names, root, left_out)
+    names = tuple(dict.fromkeys(name for part, name, _ in found if part in ("", "train")))
+    for part, name, file in found:
+        check(
+            name in names,
+            f"{file.parent} is of the part {part}, but {name} is no class of the images to train on "
+            f"({', '.join(names[:5])}); give all parts the same class folders.",
+        )
+    number = {name: place for place, name in enumerate(names)}
+    _, parts = arrange([part for part, _, _ in found])  # they are in their order already
+    return ImageSet([file for *_, file in found], [number[name] for _, name, _ in found], names, root, left_out, parts)
+
+
+def _own_parts(root: Path, names: Sequence[str]) -> list[tuple[str, Path]]:
+    """Return the folders of parts, with the name of each part, in order; or the root alone, as no part."""
+    parts = {name: PART_OF[name.lower()] for name in names if name.lower() in PART_OF}
+    twice = len(set(parts.values())) < len(parts)
+    if len(parts) < len(names) or "train" not in parts.values() or len(parts) < 2 or twice:
+        _refuse_parts(root, names, all_alone=True)
+        return [("", root)]
+    return sorted(((part, root / name) for name, part in parts.items()), key=lambda own: list(PARTS).index(own[0]))
 
 
 def folder_of_images(root: Path) -> ImageSet:
@@ -128,14 +163,13 @@ def _entries(root: Path, form: str) -> list[tuple[str, bool]]:
         raise FileAccessError(f"The folder {root} cannot be listed: {error.strerror}. Give another one.") from error
 
 
-def _class_folders(root: Path, left_out: LeftOut) -> list[str]:
-    entries = _entries(root, f"{root}/CLASS/IMAGE")
+def _class_folders(folder: Path, root: Path, left_out: LeftOut) -> list[str]:
+    """Name the subfolders that may be classes; list what else there is by its path below the root."""
+    entries = _entries(folder, f"{folder}/CLASS/IMAGE")
     for name, is_folder in entries:
         if reason := why_not(name, is_folder) or (None if is_folder else OUTSIDE):
-            left_out.add(reason, name)
-    names = [name for name, is_folder in entries if is_folder and why_not(name, is_folder) is None]
-    _refuse_parts(root, names, all_alone=True)
-    return names
+            left_out.add(reason, (folder / name).relative_to(root).as_posix())
+    return [name for name, is_folder in entries if is_folder and why_not(name, is_folder) is None]
 
 
 def _refuse_parts(root: Path, names: Sequence[str], all_alone: bool) -> None:

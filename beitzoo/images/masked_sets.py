@@ -1,10 +1,8 @@
 """Images with masks: which mask belongs to which image, in folders, in a CSV or in tables of the hub's form."""
 
-import csv
-import io
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,13 +10,14 @@ from typing import Literal
 from PIL import Image
 
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, check
-from beitzoo.files import full_path, read_text
-from beitzoo.images.classes import CLASSES_FILE
+from beitzoo.files import full_path
+from beitzoo.images.classes import CLASSES_FILE, names_in
+from beitzoo.images.csv_rows import NOT_THERE, file_in, part_in, read_rows
 from beitzoo.images.files import Encoded, ImageError, as_image
 from beitzoo.images.folders import WITHOUT_IMAGE, WITHOUT_MASK, LeftOut, images_below, why_not
 from beitzoo.images.image_set import ImageSet, Joined, with_held_out
 from beitzoo.images.label_maps import LabelMap, MaskLabels, read_label_map
-from beitzoo.images.shards import PARTS
+from beitzoo.images.shards import PART_OF, arrange
 from beitzoo.images.tables import find_mask_tables
 from beitzoo.zoo.labels import ade20k_classes
 
@@ -30,9 +29,7 @@ MASK_FOLDERS = ("annotations", "masks", "labels", "ann_dir")
 
 SAME_NAME = "of one name, so that it is unknown which belong together"
 OUTSIDE_PARTS = "outside of the parts of the data set"
-NOT_THERE = "named in the CSV, but not there"
 
-_PART_OF = {word: part for part, words in PARTS.items() for word in words}
 _LAYOUT = "images/NAME.jpg and annotations/NAME.png, or images/training/NAME.jpg and annotations/training/NAME.png"
 
 
@@ -164,7 +161,7 @@ def with_held_out_masks(masked: MaskedSet, held_out: MaskedSet) -> MaskedSet:
 def _resolved(given: MaskLabels | LabelOptions, folders: Sequence[Path]) -> MaskLabels:
     """Return what pixels stand for; names that are given must be those of a `classes.txt`, if there is one."""
     file = next((folder / CLASSES_FILE for folder in folders if (folder / CLASSES_FILE).is_file()), None)
-    listed = () if file is None else _names_in(file)
+    listed = () if file is None else names_in(file)
     labels = given if isinstance(given, MaskLabels) else _labels_of(given, listed, folders[0] / CLASSES_FILE)
     if listed and listed != labels.names:
         place = next((n for n, (a, b) in enumerate(zip(listed, labels.names, strict=False)) if a != b), None)
@@ -192,20 +189,6 @@ def _labels_of(options: LabelOptions, listed: tuple[str, ...], file: Path) -> Ma
 def _colour(name: str, parts: Sequence[int]) -> tuple[int, int, int]:
     check(len(parts) == 3, f"The colour of {name} is {tuple(parts)}; expected red, green and blue, each from 0 to 255.")
     return parts[0], parts[1], parts[2]
-
-
-def _names_in(file: Path) -> tuple[str, ...]:
-    """Read the names of the classes; a name left out would give all later ones another number."""
-    names = [line.strip() for line in read_text(file).removeprefix("\ufeff").rstrip().splitlines()]
-    check(bool(names), f"{file} is empty; write the name of a class on each line, in the order of their numbers.")
-    empty = [number for number, name in enumerate(names, start=1) if not name]
-    check(not empty, f"{file}, line {empty[:1]}: there is no name. Each line names a class; remove it or write one.")
-    for number, name in enumerate(names):
-        first = names.index(name)
-        check(
-            first == number, f"{file}, lines {first + 1} and {number + 1}: both are {name!r}. Give each class a name."
-        )
-    return tuple(names)
 
 
 def _of_folders(root: Path) -> tuple[ImageSet, list[Path]]:
@@ -239,7 +222,7 @@ def _in_parts(folder: Path, root: Path, left_out: LeftOut) -> dict[tuple[str, st
         inside = {path.name: path.is_dir() for path in folder.iterdir()}
     except OSError as error:
         raise FileAccessError(f"The folder {folder} cannot be listed: {error.strerror}. Give another one.") from error
-    parts = {name: _PART_OF[name.lower()] for name in sorted(inside) if inside[name] and name.lower() in _PART_OF}
+    parts = {name: PART_OF[name.lower()] for name in sorted(inside) if inside[name] and name.lower() in PART_OF}
     for name in sorted(inside.keys() - parts.keys()) if parts else ():
         left_out.add(why_not(name, inside[name]) or OUTSIDE_PARTS, f"{folder.name}/{name}")
     found = defaultdict(list)
@@ -277,24 +260,17 @@ class _Pair:
     mask: Path
 
 
-def _set_of(pairs: Iterable[_Pair], root: Path, left_out: LeftOut) -> tuple[ImageSet, list[Path]]:
-    """Put the pairs of each part one after the other. Parts count where one of several is to train on."""
-    order = [*PARTS, ""]
-    pairs = sorted(pairs, key=lambda pair: order.index(pair.part))
-    counts = Counter(pair.part for pair in pairs)
-    parts, end = {}, 0
-    for part in filter(counts.__contains__, order):
-        parts[part] = range(end, end + counts[part])
-        end += counts[part]
-    images = [pair.image for pair in pairs]
-    own = parts if "train" in parts and len(parts) > 1 else {}
-    return ImageSet(images, None, (), root, left_out, own), [pair.mask for pair in pairs]
+def _set_of(pairs: Sequence[_Pair], root: Path, left_out: LeftOut) -> tuple[ImageSet, list[Path]]:
+    """Put the pairs of each part one after the other."""
+    order, own = arrange([pair.part for pair in pairs])
+    images = [pairs[place].image for place in order]
+    return ImageSet(images, None, (), root, left_out, own), [pairs[place].mask for place in order]
 
 
 def _of_pairs(path: Path) -> tuple[ImageSet, list[Path]]:
     left_out = LeftOut()
     pairs, lines = [], dict[Path, int]()
-    for line, row in _rows(path):
+    for line, row in read_rows(path, (("image",), ("mask",))):
         pair = _pair(row, f"{path}, line {line}", path.parent)
         first = lines.setdefault(pair.image, line)
         check(first == line, f"{path}, lines {first} and {line}: both name {row['image']}. Remove one of them.")
@@ -311,36 +287,7 @@ def _of_pairs(path: Path) -> tuple[ImageSet, list[Path]]:
     return _set_of(pairs, root, left_out)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a CSV of pairs, with the number of the line where each ends."""
-    text = read_text(path).removeprefix("\ufeff")
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    try:
-        header = reader.fieldnames or ()
-        if not {"image", "mask"} <= set(header) or len(set(header)) < len(header):
-            raise InvalidValueError(
-                f"{path}, line 1: the columns are {', '.join(header) or 'none'}. Expected image, mask and perhaps "
-                "part, separated by commas; write them as the first line."
-            )
-        for row in reader:
-            check(
-                None not in row and None not in row.values(),
-                f"{path}, line {reader.line_num}: there are not {len(header)} fields, as many as columns. Put names "
-                "with a comma in quotation marks.",
-            )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise InvalidValueError(f"{path}, line {reader.reader.line_num}: {error}. Save it as CSV again.") from error
-
-
 def _pair(row: Mapping[str, str], place: str, folder: Path) -> _Pair:
-    for column in ("image", "mask"):
-        check(bool(row[column].strip()), f"{place}: there is no {column}. Write its path, or remove the line.")
-    word = row.get("part", "").strip().lower()
-    check(
-        not word or word in _PART_OF,
-        f"{place}: there is no part {word!r}. Parts are {', '.join(PARTS)}; write one of them, or nothing.",
-    )
-    image, mask = (Path(os.path.normpath(folder.absolute() / full_path(row[name]))) for name in ("image", "mask"))
+    image, mask = (file_in(row, name, place, folder) for name in ("image", "mask"))
     check(image != mask, f"{place}: image and mask are the same file, {image}. Name the mask of this image.")
-    return _Pair(_PART_OF.get(word, ""), image, mask)
+    return _Pair(part_in(row, place), image, mask)

@@ -3,7 +3,8 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ PARTS = {
     "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-_PART_OF = {word: part for part, words in PARTS.items() for word in words}
+PART_OF = {word: part for part, words in PARTS.items() for word in words}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _LONGEST_RANGE = 100_000
 
@@ -120,10 +121,29 @@ def _in_parts(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     return found if "train" in found else {"train": files}
 
 
+def arrange(parts: Sequence[str]) -> tuple[list[int], dict[str, range]]:
+    """Bring images into the order of their parts; return it, as indices, and where each part then lies.
+
+    Parts count where one of several is to train on, and images in no part are then not used; else there are none.
+
+    Args:
+        parts: Of each image; empty where none is named.
+    """
+    order = [*PARTS, ""]
+    counts = Counter(parts)
+    places, end = {}, 0
+    for part in filter(counts.__contains__, order):
+        places[part] = range(end, end + counts[part])
+        end += counts[part]
+    named = {part: place for part, place in places.items() if part}
+    own = named if "train" in named and len(named) > 1 else {}
+    return sorted(range(len(parts)), key=lambda place: order.index(parts[place])), own
+
+
 def _part_of(name: Path) -> str:
     """Return the part that a word of a name says, the last folder before the first."""
     for place in reversed(name.parts):
         for word in re.split(r"[^a-z0-9]+", place.lower()):
-            if word in _PART_OF:
-                return _PART_OF[word]
+            if word in PART_OF:
+                return PART_OF[word]
     return "train"

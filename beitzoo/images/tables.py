@@ -1,11 +1,10 @@
 """Parquet files of images, in the form that data sets have on the Hugging Face hub: columns `image` and `label`."""
 
 import hashlib
-import json
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,34 +23,15 @@ from beitzoo.images.files import Encoded, ImageError
 from beitzoo.images.folders import WITHOUT_IMAGE, WITHOUT_MASK, LeftOut
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.shards import Shards, find_shards
+from beitzoo.images.table_forms import Form, Labels, form_of, holds_bytes, image_bytes, labels_in
 
 _logger = logging.getLogger(__name__)
 
-# Columns that are looked for before those that the hub's notes in a file call images and classes.
-_IMAGE_NAMES = ("image", "img")
-_LABEL_NAME = "label"
 # Columns of masks, as data sets on the hub call them.
 MASK_COLUMNS = ("annotation", "label", "mask", "segmentation_mask")
 # Bytes of a data set that are kept in memory at most; each process may have to keep its own.
 _MOST_IN_MEMORY = 2**30
 _ROWS_AT_A_TIME = 256
-
-
-@dataclass(frozen=True)
-class _Form:
-    """What the schema of a Parquet file says.
-
-    Attributes:
-        image: Column of the images.
-        in_struct: Whether that holds their bytes in a field `bytes`.
-        label: Column of the classes, if there is one.
-        names: Of the classes, as the hub notes them.
-    """
-
-    image: str
-    in_struct: bool
-    label: str | None
-    names: tuple[str, ...] | None
 
 
 class Table:
@@ -66,7 +46,7 @@ class Table:
         copy: The Arrow file; None keeps the images in memory.
     """
 
-    def __init__(self, path: Path, form: _Form, copy: Path | None) -> None:
+    def __init__(self, path: Path, form: Form, copy: Path | None) -> None:
         self.path, self.copy = path, copy
         self._form = form
 
@@ -165,16 +145,12 @@ def _damaged(path: Path, reason: str) -> InvalidValueError:
     return InvalidValueError(f"{path} cannot be read as Parquet: {reason}. Get it again, or remove it.")
 
 
-def _image_bytes(path: Path, form: _Form) -> Iterator[Any]:
+def _image_bytes(path: Path, form: Form) -> Iterator[Any]:
     """Yield the image files of a table, as arrays of bytes of some hundred rows."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     column = f"{form.image}.bytes" if form.in_struct else form.image
     with _parquet(path) as file:
         for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[column], use_threads=False):
-            values = batch.column(0)
-            yield (pc.struct_field(values, "bytes") if form.in_struct else values).cast(pa.large_binary())
+            yield image_bytes(batch.column(0), form)
 
 
 @dataclass(frozen=True)
@@ -202,9 +178,9 @@ def find_tables(path: Path) -> ImageSet:
     """Return the images of Parquet files, and their classes if they have any.
 
     A column `image` holds the bytes of image files, alone or in a field `bytes` beside a `path`; another name is taken
-    if it is `img` or the hub's notes in the file call it images. Classes are numbers or words in a column `label`, or
-    in the one that the hub's notes call classes; these notes, or else a `classes.txt`, name them. Rows without a class
-    are left out, unless no row has one.
+    if it is `img` or the hub's notes in the file call it images. Classes are numbers or words in a column `label`, else
+    `fine_label` (of CIFAR-100, which has coarse ones beside it), else the one that the hub's notes call classes; these
+    notes, or else a `classes.txt`, name them. Rows without a class are left out, unless no row has one.
 
     Up to 1 GiB of images are kept in memory. More are copied once, uncompressed, to the folder `beitzoo/tables` beside
     the hub's cache, and anew when a file has another size or time of change.
@@ -214,7 +190,7 @@ def find_tables(path: Path) -> ImageSet:
         InvalidValueError: A file has no images, or other classes than the others, or is no Parquet file.
     """
     shards = _shards(path)
-    forms = {file: _form(file) for file in shards.files}
+    forms = {file: form_of(file, _schema(file)) for file in shards.files}
     names = {form.names for form in forms.values() if form.names}
     if len(names) > 1:
         raise InvalidValueError(f"The tables at {shards.root} have different classes; give those of one data set.")
@@ -239,7 +215,7 @@ def find_mask_tables(path: Path) -> tuple[ImageSet, Sequence[Encoded]]:
     """
     shards = _shards(path)
     masks = {file: _mask_form(file) for file in shards.files}
-    images = {file: _form(file, {form.image}) for file, form in masks.items()}
+    images = {file: form_of(file, _schema(file), {form.image}) for file, form in masks.items()}
     image_tables, mask_tables = _tables(images), _tables(masks)
     left_out = LeftOut()
     keep = []
@@ -260,22 +236,21 @@ def _shards(path: Path) -> Shards:
     return find_shards(path, (".parquet",), "Parquet files")
 
 
-def _mask_form(path: Path) -> _Form:
+def _mask_form(path: Path) -> Form:
     import pyarrow as pa
 
-    with _parquet(path) as file:
-        schema = file.schema_arrow
-    found = [name for name in MASK_COLUMNS if _holds_bytes(schema, name)]
+    schema = _schema(path)
+    found = [name for name in MASK_COLUMNS if holds_bytes(schema, name)]
     if len(found) != 1:
         what = f"several columns of masks, {', '.join(found)}" if found else "no column of masks"
         raise InvalidValueError(
             f"{path} has {what}. Expected one column {', '.join(MASK_COLUMNS[:-1])} or {MASK_COLUMNS[-1]} of bytes, or "
             "of {bytes, path} as on the hub; rename or remove the others, or give other tables."
         )
-    return _Form(found[0], pa.types.is_struct(schema.field(found[0]).type), None, None)
+    return Form(found[0], pa.types.is_struct(schema.field(found[0]).type), None, None)
 
 
-def _tables(forms: dict[Path, _Form]) -> list[Table]:
+def _tables(forms: dict[Path, Form]) -> list[Table]:
     """Read the images into memory if they are few, or else see to it that they are copied."""
     sizes = {file: _image_size(file, form) for file, form in forms.items()}
     copied = sum(sizes.values()) > _MOST_IN_MEMORY
@@ -291,56 +266,12 @@ def _tables(forms: dict[Path, _Form]) -> list[Table]:
     return [table.open() for table in tables]
 
 
-def _form(path: Path, masks: Collection[str] = ()) -> _Form:
-    """Read the form of a table; columns of masks are not those of its images."""
-    import pyarrow as pa
-
+def _schema(path: Path) -> Any:
     with _parquet(path) as file:
-        schema = file.schema_arrow
-    features = _hub_features(schema.metadata or {})
-    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
-    called_images = (name for name, kind in kinds.items() if kind == "Image")
-    image = next(
-        (name for name in (*_IMAGE_NAMES, *called_images) if _holds_bytes(schema, name) and name not in masks), None
-    )
-    if image is None:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise InvalidValueError(
-            f"{path} has no column of images, but {columns or 'no column at all'}. Expected a column 'image' of bytes, "
-            "or of {bytes, path} as on the hub; rename it, or give other tables."
-        )
-    classes = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
-    label = _LABEL_NAME if _LABEL_NAME in schema.names else classes[0] if len(classes) == 1 else None
-    names = features[label].get("names") if label in classes else None
-    named = tuple(map(str, names)) if isinstance(names, list) else None
-    return _Form(image, pa.types.is_struct(schema.field(image).type), label, named)
+        return file.schema_arrow
 
 
-def _hub_features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
-    """Return what the hub's library notes about columns; nothing if there are no notes, or odd ones."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _holds_bytes(schema: Any, name: str) -> bool:
-    import pyarrow as pa
-
-    if schema.get_field_index(name) < 0:  # there is none, or more than one
-        return False
-    kind = schema.field(name).type
-    if pa.types.is_struct(kind):
-        place = kind.get_field_index("bytes")
-        if place < 0:
-            return False
-        kind = kind.field(place).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _image_size(path: Path, form: _Form) -> int:
+def _image_size(path: Path, form: Form) -> int:
     name = f"{form.image}.bytes" if form.in_struct else form.image
     with _parquet(path) as file:
         groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
@@ -352,7 +283,7 @@ def _copies() -> Path:
     return Path(constants.HF_HOME) / "beitzoo" / "tables"
 
 
-def _copy_of(path: Path, form: _Form) -> Path:
+def _copy_of(path: Path, form: Form) -> Path:
     """Return where the copy of a table lies: named by the file, and by its size and time of change."""
     status = path.stat()
     parts = [f"{path.absolute()}\0{form.image}", f"{status.st_size} {status.st_mtime_ns}"]
@@ -360,21 +291,9 @@ def _copy_of(path: Path, form: _Form) -> Path:
     return _copies() / f"{'-'.join(hashes)}.arrow"
 
 
-def _labels(path: Path, form: _Form) -> Any:
-    """Read the classes of a table: numbers, -1 for none; or words, None for none."""
-    import pyarrow as pa
-
+def _labels(path: Path, form: Form) -> Labels:
     with _parquet(path) as file:
         if form.label is None:
             return np.full(file.metadata.num_rows, -1)
         column = file.read(columns=[form.label], use_threads=False).column(0)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if any(is_text(column.type) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        return column.to_pylist()
-    if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
-        return column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()  # from 2^63 on it is negative: no class
-    raise InvalidValueError(
-        f"The column {form.label} of {path} holds {column.type}, not one class per image. Expected whole numbers or "
-        "words; rename it to use the images without classes."
-    )
+    return labels_in(path, form.label, column)

@@ -97,7 +97,7 @@ class DataSection(Section):
             same images held out.
     """
 
-    source: Literal["digits", "folder", "images", "parquet", "webdataset", "annotations", "pairs"]
+    source: Literal["digits", "folder", "images", "csv", "parquet", "arrow", "webdataset", "annotations", "pairs"]
     path: FullPath | None = None
     test_path: FullPath | None = None
     test_fraction: Fraction | None = None

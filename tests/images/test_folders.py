@@ -73,8 +73,8 @@ def test_a_set_says_what_it_holds() -> None:
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
-        (("train/cat/1.png", "val/cat/1.png"), "train, val"),
-        (("train/1.png", "test/1.png"), "test, train"),
+        (("test/cat/1.png", "val/cat/1.png"), "test, val"),
+        (("test/cat/1.png", "train/cat/1.png", "training/cat/1.png"), "test, train, training"),
         (("Training/cat/1.png", "validation/cat/1.png", "other/1.png"), "Training, validation"),
         (("train/cat/1.png",), "train"),
     ],
@@ -82,6 +82,35 @@ def test_a_set_says_what_it_holds() -> None:
 def test_parts_of_a_data_set_are_no_classes(names: tuple[str, ...], parts: str, tmp_path: Path) -> None:
     fill(tmp_path, *names)
     with pytest.raises(InvalidValueError, match=rf"has {parts}, which are parts of a data set .*such as {tmp_path}/"):
+        labelled_folder(tmp_path)
+
+
+def test_parts_may_be_above_the_classes(tmp_path: Path) -> None:
+    """As ImageNet and many others are laid out; each class has one number in all parts."""
+    fill(tmp_path, "val/dog/3.png", "train/cat/1.png", "train/dog/2.png", "test/cat/4.png", "train/owl/notes.txt")
+    fill(tmp_path, "test/dog/.hidden.png", "readme.txt")
+    images = labelled_folder(tmp_path)
+    assert (images.names, images.labels) == (("cat", "dog"), [0, 1, 1, 0])
+    assert images.parts == {"train": range(2), "validation": range(2, 3), "test": range(3, 4)}
+    assert [images.identity(index)[0] for index in range(4)] == [
+        "train/cat/1.png",
+        "train/dog/2.png",
+        "val/dog/3.png",
+        "test/cat/4.png",
+    ]
+    assert images.describe()[2:] == [
+        "Left out 2, not called like images: readme.txt, train/owl/notes.txt",
+        "Left out 1, hidden, or left by a tool: test/dog/.hidden.png",
+        "Left out 2, class folders without an image: train/owl, test/dog",
+    ]
+    fill(tmp_path, "val/fox/5.png")
+    with pytest.raises(InvalidValueError, match=r"val/fox is of the part validation, but fox is no class .*cat, dog"):
+        labelled_folder(tmp_path)
+
+
+def test_parts_without_class_folders_have_no_classes(tmp_path: Path) -> None:
+    fill(tmp_path, "train/1.png", "test/1.png")
+    with pytest.raises(MissingFileError, match=r"Left out 2, outside of class folders: train/1.png, test/1.png"):
         labelled_folder(tmp_path)
 
 

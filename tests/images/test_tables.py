@@ -196,3 +196,12 @@ def test_images_are_sent_by_the_name_of_their_table(tmp_path: Path) -> None:
     assert len(sent) < 2000
     assert len(pickle.dumps(images.images[1])) < 500
     assert pickle.loads(sent)[1].read() == content
+
+
+def test_the_fine_one_of_two_labels_is_taken(tmp_path: Path) -> None:
+    """As CIFAR-100 has them on the hub; a column `label` goes before both."""
+    columns = {"img": pa.array([{"bytes": png(0), "path": "a.png"}] * 2, STRUCT), "fine_label": [7, 9]}
+    pq.write_table(pa.table({"coarse_label": [1, 0], **columns}), tmp_path / "a.parquet")
+    assert find_images("parquet", tmp_path).labels == [7, 9]
+    pq.write_table(pa.table({**columns, "label": [0, 1]}), tmp_path / "a.parquet")
+    assert find_images("parquet", tmp_path).labels == [0, 1]
