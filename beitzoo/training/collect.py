@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,9 @@ _SAME = (*_WHAT, "epochs", "updates", "batch_size", "precision")
 _SEEDS = ("seed", "split_seed", "label_seed", "start_seed", "tokenizer_seed")
 _COST = ("train_seconds", "earlier_seconds", "images_per_sec", "wait_share", "processes")
 _RIGHT = ("top1", "top5", "count", "failures", "val_top1")
+_OF_PIXELS = ("miou", "macc", "aacc", "val_miou")
 _OF_TOKENS = ("loss", "val_loss", "token_accuracy", "codes_used", "perplexity", "explained")
-COLUMNS = ("run", *_SAME, *_SEEDS, *_RIGHT, *_OF_TOKENS, "probe_linear", "probe_knn", *_COST, *ENVIRONMENT)
+COLUMNS = ("run", *_SAME, *_SEEDS, *_RIGHT, *_OF_PIXELS, *_OF_TOKENS, "probe_linear", "probe_knn", *_COST, *ENVIRONMENT)
 # A run that is collected again replaces its row.
 KEY = ("run",)
 
@@ -90,7 +92,7 @@ def row_of(run: FinishedRun, name: str) -> Row:
     row: Row = {
         "run": name,
         "task": recipe.task.kind,
-        "model": _network(recipe),
+        "model": metrics.get("model") or _network(recipe),  # a baseline says what it trained in its place
         "start": _start_name(recipe, start),
         "tokenizer": _tokenizer_name(run, tokenizer),
         "teacher": _teacher(run, tokenizer),
@@ -106,28 +108,38 @@ def row_of(run: FinishedRun, name: str) -> Row:
         # Of codes that a tokenizer gives, or that a network in pretraining is asked for.
         "perplexity": run.last("perplexity") or run.last("code_perplexity"),
     }
-    measured = ("train_images", "updates", "split_seed", "train_seconds", "processes", "val_top1", "val_loss")
+    measured = (
+        "train_images",
+        "updates",
+        "split_seed",
+        "train_seconds",
+        "processes",
+        "val_top1",
+        "val_miou",
+        "val_loss",
+    )
     row |= {name: metrics.get(name) for name in (*measured, *ENVIRONMENT)}
-    for name in ("top1", "top5", "count", "failures", "token_accuracy", "explained"):
+    for name in ("top1", "top5", "count", "failures", "miou", "macc", "aacc", "token_accuracy", "explained"):
         row[name] = metrics.get(f"test_{name}", metrics.get(f"val_{name}", run.last(name)))
     return {name: _rounded(row.get(name)) for name in COLUMNS}
 
 
 def summarise(rows: Sequence[Row]) -> list[str]:
-    """Say mean and sample standard deviation of top-1 over the runs that differ in their seeds only."""
-    groups: dict[tuple[Value, ...], list[float]] = {}
-    for row in rows:
-        if row["top1"] not in (None, ""):
-            groups.setdefault(tuple(row[name] for name in _SAME), []).append(float(row["top1"] or 0))
+    """Say mean and sample standard deviation of top-1 or mIoU over the runs that differ in their seeds only."""
+    groups: dict[tuple[str, tuple[Value, ...]], list[float]] = {}
+    for row, measure in itertools.product(rows, ("top1", "miou")):
+        if row[measure] not in (None, ""):
+            same = tuple(row[name] for name in _SAME)
+            groups.setdefault((measure, same), []).append(float(row[measure] or 0))
     lines = []
-    for same, values in groups.items():
+    for (measure, same), values in groups.items():
         facts = dict(zip(_SAME, same, strict=True))
         labels = f"{facts['train_per_class']} labels per class" if facts["train_per_class"] else "all labels"
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         origin = f"{facts['start']}" + f" ({facts['tokenizer']})" * bool(facts["tokenizer"])
         lines.append(
             f"{facts['data']}, {labels}, {facts['updates']} updates from {origin}: "
-            f"top1 {statistics.fmean(values):.2f}{spread} (n={len(values)})"
+            f"{measure} {statistics.fmean(values):.2f}{spread} (n={len(values)})"
         )
     return lines
 

@@ -20,7 +20,7 @@ from beitzoo.training.optim import make_optimizer
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, load_recipe
 from beitzoo.training.run import run
-from beitzoo.training.task import Metrics, compute_loss
+from beitzoo.training.task import compute_loss
 from beitzoo.training.tasks.segment import SegmentTask, prepare
 
 LEVELS = 4
@@ -83,11 +83,11 @@ class UnetTask(SegmentTask):
         directory.mkdir(exist_ok=True)
         torch.save(model.unet.state_dict(), directory / _WEIGHTS)
 
-    def measure_best(self, directory: Path) -> Metrics:
-        """Measure the best weights on the held-out images."""
+    def measure_best(self, directory: Path) -> dict[str, Any]:
+        """Measure the best weights on the held-out images, and say what they are of."""
         assert isinstance(self.model, UnetSegmenter)
         self.model.unet.load_state_dict(torch.load(directory / _WEIGHTS, weights_only=True))
-        return self.measure_test(self.model.eval())
+        return {**self.measure_test(self.model.eval()), "model": "unet"}
 
 
 def prepare_unet(recipe: Recipe, processes: Processes) -> tuple[UnetTask, UnetSegmenter]:

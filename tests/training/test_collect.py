@@ -109,6 +109,20 @@ def test_pretraining_and_tokenizers_have_their_own_measures(chain: Path) -> None
     assert (tokenizer["teacher"], tokenizer["tokenizer"], tokenizer["top1"]) == ("pixels", None, None)
 
 
+def test_segmentation_is_measured_by_its_scores_and_a_baseline_says_what_it_is(tmp_path: Path) -> None:
+    recipe = {"model": {"name": "beit_nano_patch4_32"}, "task": {"kind": "segment"}}
+    scores = {"test_macc": 60.0, "test_aacc": 90.0, "val_miou": 51.0, "train_seconds": 1}
+    for seed, miou in ((0, 50.0), (1, 52.0)):
+        write_run(tmp_path / f"ours-{seed}", recipe, "line,loss\n", seed=seed, test_miou=miou, **scores)
+    write_run(tmp_path / "unet", recipe, "line,loss\n", seed=0, test_miou=55.0, model="unet", **scores)
+    rows = [row_of(read_run(tmp_path / name), name) for name in ("ours-0", "ours-1", "unet")]
+    assert [row["model"] for row in rows] == ["beit_nano_patch4_32"] * 2 + ["unet"]
+    assert [rows[0][name] for name in ("miou", "macc", "aacc", "val_miou", "top1")] == [50.0, 60.0, 90.0, 51.0, None]
+    ours, unet = summarise(rows)
+    assert ours.endswith("miou 51.00 ± 1.41 (n=2)")
+    assert unet.endswith("miou 55.00 (n=1)")
+
+
 def test_a_start_that_is_no_run_is_called_by_its_name(chain: Path) -> None:
     model = {"name": "beit_nano_patch4_32.digits", "pretrained": True}
     folder = write_run(chain / "other", {"model": model}, "line,loss\n", seed=0, train_seconds=1)

@@ -143,14 +143,15 @@ def test_the_best_model_knows_its_classes_and_names_pixels(run: Path, squares: P
     assert min(right) > 0.9
 
 
-def test_heads_stay_for_the_same_classes_and_are_fresh_for_others(run: Path, squares: Path) -> None:
+def test_heads_stay_for_the_same_classes_and_are_fresh_for_others(run: Path, squares: Path, tmp_path: Path) -> None:
     model = {"name": str(run), "pretrained": True, "overrides": {}}
     trained = beitzoo.create_model(run, pretrained=True)
     _, same = prepared(squares_recipe(squares, model=model))
     assert isinstance(trained, Segmenter)
     assert torch.equal(same.decode_head.conv_seg.weight, trained.decode_head.conv_seg.weight)
     names = ["floor", "bush", "brick"]
-    _, other = prepared(squares_recipe(squares, model=model, task={"labels": {"classes": names, "ignore": [3]}}))
+    (write_squares(tmp_path) / "classes.txt").write_text("\n".join(names))
+    _, other = prepared(squares_recipe(tmp_path, model=model))
     assert other.class_names == tuple(names)
     assert not torch.equal(other.decode_head.conv_seg.weight, trained.decode_head.conv_seg.weight)
     assert torch.equal(other.decode_head.bn.weight, trained.decode_head.bn.weight)

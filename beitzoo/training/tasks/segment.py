@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitzoo.evaluation.confusion import ConfusionMatrix, PixelScores
+from beitzoo.evaluation.confusion import PixelScores
+from beitzoo.evaluation.segmentation import measure_segmenter
 from beitzoo.factory import create_model
 from beitzoo.images.augment_pixels import PixelViews
-from beitzoo.images.files import ImageError
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.label_maps import IGNORE
 from beitzoo.images.loading import load_batches
 from beitzoo.images.mask_check import check_masks
 from beitzoo.images.masked_sets import MaskedSet
 from beitzoo.images.splits import Split
-from beitzoo.inference.segment import SegmentOptions, label_pixels
+from beitzoo.inference.segment import SegmentOptions
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.saving import save_pretrained
 from beitzoo.training.data import Order, UnreadableImages, split_images
@@ -240,16 +240,10 @@ class SegmentTask:
             InvalidValueError: None of the images has a pixel with a class, or can be read.
         """
         assert isinstance(model, Segmenter)
-        options = _options(self.section.inference)
-        channels = self.model.backbone.config.in_chans
-        matrix = ConfusionMatrix(len(self.masked.labels.names), self.processes.device)
-        for index in indices[self.processes.rank :: self.processes.count]:
-            try:
-                image, mask = self.masked.load(index, channels)
-            except ImageError as error:
-                self._unreadable.add([(self.images.identity(index)[0], str(error))])
-                continue
-            matrix.add(label_pixels(model, image, options), torch.from_numpy(mask))
+        share = indices[self.processes.rank :: self.processes.count]
+        options, workers = _options(self.section.inference), max(self.recipe.run.workers, 1)
+        matrix, failures = measure_segmenter(model, self.masked, share, options, workers=workers)
+        self._unreadable.add(failures)
         matrix.counts = self.processes.sum(matrix.counts)
         return matrix.scores()
 
