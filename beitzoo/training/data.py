@@ -7,6 +7,7 @@ processes nor a restart changes them, and an update needs nothing but its number
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from beitzoo.images.loading import Sample, Unreadable, load_each
 from beitzoo.images.splits import Split, choose_per_class, draw_split
 from beitzoo.images.transforms import Transform, create_transform, prepare, resolve_data_config
 from beitzoo.models.beit import Beit
+from beitzoo.training.balance import balanced_order
 from beitzoo.training.generators import derive_seed, generators_kept, seed_generators
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import RecipeError
@@ -30,11 +32,15 @@ _logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) with labels (B,); and which could not be read, with the reason. B may be 0."""
+    """Images (B, C, H, W) with labels (B,); and which could not be read, with the reason. B may be 0.
+
+    What is drawn for all of a batch together is a pure function of `seed`.
+    """
 
     images: Tensor
     labels: Tensor
     unreadable: Unreadable
+    seed: int = 0
 
 
 def load_images(data: DataSection) -> ImageSet:
@@ -106,11 +112,13 @@ class Order:
         indices: The training images.
         train: Epochs, batch size, accumulation and seed.
         processes: Those that share the images of an update.
+        balanced: Classes of these images, if an epoch is to have as many of each.
     """
 
     indices: Sequence[int]
     train: TrainSection
     processes: Processes
+    balanced: Sequence[int] | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -121,18 +129,31 @@ class Order:
         """Yield this process's part of each update from one on, in `accumulation` pieces."""
         order = torch.empty(0, dtype=torch.int64)
         size, pieces = self.train.batch_size, self.processes.count * self.train.accumulation
-        first = self.processes.rank * self.train.accumulation
         for number in range(update, self.train.count_updates(self.updates_per_epoch)):
             epoch, place = divmod(number, self.updates_per_epoch)
             if not len(order) or not place:
                 order = self._shuffled(epoch)
             batch = order[place * size : (place + 1) * size]
-            for piece in range(first, first + self.train.accumulation):
+            for piece in self._pieces:
                 share = batch[len(batch) * piece // pieces : len(batch) * (piece + 1) // pieces]
                 yield [Sample(epoch, self.indices[index]) for index in share.tolist()]
 
+    def seeds(self, update: int) -> Iterator[int]:
+        """Yield a seed for each of these pieces, without an end; it is the same whichever process has the piece."""
+        for number in count(update):
+            for piece in self._pieces:
+                yield derive_seed(self.train.seed, "piece", number, piece)
+
+    @property
+    def _pieces(self) -> range:
+        """Return which pieces of an update are this process's, of those of all."""
+        first = self.processes.rank * self.train.accumulation
+        return range(first, first + self.train.accumulation)
+
     def _shuffled(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.train.seed, "order", epoch))
+        if self.balanced is not None:
+            return balanced_order(torch.tensor(self.balanced), generator)
         return torch.randperm(len(self.indices), generator=generator)
 
 

@@ -45,7 +45,7 @@ class Run:
 
 
 def fit(task: Task, state: TrainState, run: Run) -> None:
-    """Train from a state to the end of the recipe; the state is then the last one.
+    """Train from a state to the end of the recipe, or of its patience; the state is then the last one.
 
     A run that is killed and started again from its last saved state ends bit-equal to one that was not, with the same
     number of processes and threads, on the same machine and versions. (From three processes on, PyTorch may add up
@@ -103,7 +103,7 @@ class _Fit:
         state, settings, updates = self.state, self.run.settings, self.state.schedule.updates
         model = self._trained_model()
         batches = self.task.batches(state.update)
-        while state.update < updates:
+        while not self._is_over():
             self._update(model, batches)
             ends_epoch = state.update % self.task.updates_per_epoch == 0 or state.update == updates
             ends_line = state.update % settings.log_updates == 0
@@ -113,10 +113,15 @@ class _Fit:
                 if ends_epoch:
                     self._end_epoch()
                 number = self._stop_number(agreed=ends_epoch or ends_line)
-                if number or state.update == updates or self._save_is_due(ends_epoch):
+                if number or self._is_over() or self._save_is_due(ends_epoch):
                     self._save()
-            if number and state.update < updates:
+            if number and not self._is_over():
                 raise Interrupted(f"Stopped after {state.update} of {updates} updates; the state is saved.", number)
+
+    def _is_over(self) -> bool:
+        """Tell whether all updates are done, or the patience of the recipe is at its end."""
+        state, patience = self.state, self.run.train.patience
+        return state.update == state.schedule.updates or 0 < patience <= state.stale
 
     def _trained_model(self) -> nn.Module:
         """Return the model as the loss calls it; the one of the state is neither compiled nor wrapped."""
@@ -201,6 +206,7 @@ class _Fit:
         self._check_epoch(metrics or {})
         better = metrics is not None and (not metrics or state.best is None or task.better(metrics, state.best))
         state.best = metrics if better else state.best
+        state.stale = 0 if better else state.stale + (metrics is not None)
         if self.log is not None:
             self._write_epoch(metrics or {}, better)
         state.epoch = Means()

@@ -3,15 +3,24 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.models import group_parameters
 from torch import nn
 
+from beitzoo.models.beit import Attention, Beit, DropPath
 from beitzoo.training.sections import TrainSection
 
 _TABLE = "relative_position_bias_table"
+# Layers as timm's `Beit.group_matcher` has them: what is named by neither pattern is of the last one, and a norm before
+# the pooling is of the layer before it.
+_TIMM_LAYERS: dict[str, Any] = {
+    "stem": r"^(?:backbone\.)?(?:cls_token|pos_embed|patch_embed|rel_pos_bias)",
+    "blocks": [(r"^(?:backbone\.)?blocks\.(\d+)", None), (r"^(?:backbone\.)?norm", (99999,))],
+}
+_BEHIND_STEM = ("blocks", "norm", "fc_norm", "head")
 # The share of the regular rate that the warm-up of `poly` begins with, in the original's configurations.
 _WARMUP_RATIO = 1e-6
 
@@ -25,43 +34,53 @@ def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, An
     """Group parameters by layer-wise learning rate and weight decay; bias tables get groups of their own.
 
     `lr_scale` of a group is what the schedule multiplies its learning rate by: `layer_decay` to the power of
-    the layers above it, and for bias tables `bias_lr_scale` in addition.
+    the layers above it, and for bias tables `bias_lr_scale` in addition. Vectors and what the model names are not
+    decayed. Frozen parameters are in no group, and change no other's layer.
     """
-    groups = param_groups_layer_decay(
-        model,
-        weight_decay=train.weight_decay,
-        no_weight_decay_list=model.no_weight_decay(),  # type: ignore[operator]
-        layer_decay=train.layer_decay,
-    )
-    tables = {id(p) for name, p in model.named_parameters() if name.endswith(_TABLE)}
-    split = []
-    for group in groups:
-        for is_table, scale in ((False, 1.0), (True, train.bias_lr_scale)):
-            members = [p for p in group["params"] if (id(p) in tables) == is_table]
-            if members:
-                split.append({**group, "params": members, "lr_scale": group["lr_scale"] * scale})
-    return split
+    matcher = _TIMM_LAYERS if train.layer_rule == "timm" else model.group_matcher()  # type: ignore[operator]
+    return _groups(model, train, group_parameters(model, matcher, reverse=True))
 
 
 def groups_without_layers(model: nn.Module, train: TrainSection) -> list[dict[str, Any]]:
-    """Group parameters by weight decay, all layers alike, as the originals do in pretraining.
+    """Group parameters as `parameter_groups`, but all layers alike, as the originals do in pretraining."""
+    return _groups(model, train, {name: 0 for name, _ in model.named_parameters()})
 
-    Vectors and what the model names are not decayed. Bias tables get a group of their own, for `bias_lr_scale`.
-    """
+
+def _groups(model: nn.Module, train: TrainSection, layers: dict[str, int]) -> list[dict[str, Any]]:
+    last = max(layers.values())
     kept = model.no_weight_decay()  # type: ignore[operator]
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and name not in kept
-            groups.setdefault((decayed, name.endswith(_TABLE)), []).append(parameter)
+            is_table = name.endswith(_TABLE)
+            decayed = parameter.ndim > 1 and (name not in kept or (is_table and train.decay_bias_tables))
+            groups.setdefault((layers[name], decayed, is_table), []).append(parameter)
     return [
         {
             "params": members,
             "weight_decay": train.weight_decay if decayed else 0.0,
-            "lr_scale": train.bias_lr_scale if is_table else 1.0,
+            "lr_scale": train.layer_decay ** (last - layer) * (train.bias_lr_scale if is_table else 1.0),
         }
-        for (decayed, is_table), members in groups.items()
+        for (layer, decayed, is_table), members in groups.items()
     ]
+
+
+def freeze_up_to(model: Beit, blocks: int) -> None:
+    """Freeze what comes before the first block, and the first `blocks` of them; nothing is dropped in these any more.
+
+    A bias table that all blocks share is frozen too, since it is part of them.
+    """
+    for name, parameter in model.named_parameters():
+        part, place, *_ = [*name.split("."), ""]
+        if part not in _BEHIND_STEM or (part == "blocks" and int(place) < blocks):
+            parameter.requires_grad_(False)
+    for module in chain(model.pos_drop.modules(), *(block.modules() for block in model.blocks[:blocks])):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.rate = 0.0
+        elif isinstance(module, Attention):
+            module.attn_drop = 0.0
 
 
 def freeze_unused(model: nn.Module) -> None:

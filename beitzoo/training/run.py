@@ -60,6 +60,10 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
             write_text(directory / RECIPE, dump_recipe(recipe))
             write_split(directory / SPLIT_FILE, task.images, task.split)
         fit(task, state, Run(directory, recipe.train, recipe.run, processes))
+        if state.update < state.schedule.updates and processes.is_main:
+            print(
+                f"Ended after {state.update:,} updates: no better model in {state.stale} validations.", file=sys.stderr
+            )
         processes.wait()  # for the process that wrote the best model
         measured = task.measure_best(directory / BEST)
         if not processes.is_main:
@@ -79,6 +83,8 @@ def prepare_task(recipe: Recipe, processes: Processes, prepare: Prepare) -> tupl
     """
     _check(recipe, processes)
     task, model = prepare(recipe, processes)
+    if recipe.train.patience and not task.metric_names:
+        raise RecipeError("train.patience waits for better validations, but there are none; give data.val_fraction.")
     if recipe.train.grad_checkpointing:
         _checkpoint(model)
     return task, model

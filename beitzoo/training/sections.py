@@ -13,6 +13,7 @@ from beitzoo.zoo.tokenizers import is_tokenizer
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PartOfOne = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 # `~` is the home folder, and a run that goes on elsewhere means the same files.
 FullPath = Annotated[Path, AfterValidator(lambda path: full_path(path).absolute())]
 _FOLDER = "local-dir:"  # before the path of a folder, in names
@@ -135,6 +136,7 @@ class CropAugment(Section):
         color_jitter: Strength of random brightness, contrast and saturation.
         auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; empty for none.
         re_prob: Probability of random erasing.
+        re_mode: What the erased part is filled with: black, one random colour, or a random colour for each pixel.
     """
 
     kind: Literal["crop"] = "crop"
@@ -143,6 +145,7 @@ class CropAugment(Section):
     color_jitter: Annotated[float, Field(ge=0)] = 0.4
     auto_augment: str = ""
     re_prob: Fraction = 0.0
+    re_mode: Literal["const", "rand", "pixel"] = "const"
 
 
 class TrainSection(Section):
@@ -153,7 +156,8 @@ class TrainSection(Section):
         updates: Updates of the whole run, instead of `epochs`; the last epoch is then cut short.
         batch_size: Images per update, of all processes together.
         accumulation: Passes into which each process splits its share of an update; memory is for one of them. The
-            result is the same, but for networks with batch norms (those of segmentation), which see one at a time.
+            result is the same, but for networks with batch norms (those of segmentation), which see one at a time, and
+            for mixup, which mixes within one.
         lr: Peak learning rate of the head; see `layer_decay`.
         schedule: How the learning rate falls: along a cosine, or along a line as mmsegmentation's `poly` of power 1.
         min_lr: Learning rate at the end.
@@ -162,7 +166,12 @@ class TrainSection(Section):
         weight_decay: Of matrices; what is not decayed is the model's to say (`no_weight_decay`), besides vectors.
         weight_decay_end: Weight decay at the end of a cosine from `weight_decay`, update by update; constant if None.
         betas: Of AdamW.
-        layer_decay: Factor on the learning rate per layer, from the head down.
+        layer_decay: Factor on the learning rate per layer, from the head down. Patch embedding and tokens are layer 0,
+            block i is layer i + 1, and all else is of the layer of the head.
+        layer_rule: Where the two originals differ: a shared bias table is of the head's layer in `unilm`, and of layer
+            0 in `timm`; a norm before the pooling likewise, and of the last block's. Networks to be fine-tuned have
+            neither as a rule, so that both are the same.
+        decay_bias_tables: Decay the relative position bias tables too, as unilm did; timm does not.
         clip_grad: Largest norm of the gradient; 0 does not clip.
         bias_lr_scale: Factor on the learning rate of the relative position bias tables. Without absolute
             positions a network that starts at zero tables sees a bag of patches until they have grown; 1 is
@@ -172,6 +181,8 @@ class TrainSection(Section):
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Use `torch.compile`; it pays on GPUs, and takes a while to begin.
         val_epochs: Epochs between two validations; the last epoch has one always.
+        patience: Validations without a better model after which the run ends, its best model being what it is; 0 goes
+            on to the end. Learning rates fall as if it did.
         seed: Of weights, order, augmentation and stochastic depth.
     """
 
@@ -188,6 +199,8 @@ class TrainSection(Section):
     weight_decay_end: Annotated[float, Field(ge=0)] | None = None
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_rule: Literal["unilm", "timm"] = "unilm"
+    decay_bias_tables: bool = False
     clip_grad: Annotated[float, Field(ge=0)] = 0.0
     bias_lr_scale: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Fraction = 0.0
@@ -195,6 +208,7 @@ class TrainSection(Section):
     grad_checkpointing: bool = False
     compile: bool = False
     val_epochs: Annotated[int, Field(ge=1)] = 1
+    patience: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
 
     @model_validator(mode="after")
@@ -246,12 +260,29 @@ class Finetune(Section):
         kind: Names this task.
         augment: What is done to training images.
         label_smoothing: Share of the target that is spread over all classes.
+        mixup: Mix pairs of images with a share from a beta distribution of this parameter; 0 for no mixup.
+        cutmix: Cut a rectangle of one image into the other, whose area is drawn likewise; 0 for no CutMix.
+        mixup_prob: Share of the batches that are mixed, one way or the other.
+        mixup_switch_prob: Share of these that are mixed by CutMix, if both are on.
+        balance: What is done for rare classes. `loss` weights each image by the inverse of how many its class has, 1 on
+            average; `sampling` shows as many images of each class in an epoch, those of rare ones several times.
+        freeze_blocks: Train neither the patch embedding, tokens and positions nor the first so many blocks, or `all`
+            of them; in these nothing is dropped. Everything is trained if None.
+        crop_pct: Share of the shorter side that a network sees when it is measured; the trained model keeps it. That of
+            the model it starts from if None.
         bias_init_std: Spread of the relative position bias tables, if weights start random; 0 leaves them at zero.
     """
 
     kind: Literal["finetune"] = "finetune"
     augment: Annotated[AffineAugment | CropAugment, Field(discriminator="kind")] = CropAugment()
     label_smoothing: Fraction = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mixup_prob: Probability = 1.0
+    mixup_switch_prob: Probability = 0.5
+    balance: Literal["none", "loss", "sampling"] = "none"
+    freeze_blocks: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
+    crop_pct: PartOfOne | None = None
     bias_init_std: Annotated[float, Field(ge=0)] = 0.0
 
 

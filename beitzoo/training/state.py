@@ -44,6 +44,7 @@ class TrainState:
         ema: Moving average of the weights, if the recipe wants one.
         update: Updates done.
         best: Metrics of the best model so far.
+        stale: Validations since then, none of which was better.
         line: Means since the last line of the log.
         epoch: Means since the start of the epoch.
         seconds: Time spent on the updates done.
@@ -57,6 +58,7 @@ class TrainState:
     ema: ModelEmaV3 | None = None
     update: int = 0
     best: Metrics | None = None
+    stale: int = 0
     line: Means = field(default_factory=Means)
     epoch: Means = field(default_factory=Means)
     seconds: float = 0.0
@@ -153,6 +155,7 @@ def restore_state(state: TrainState, directory: Path, processes: Processes, seed
     for name, count in state.counts.items():
         count.copy_(tensors["counts"][name] * processes.is_main)
     state.update, state.best, state.seconds = progress["update"], progress["best"], progress["seconds"]
+    state.stale = progress.get("stale", 0)
     state.line, state.epoch = Means(**progress["line"]), Means(**progress["epoch"])
     if len(generators) == processes.count:
         restore_generators(generators[processes.rank], processes.device)
@@ -184,5 +187,5 @@ def _restore_tensors(state: TrainState, tensors: dict[str, Any]) -> None:
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
-    values = {"update": state.update, "best": state.best, "seconds": state.seconds}
+    values = {"update": state.update, "best": state.best, "stale": state.stale, "seconds": state.seconds}
     return {**values, "line": asdict(state.line), "epoch": asdict(state.epoch)}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +18,7 @@ from beitzoo.training import loop
 from beitzoo.training.loop import Run, fit
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import RunSection, TrainSection
-from beitzoo.training.state import TrainState, start_state
+from beitzoo.training.state import TrainState, restore_state, start_state
 from beitzoo.training.task import Metrics
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -228,6 +229,45 @@ def test_validations_are_only_those_that_are_due(tmp_path: Path, length: dict[st
     assert state.best == {"val_number": 1.0}
     assert task.epochs == [1, 2, 3, 4, 5]
     assert task.taken == [2, 2, 2, 2, 2 if "epochs" in length else 1]
+
+
+class Scored(Measured):
+    """Whose validations give these numbers; smaller ones are better."""
+
+    scores = (3.0, 2.0, 2.0, 1.0, 1.0, 4.0, 0.0, 0.0)
+
+    def validate(self, model: nn.Module) -> Metrics:
+        self.validations += 1
+        return {"val_number": self.scores[self.validations - 1]}
+
+
+@pytest.mark.parametrize(("patience", "last"), [(2, 6), (0, 8)])
+def test_a_run_ends_when_patience_does(tmp_path: Path, patience: int, last: int) -> None:
+    """Its best model is what it was, its end is saved, and its rates are those of a run to the end."""
+    task, state, lines = fitted([[1.0]] * 16, tmp_path, kind=Scored, epochs=8, patience=patience)
+    epochs = [line for line in lines if line["line"] == "epoch"]
+    assert [line["val_number"] for line in epochs] == [str(score) for score in Scored.scores[:last]]
+    assert state.best == {"val_number": min(Scored.scores[:last])}
+    assert state.update == 2 * last
+    assert task.saved.count("best") == len(set(np.minimum.accumulate(Scored.scores[:last])))
+    assert [path.name for path in tmp_path.glob("state-*")] == [f"state-{2 * last}"]
+    rates = [float(line["lr"]) for line in lines if line["line"] == "updates"]
+    _, _, whole = fitted([[1.0]] * 16, tmp_path / "whole", epochs=8)
+    assert rates == [float(line["lr"]) for line in whole if line["line"] == "updates"][: 2 * last]
+
+
+def test_patience_counts_validations_only(tmp_path: Path) -> None:
+    """And a run that goes on when its patience is at its end does nothing more."""
+    options: dict[str, Any] = {"kind": Scored, "epochs": 8, "val_epochs": 2, "patience": 1}
+    _, state, lines = fitted([[1.0]] * 16, tmp_path / "out", **options)
+    assert [line["val_number"] for line in lines if line["line"] == "epoch"] == ["", "3.0", "", "2.0", "", "2.0"]
+    assert (state.update, state.stale) == (12, 1)
+    section = TrainSection(batch_size=4, lr=0.5, epochs=8, val_epochs=2, patience=1)
+    task = Scored([[1.0]] * 16, section)
+    again = start_state(task, nn.Linear(1, 1, bias=False), section, ALONE)
+    assert restore_state(again, tmp_path / "out", ALONE, section.seed)
+    fit(task, again, Run(tmp_path / "out", section, RunSection(log_updates=1), ALONE))
+    assert (again.update, again.stale, task.validations) == (12, 1, 0)
 
 
 def test_without_metrics_each_last_model_is_the_best(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import beitzoo
@@ -11,6 +13,7 @@ from beitzoo.training.failure import Start, moved_names
 from beitzoo.training.optim import (
     Schedule,
     freeze_unused,
+    freeze_up_to,
     groups_without_layers,
     make_optimizer,
     parameter_groups,
@@ -29,6 +32,85 @@ def test_bias_tables_learn_at_their_own_rate() -> None:
     assert by_name["blocks.1.attn.qkv.weight"] == (0.5, 0.1)
     assert by_name["head.weight"] == (1, 0.1)
     assert by_name["cls_token"] == (0.125, 0)
+
+
+# Every part that a network may have, so that each kind of name is there.
+ALL_PARTS = {"use_shared_rel_pos_bias": True, "use_abs_pos_emb": True, "use_mask_token": True, "init_values": 0.1}
+
+
+def unilm_layer(name: str, depth: int) -> int:
+    """What `get_num_layer_for_vit` of the original's `optim_factory.py` says."""
+    first, *rest = name.split(".")
+    if first in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
+        return 0
+    return int(rest[0]) + 1 if first == "blocks" else depth + 1
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_layers_are_those_of_unilm(pool: str) -> None:
+    """Names, learning rates and, with tables decayed, weight decays; `norm` and `fc_norm`, `q_bias` and `gamma_1`."""
+    model = beitzoo.create_model("test_beit", global_pool=pool, depth=3, **ALL_PARTS)
+    recipe = TrainSection(epochs=1, batch_size=1, lr=1.0, layer_decay=0.65, weight_decay=0.05, decay_bias_tables=True)
+    found = {id(p): group for group in parameter_groups(model, recipe) for p in group["params"]}
+    names = dict(model.named_parameters())
+    assert {"rel_pos_bias.relative_position_bias_table", "mask_token", "blocks.2.attn.q_bias", "head.bias"} < set(names)
+    assert ("norm.weight" in names, "fc_norm.weight" in names) == (pool == "token", pool == "avg")
+    for name, parameter in names.items():
+        group = found[id(parameter)]
+        assert group["lr_scale"] == pytest.approx(0.65 ** (4 - unilm_layer(name, 3)), rel=1e-12), name
+        plain = parameter.ndim == 1 or name.endswith(".bias") or name in ("pos_embed", "cls_token")
+        assert group["weight_decay"] == (0 if plain else 0.05), name
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_other_rule_is_that_of_timm(pool: str, shared: bool) -> None:
+    """By timm's own network and groups; where no bias is shared and the norm is behind the pooling, both are one."""
+    options = {"use_shared_rel_pos_bias": shared, "use_rel_pos_bias": not shared, "global_pool": pool, "depth": 3}
+    model = beitzoo.create_model("test_beit", **options)
+    sizes = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "num_classes": 10}
+    theirs = timm.create_model("beit_base_patch16_224", **sizes, init_values=0.1, **options)
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+    groups = param_groups_layer_decay(theirs, 0.05, theirs.no_weight_decay(), layer_decay=0.65)
+    expected = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+    def assigned(**rule: str) -> dict[str, tuple[float, float]]:
+        recipe = TrainSection(epochs=1, batch_size=1, lr=1.0, layer_decay=0.65, **rule)
+        ours = {id(parameter): name for name, parameter in model.named_parameters()}
+        found = parameter_groups(model, recipe)
+        return {ours[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in found for p in g["params"]}
+
+    assert assigned(layer_rule="timm") == expected
+    differing = {name for name, value in assigned().items() if value != expected[name]}
+    norms = {"norm.weight", "norm.bias"} if pool == "token" else set()
+    assert differing == norms | ({"rel_pos_bias.relative_position_bias_table"} if shared else set())
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_what_is_frozen_has_no_optimizer_state_and_drops_nothing(blocks: int) -> None:
+    rates = {"drop_path_rate": 0.5, "pos_drop_rate": 0.5, "proj_drop_rate": 0.5, "attn_drop_rate": 0.5}
+    model = beitzoo.create_model("test_beit", depth=3, **ALL_PARTS, **rates)
+    freeze_up_to(model, blocks)
+    expected = {name for name, _ in model.named_parameters() if unilm_layer(name, 3) > blocks} - {
+        "rel_pos_bias.relative_position_bias_table"
+    }
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+    recipe = TrainSection(epochs=1, batch_size=1, lr=1.0, layer_decay=0.5)
+    groups = parameter_groups(model, recipe)
+    assert sum(len(group["params"]) for group in groups) == len(expected)
+    assert max(group["lr_scale"] for group in groups) == 1  # of the head, whatever is frozen
+
+    images = torch.randn(2, 3, 64, 64)
+    outputs = []
+    for _ in range(2):
+        x, bias = model.train().embed(images)
+        for index in range(blocks):
+            x = model.run_block(index, x, bias)
+        outputs.append(x)
+    assert torch.equal(*outputs)
+    assert not outputs[0].requires_grad
+    if blocks < 3:
+        assert not torch.equal(model(images), model(images))
 
 
 def test_bias_tables_are_spread_and_nothing_else() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from beitzoo.images.splits import Split
 from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.saving import save_pretrained
+from beitzoo.training.balance import class_weights
 from beitzoo.training.data import (
     Batch,
     LoadedImages,
@@ -29,7 +30,8 @@ from beitzoo.training.data import (
     training_transform,
 )
 from beitzoo.training.generators import derive_seed, seed_generators
-from beitzoo.training.optim import parameter_groups, spread_bias_tables
+from beitzoo.training.mixing import make_mixup, mix
+from beitzoo.training.optim import freeze_up_to, parameter_groups, spread_bias_tables
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
@@ -100,12 +102,22 @@ class FinetuneTask:
         assert isinstance(self.recipe.task, Finetune)
         self.section = self.recipe.task
         self.metric_names: tuple[str, ...] = ("val_top1", *top5, "val_loss")
-        self.order = Order(self.split.train, self.recipe.train, self.processes)
+        classes = self._train_labels()
+        balanced = classes if self.section.balance == "sampling" else None
+        self.order = Order(self.split.train, self.recipe.train, self.processes, balanced)
         self.updates_per_epoch = self.order.updates_per_epoch
         self._shape = (self.model.config.in_chans, *self.model.config.img_size)
         self._augment = training_transform(self.model, self.section.augment)
         self._prepare = create_transform(**resolve_data_config(self.model))
         self._unreadable = UnreadableImages(self.processes)
+        self._mixup = make_mixup(self.section, len(self.images.names))
+        self._weights: Tensor | None = None
+        if self.section.balance == "loss":
+            self._weights = class_weights(classes, len(self.images.names)).to(self.processes.device)
+
+    def _train_labels(self) -> list[int]:
+        assert self.images.labels is not None
+        return [self.images.labels[index] for index in self.split.train]
 
     def check(self, model: Beit) -> None:
         """Take one made-up image through augmentation and network, so that what cannot work fails before the run."""
@@ -114,6 +126,8 @@ class FinetuneTask:
                 f"The network takes {self._shape[0]} channels, but images are read as grey (1) or colour (3); set "
                 "model.overrides.in_chans."
             )
+        if self._mixup is not None:
+            self._check_pairs()
         image = Image.new("L" if self._shape[0] == 1 else "RGB", (64, 48), 128)
         try:
             shape = tuple(self._augment(image).shape)
@@ -127,6 +141,14 @@ class FinetuneTask:
             raise RecipeError(
                 f"The network gives an output of {tuple(logits.shape)} where one logit for each of "
                 f"{len(self.images.names)} classes is needed; leave out model.overrides.global_pool."
+            )
+
+    def _check_pairs(self) -> None:
+        train = self.recipe.train
+        if train.batch_size == self.processes.count * train.accumulation:
+            raise RecipeError(
+                f"task.mixup and task.cutmix mix pairs of images, but {train.batch_size} per update in as many parts "
+                "leave one to each; raise train.batch_size, or lower train.accumulation."
             )
 
     def describe(self) -> list[str]:
@@ -144,21 +166,31 @@ class FinetuneTask:
     def batches(self, update: int) -> Iterator[Batch]:
         """Yield augmented images."""
         dataset = LoadedImages(self.images, self._augment, self._shape, self.recipe.train.seed)
-        for batch in load_batches(dataset, self.order.parts(update), self.recipe.run.workers):
+        loaded = load_batches(dataset, self.order.parts(update), self.recipe.run.workers)
+        for batch, seed in zip(loaded, self.order.seeds(update), strict=False):
             self._unreadable.add(batch.unreadable)
-            yield batch
+            yield batch._replace(seed=seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Return the mean cross-entropy of a batch, with smoothed labels."""
-        images, labels = self._on_device(batch)
+        """Return the mean cross-entropy of a batch: mixed, smoothed and weighted as the recipe says."""
+        images, targets = self._on_device(batch)
+        if self._mixup is not None:
+            images, targets = mix(self._mixup, images, targets, batch.seed)
         logits = model(images)
-        if not len(labels):
-            return logits.float().sum(), 0, {}
-        return (
-            F.cross_entropy(logits.float(), labels, label_smoothing=self.section.label_smoothing),
-            len(labels),
-            {},
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not len(images):
+            return logits.sum(), 0, {}
+        return self._cross_entropy(logits, targets), len(images), {}
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean over images; targets are classes (B,), or the share of each in an image (B, classes)."""
+        smoothing, weights = self.section.label_smoothing, self._weights
+        if targets.ndim == 2:
+            targets = targets.to(logits.dtype)
+        if weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+        return (losses * (weights[targets] if targets.ndim == 1 else targets @ weights.to(targets.dtype))).mean()
 
     def count_images(self, batch: Batch) -> int:
         """Tell how many images a batch has."""
@@ -224,12 +256,26 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     labels = _labels_of_same_classes(model.pretrained.head, names)
     if labels is None:
         model.reset_classifier(len(names))
+    task = recipe.task
+    assert isinstance(task, Finetune)
     head = Classify(num_classes=len(names), labels=labels or names)
-    model.pretrained = replace(model.pretrained, sources=(), tag=None, head=head)
-    assert isinstance(recipe.task, Finetune)
-    if recipe.task.bias_init_std and section.is_random:
-        spread_bias_tables(model, recipe.task.bias_init_std)
+    data = model.pretrained.data
+    data = data if task.crop_pct is None else replace(data, crop_pct=task.crop_pct)
+    model.pretrained = replace(model.pretrained, sources=(), tag=None, head=head, data=data)
+    if task.bias_init_std and section.is_random:
+        spread_bias_tables(model, task.bias_init_std)
+    if task.freeze_blocks is not None:
+        _freeze(model, task.freeze_blocks)
     return model
+
+
+def _freeze(model: Beit, blocks: int | Literal["all"]) -> None:
+    depth = model.config.depth
+    if blocks != "all" and blocks > depth:
+        raise RecipeError(
+            f"task.freeze_blocks is {blocks}, but the network has {depth} blocks; give at most {depth}, or 'all'."
+        )
+    freeze_up_to(model, depth if blocks == "all" else blocks)
 
 
 def _labels_of_same_classes(head: Head, names: tuple[str, ...]) -> Labels | None:
