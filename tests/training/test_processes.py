@@ -11,11 +11,13 @@ import pytest
 import torch
 from colours import mim_recipe, write_colours
 from safetensors.torch import load_file
+from squares import squares_recipe, write_squares
 
 from beitzoo.factory import create_model, create_tokenizer
 from beitzoo.saving import save_tokenizer
 from beitzoo.training.recipe import Recipe, dump_recipe
 from beitzoo.training.tasks.pretrain import pretrain
+from beitzoo.training.tasks.segment import train_segmenter
 
 _PROGRAM = Path(__file__).parents[1] / "killed_runs.py"
 
@@ -113,3 +115,31 @@ def test_launchers_start_the_command(tmp_path: Path, launcher: list[str], proces
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["processes"] == processes
     assert result.stderr.count(f"1 epochs of 4 updates of 4 images, in fp32 on {processes} x cpu") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_segmentation_model_as_one_does(tmp_path: Path) -> None:
+    """One has a broken image and so fewer labelled pixels; norms go over the images of both.
+
+    Weights are not compared: biases before a batch norm have gradients of rounding alone, which AdamW steps along.
+    """
+    data = write_squares(tmp_path / "data", broken=True)
+    small = squares_recipe(data).model.overrides
+    model = {"name": "test_beit", "overrides": {**small, "decoder_drop_rate": 0.0}}
+    recipe = squares_recipe(data, model=model)
+    (tmp_path / "recipe.json").write_text(dump_recipe(recipe))
+    command = [sys.executable, str(_PROGRAM), str(tmp_path / "recipe.json"), str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (tmp_path / "two").mkdir()
+    result = subprocess.run([*command, "0", "2", "events", "1", "0"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    torch.set_num_threads(1)
+    train_segmenter(recipe, tmp_path / "one")
+    names = ("loss", "decode_loss", "auxiliary_loss", "grad_norm", "val_miou", "val_aacc", "unreadable")
+    one, two = (pixel_numbers(tmp_path / run, names) for run in ("one", "two/whole"))
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-3, atol=1e-4)
+
+
+def pixel_numbers(run: Path, names: tuple[str, ...]) -> list[list[float]]:
+    with (run / "log.csv").open() as file:
+        return [[float(line[name] or 0) for name in names] for line in csv.DictReader(file)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from colours import colour_recipe, mim_recipe, tokenizer_recipe, write_colours
+from squares import squares_recipe, write_squares
 
 from beitzoo.factory import create_tokenizer
 from beitzoo.saving import save_tokenizer
@@ -78,6 +79,13 @@ def test_kills_of_tokenizer_training_change_nothing(tmp_path: Path) -> None:
     recipe = tokenizer_recipe(data, {"restart_codes": 2}, accumulation=2, batch_size=4, **length)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"save_updates": 2})})
     check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 3)
+
+
+def test_kills_of_segmentation_change_nothing(tmp_path: Path) -> None:
+    """The statistics of batch norms, those of averaged weights too, and what could not be read."""
+    data = write_squares(tmp_path / "data", broken=True)
+    recipe = squares_recipe(data, run={"save_updates": 2}, ema_decay=0.9, val_epochs=2)
+    check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 1)
 
 
 @pytest.mark.slow
