@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from beitzoo.images.transforms import create_transform as create_transform
     from beitzoo.images.transforms import resolve_data_config as resolve_data_config
     from beitzoo.inference.classify import predict as predict
+    from beitzoo.inference.embed import embed as embed
     from beitzoo.inference.segment import SegmentOptions as SegmentOptions
     from beitzoo.inference.segment import segment as segment
     from beitzoo.models.beit import Beit as Beit
@@ -47,6 +48,7 @@ _HOMES = {
     "create_model": "beitzoo.factory",
     "create_tokenizer": "beitzoo.factory",
     "create_transform": "beitzoo.images.transforms",
+    "embed": "beitzoo.inference.embed",
     "get_pretrained_cfg": "beitzoo.zoo.registry",
     "is_model": "beitzoo.zoo.registry",
     "list_models": "beitzoo.zoo.registry",

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from beitzoo import __version__
 from beitzoo.cli import (
     collect,
+    embed,
     evaluate,
     finetune,
     measure,
@@ -74,6 +75,7 @@ app.command()(models.verify)
 app.command()(models.convert_tokenizer)
 app.command("predict")(predict.predict_)
 app.command()(segment.segment)
+app.command()(embed.embed)
 app.command()(evaluate.evaluate)
 app.command()(probe.probe)
 app.command()(reconstruct.reconstruct)

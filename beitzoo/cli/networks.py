@@ -51,6 +51,13 @@ def load_segmenter(name: str | None, checkpoint: Path | None, device: "torch.dev
     return wanted, model
 
 
+def load_backbone(name: str, checkpoint: Path | None, device: "torch.device") -> "Beit":
+    """Create a model of any kind and return its network: of a masked image or segmentation model, its backbone."""
+    from beitzoo.inference.embed import backbone_of
+
+    return backbone_of(_create(name, checkpoint, device))
+
+
 _HOW_TO_SEGMENT = (
     "Name a segmentation model with --model: one of `beitzoo list '*ade20k*' --pretrained`, or the folder of your own, "
     'which `beitzoo finetune` trains from any BEiT by a recipe with task.kind = "segment".'
