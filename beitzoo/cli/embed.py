@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from beitzoo.cli.evaluate import list_failures
+from beitzoo.cli.evaluate_pixels import list_failures
 from beitzoo.cli.inputs import find_listed
 from beitzoo.cli.networks import load_backbone
 from beitzoo.cli.records import Running, takes_records
