@@ -1,7 +1,7 @@
 """A program that trains by a recipe in one go, and then in processes that are killed until one comes to the end.
 
 It imports once and forks each attempt, so that an attempt costs no more than its updates:
-`python killed_runs.py RECIPE.json OUT SEED PROCESSES events|time LONGEST LEAST` fills `OUT/whole`, and `OUT/killed-1`
+`python killed_runs.py RECIPE.toml OUT SEED PROCESSES events|time LONGEST LEAST` fills `OUT/whole`, and `OUT/killed-1`
 and so on until there were at least so many kills. An attempt is killed after at most so many events, or at most this
 share of the time that the whole run took.
 """

@@ -71,7 +71,7 @@ class Masks:
     ] = None
     ignore: Annotated[str | None, typer.Option(help="Numbers in masks that are no class, such as 11 or 0,11.")] = None
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe, or a run's recipe.json, whose task.labels say what masks stand for.")
+        str | None, typer.Option(help="Recipe, or a run's recipe.toml, whose task.labels say what masks stand for.")
     ] = None
     per_class: Annotated[Path | None, typer.Option(help="Write a row for each class of pixels to this CSV.")] = None
     confusion: Annotated[Path | None, typer.Option(help="Draw which classes are taken for which: PNG, SVG, PDF.")] = (

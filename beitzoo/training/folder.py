@@ -11,7 +11,7 @@ from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, read_resolved
 from beitzoo.training.state import saved_states
 
-RECIPE, LOG, METRICS = "recipe.json", "log.csv", "metrics.json"
+RECIPE, LOG, METRICS = "recipe.toml", "log.csv", "metrics.json"
 BEST, LAST = "best", "last"
 _LOCK = ".lock"
 

@@ -1,15 +1,16 @@
-"""Recipes: a run as validated records, TOML in, resolved JSON out. A misspelt key is an error, never a default."""
+"""Recipes: a run as validated records, TOML in and out. A misspelt key is an error, never a default."""
 
 import json
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from beitzoo.errors import UserError, closest, describe_invalid
-from beitzoo.files import full_path
+from beitzoo.files import full_path, read_text
 from beitzoo.training.sections import (
     DataSection,
     Finetune,
@@ -107,6 +108,21 @@ def find_recipe(name: str | Path, kind: str) -> Path:
     return packaged[str(name)]
 
 
+def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Return a recipe with some values changed, as `load_recipe` changes them.
+
+    Raises:
+        RecipeError: Names the first setting that is wrong.
+    """
+    document = _document(recipe)
+    try:
+        for setting in settings:
+            _set(document, setting)
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(f"{describe_invalid(error, document)}.") from error
+
+
 def read_resolved(path: Path) -> Recipe:
     """Read what `dump_recipe` wrote.
 
@@ -115,16 +131,46 @@ def read_resolved(path: Path) -> Recipe:
     """
     document = None
     try:
-        document = json.loads(path.read_bytes())
+        document = tomllib.loads(read_text(path))
         return Recipe.model_validate(document)
-    except ValueError as error:  # of JSON or of pydantic
-        reason = describe_invalid(error, document) if isinstance(error, ValidationError) else f"not JSON ({error})"
+    except ValueError as error:  # of TOML or of pydantic
+        reason = describe_invalid(error, document) if isinstance(error, ValidationError) else f"not TOML ({error})"
         raise RecipeError(f"{path} is not the recipe of a run: {reason}. Choose another folder.") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the recipe with every default spelt out, as JSON."""
-    return json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n"
+    """Return the recipe with every default spelt out, as TOML that `load_recipe` reads.
+
+    TOML has no null: what is None, as it is by default, is left out.
+    """
+    return "\n".join(_tables(_document(recipe), ())).lstrip() + "\n"
+
+
+def _document(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude_none=True)
+
+
+def _tables(table: dict[str, Any], name: tuple[str, ...]) -> Iterator[str]:
+    """Yield the lines of a TOML table, its values before the tables in it."""
+    if name:
+        yield f"\n[{'.'.join(map(_key, name))}]"
+    yield from (f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, dict))
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _tables(value, (*name, key))
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    # Strings of JSON are strings of TOML, but for one character that TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
 
 
 def _kinds_beside(kind: str) -> list[str]:

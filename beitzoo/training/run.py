@@ -33,7 +33,7 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
 
     Args:
         recipe: The run.
-        directory: Receives `recipe.json`, `split.csv`, `log.csv`, `tensorboard/`, `best/`, `last/` and, at the end,
+        directory: Receives `recipe.toml`, `split.csv`, `log.csv`, `tensorboard/`, `best/`, `last/` and, at the end,
             `metrics.json`. Without a validation there is no `last/`; the last model is the best then.
         prepare: Makes the task and its model; all that can be known before a run is checked there.
 

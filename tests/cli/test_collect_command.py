@@ -26,7 +26,7 @@ def test_a_run_that_is_collected_again_replaces_its_row(finished: Path, tmp_path
     assert first.stdout.splitlines()[-1] == told
     (finished / "metrics.json").write_text(json.dumps({**metrics, "test_top1": 12.5}))
     again = run("collect", str(finished), str(tmp_path), "--results-file", str(table), "--json")
-    assert (again.exit_code, "is no run: it has no recipe.json" in again.stderr) == (1, True)
+    assert (again.exit_code, "is no run: it has no recipe.toml" in again.stderr) == (1, True)
     (row,) = csv.DictReader(table.read_text().splitlines())
     assert row["top1"] == "12.5"
     assert json.loads(again.stdout)[0]["top1"] == 12.5

@@ -52,12 +52,12 @@ def test_masks_of_a_run_are_drawn_as_in_the_run(saved: Path, tmp_path: Path) -> 
     mask = {"kind": "random", "count": 11}
     task = {"kind": "pretrain", "tokenizer": "random_patch4_32", "mask": mask}
     recipe = Recipe.model_validate({"model": model, "data": {"source": "digits"}, "train": train, "task": task})
-    write_text(saved / "run" / "recipe.json", dump_recipe(recipe))
+    write_text(saved / "run" / "recipe.toml", dump_recipe(recipe))
     arguments = ["-m", str(saved / "run"), "--out", str(tmp_path / "a.png")]
     for options, count in ((), 11), (("--masked", "3"), 3):
         drawn = run("reconstruct", PHOTO, *arguments, *options)
         assert f"{count} of 64 patches masked" in drawn.stdout
-    (saved / "run" / "recipe.json").unlink()
+    (saved / "run" / "recipe.toml").unlink()
     network = beitzoo.create_model(str(saved / "run"), pretrained=True)
     masking = Masking(grid=(8, 8), kind="random", count=3)
     (record,) = reconstruct(network, beitzoo.create_tokenizer("random_patch4_32"), [PHOTO], masking)

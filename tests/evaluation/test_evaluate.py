@@ -63,7 +63,7 @@ def test_a_model_is_not_measured_on_images_it_was_trained_on(
     """The architecture alone stands for its checkpoint, and no file of the current folder changes that."""
     images = digits()
     write_split(tmp_path / SPLIT_FILE, images, Split([], [], list(range(1797))))
-    (tmp_path / "recipe.json").write_text('{"data": {"split_seed": 7}}')
+    (tmp_path / "recipe.toml").write_text("[data]\nsplit_seed = 7\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidValueError, match="trained on images that split_seed 7 holds out; leave --split-seed"):
         evaluate(Subject(shipped, name), images, "digits", split_seed=7)

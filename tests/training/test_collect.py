@@ -19,7 +19,7 @@ def write_run(folder: Path, recipe: dict[str, Any], log: str, **metrics: Any) ->
     train = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "seed": metrics["seed"]}
     whole = {"data": {"source": "digits"}, "train": train, **recipe}
     folder.mkdir(parents=True)
-    (folder / "recipe.json").write_text(dump_recipe(Recipe.model_validate(whole)))
+    (folder / "recipe.toml").write_text(dump_recipe(Recipe.model_validate(whole)))
     (folder / "metrics.json").write_text(json.dumps({"split_seed": 0, "updates": 10, "processes": 1, **metrics}))
     (folder / "log.csv").write_text(log)
     return folder
@@ -163,8 +163,8 @@ def test_what_is_no_finished_run_is_said(chain: Path) -> None:
     (chain / "fine-1" / "metrics.json").unlink()
     with pytest.raises(UnfinishedError, match=r"fine-1 is not finished: it has no metrics\.json"):
         read_run(chain / "fine-1")
-    with pytest.raises(UnfinishedError, match=r"is no run: it has no recipe\.json"):
+    with pytest.raises(UnfinishedError, match=r"is no run: it has no recipe\.toml"):
         read_run(chain)
-    (chain / "mim" / "recipe.json").write_text("{}")
+    (chain / "mim" / "recipe.toml").write_text("")
     with pytest.raises(UserError, match="is not the recipe of a run"):
         read_run(chain / "mim")

@@ -36,7 +36,7 @@ from beitzoo.zoo.checkpoints import Classify, Mim, PretrainedConfig
 from beitzoo.zoo.labels import label_names
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-FILES = {"best", "last", "log.csv", "metrics.json", "recipe.json", "split.csv", "tensorboard"}
+FILES = {"best", "last", "log.csv", "metrics.json", "recipe.toml", "split.csv", "tensorboard"}
 OF_TIME = ("seconds", "images_per_sec", "wait_share")
 
 
@@ -120,7 +120,7 @@ def test_a_trained_model_knows_its_classes(run: Path) -> None:
 
 def test_a_finished_run_is_refused(run: Path) -> None:
     with pytest.raises(RunError, match="holds a finished run; choose another folder"):
-        finetune(read_resolved(run / "recipe.json"), run)
+        finetune(read_resolved(run / "recipe.toml"), run)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(colours: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_number_of_parts_changes_nothing_but_rounding(run: Path, colours: Pa
 
 def test_an_interrupted_run_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped within an epoch; the models, the log and the metrics are those of a run that was not."""
-    recipe = read_resolved(run / "recipe.json")
+    recipe = read_resolved(run / "recipe.toml")
     interrupt_after(5, monkeypatch)
     with pytest.raises(Interrupted, match="Stopped after 5 of 15 updates"):
         finetune(recipe, tmp_path)

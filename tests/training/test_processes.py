@@ -46,8 +46,8 @@ def numbers(run: Path) -> list[list[float]]:
 @pytest.mark.slow
 def test_two_processes_equal_one_in_two_parts(tmp_path: Path) -> None:
     recipe = pretraining(tmp_path, accumulation=1)
-    (tmp_path / "recipe.json").write_text(dump_recipe(recipe))
-    command = [sys.executable, str(_PROGRAM), str(tmp_path / "recipe.json"), str(tmp_path / "two")]
+    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
+    command = [sys.executable, str(_PROGRAM), str(tmp_path / "recipe.toml"), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     (tmp_path / "two").mkdir()
     result = subprocess.run([*command, "0", "2", "events", "1", "0"], capture_output=True, text=True, env=environment)
@@ -127,8 +127,8 @@ def test_two_processes_train_a_segmentation_model_as_one_does(tmp_path: Path) ->
     small = squares_recipe(data).model.overrides
     model = {"name": "test_beit", "overrides": {**small, "decoder_drop_rate": 0.0}}
     recipe = squares_recipe(data, model=model)
-    (tmp_path / "recipe.json").write_text(dump_recipe(recipe))
-    command = [sys.executable, str(_PROGRAM), str(tmp_path / "recipe.json"), str(tmp_path / "two")]
+    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
+    command = [sys.executable, str(_PROGRAM), str(tmp_path / "recipe.toml"), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     (tmp_path / "two").mkdir()
     result = subprocess.run([*command, "0", "2", "events", "1", "0"], capture_output=True, text=True, env=environment)

@@ -1,16 +1,20 @@
 """Recipes are closed records; those of the repository describe runs."""
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from PIL import Image
 
 import beitzoo
+from beitzoo.files import write_text
 from beitzoo.training.data import training_transform
 from beitzoo.training.optim import parameter_groups
-from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe, load_recipe, read_resolved
-from beitzoo.training.sections import Finetune
+from beitzoo.training.recipe import Recipe, RecipeError, change_recipe, dump_recipe, load_recipe, read_resolved
+from beitzoo.training.sections import Finetune, Section
 
 RECIPES = sorted(Path("configs").rglob("*.toml"))
 FINETUNE = [path for path in RECIPES if path.parent.name == "finetune"]
@@ -20,8 +24,49 @@ DIGITS_TEXT = DIGITS.read_text()
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_every_recipe_is_of_the_task_whose_folder_it_is_in(path: Path) -> None:
+    load_recipe(path, kind=path.parent.name)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_what_is_written_is_read_again(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path, kind=path.parent.name)
-    assert Recipe.model_validate_json(dump_recipe(recipe)) == recipe
+    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
+    assert (
+        load_recipe(tmp_path / "recipe.toml", kind=path.parent.name)
+        == read_resolved(tmp_path / "recipe.toml")
+        == recipe
+    )
+
+
+def test_odd_names_are_written_and_read(tmp_path: Path) -> None:
+    odd = os.fsdecode(b'a"b\\c\n\x7f\xff \xf0\x9f\x98\x80#')
+    recipe = change_recipe(load_recipe(DIGITS), ["data.label_seed=3"])
+    data = {**recipe.data.model_dump(), "source": "folder", "path": Path("/") / odd}
+    recipe = Recipe.model_validate({**recipe.model_dump(), "data": data})
+    write_text(tmp_path / "recipe.toml", dump_recipe(recipe))
+    assert read_resolved(tmp_path / "recipe.toml") == recipe
+    assert "[train]\nbatch_size = 64\n" in re.sub("epochs = 75\n", "", dump_recipe(recipe))
+
+
+def test_what_may_be_none_is_so_by_default() -> None:
+    """As TOML has no null, a value that is left out must mean it."""
+    left, seen = [Recipe], set()
+    while left:
+        section = left.pop()
+        for name, field in section.model_fields.items():
+            parts = list(_parts_of(field.annotation))
+            assert type(None) not in parts or field.default is None, f"{section.__name__}.{name}"
+            left += [
+                part for part in parts if isinstance(part, type) and issubclass(part, Section) and part not in seen
+            ]
+        seen.add(section)
+    assert len(seen) > 10
+
+
+def _parts_of(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts_of(part)
 
 
 @pytest.mark.parametrize("path", FINETUNE, ids=str)
@@ -70,12 +115,12 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
         load_recipe(tmp_path / "b.toml")
     with pytest.raises(RecipeError, match=r"There is no recipe dgits.*did you mean 'digits'"):
         load_recipe("dgits")
-    (tmp_path / "recipe.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"recipe\.json is not the recipe of a run: model: Field required"):
-        read_resolved(tmp_path / "recipe.json")
-    (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(RecipeError, match=r"recipe\.json is not the recipe of a run: not JSON \(Expecting"):
-        read_resolved(tmp_path / "recipe.json")
+    (tmp_path / "recipe.toml").write_text("")
+    with pytest.raises(RecipeError, match=r"recipe\.toml is not the recipe of a run: model: Field required"):
+        read_resolved(tmp_path / "recipe.toml")
+    (tmp_path / "recipe.toml").write_text("{")
+    with pytest.raises(RecipeError, match=r"recipe\.toml is not the recipe of a run: not TOML \("):
+        read_resolved(tmp_path / "recipe.toml")
 
 
 def test_packaged_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ _OF_TIME = ("seconds", "images_per_sec", "wait_share")
 
 def check_that_kills_change_nothing(recipe: Recipe, out: Path, *options: object) -> None:
     """Train in one go and with kills, see `killed_runs`, and compare what is left."""
-    (out / "recipe.json").write_text(dump_recipe(recipe))
-    command = [sys.executable, str(_PROGRAM), str(out / "recipe.json"), str(out), *map(str, options)]
+    (out / "recipe.toml").write_text(dump_recipe(recipe))
+    command = [sys.executable, str(_PROGRAM), str(out / "recipe.toml"), str(out), *map(str, options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     assert result.returncode == 0, result.stderr

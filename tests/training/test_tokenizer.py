@@ -219,7 +219,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path: Path) -> None:
     for count in (1, 2):
         out = tmp_path / str(count)
         recipe = tokenizer_recipe(data, {"restart_codes": 3}, accumulation=3 - count, batch_size=4, epochs=3)
-        (tmp_path / "recipe.json").write_text(dump_recipe(recipe))
+        (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
         program = (
             "import sys; from pathlib import Path; from beitzoo.training.recipe import read_resolved;"
             "from beitzoo.training.tasks.tokenizer import train_tokenizer;"
@@ -227,7 +227,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path: Path) -> None:
         )
         (tmp_path / "program.py").write_text(program)
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command = [*launch, str(tmp_path / "program.py"), str(tmp_path / "recipe.json"), str(out)]
+        command = [*launch, str(tmp_path / "program.py"), str(tmp_path / "recipe.toml"), str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr
