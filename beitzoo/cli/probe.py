@@ -1,13 +1,12 @@
 """The command probe."""
 
 import json
-import random
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,99 +14,110 @@ from rich.table import Table
 from tqdm import tqdm
 
 from beitzoo.cli import extras
+from beitzoo.cli.embed import block_numbers
 from beitzoo.cli.evaluate_pixels import list_failures
 from beitzoo.cli.models import AsJson
 from beitzoo.cli.networks import load_networks
+from beitzoo.cli.probe_data import Data
 from beitzoo.cli.records import Running, takes_records
-from beitzoo.errors import InvalidValueError, check
+from beitzoo.errors import InvalidValueError, check, closest
 
 if TYPE_CHECKING:
-    from beitzoo.evaluation.probe_rows import LabelledData
+    from beitzoo.evaluation.probe import Probing
+    from beitzoo.evaluation.probe_rows import LabelledData, Probed
+    from beitzoo.inference.pipeline import Loading
     from beitzoo.results import Row
+
+Choice = TypeVar("Choice", bound=str)
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
 
 @dataclass(frozen=True)
-class Data:
-    """Which labelled images probes are fitted on and measured on.
+class Asked:
+    """What is probed, and how.
 
     Attributes:
-        data: The data set.
-        test_data: Held-out images; else they are a part of the data set.
-        split_seed: Draws the held-out images, where the data has no part for them.
-        train_per_class: Images of each class to fit on.
-        train_images: Images to fit on in all.
-        label_seed: Draws those.
+        blocks: Whose output.
+        poolings: Which features of each block.
+        probes: Which probes.
+        neighbours: Of the kNN probe.
     """
 
-    data: Annotated[str, typer.Option(help="'digits', class folders, or tables of images in the hub's form.")]
-    test_data: Annotated[
-        Path | None,
-        typer.Option(help="Images to measure on; else a part of the data, or a third drawn from it."),
+    blocks: Annotated[
+        str | None, typer.Option(help="Such as 2,5,-1: counted from 0, negative from the end; all if not given.")
     ] = None
-    split_seed: Annotated[int, typer.Option(min=0, help="Draws the images to measure on, as in a recipe.")] = 0
-    train_per_class: Annotated[int, typer.Option(min=0, help="Fit on only this many images of each class.")] = 0
-    train_images: Annotated[int, typer.Option(min=0, help="Fit on only this many images in all.")] = 0
-    label_seed: Annotated[int | None, typer.Option(min=0, help="Draws those; if not given, the split's seed does.")] = (
-        None
-    )
+    poolings: Annotated[
+        str | None,
+        typer.Option("--pooling", help="Of mean, class and both, with commas; mean,class if not given (joint: both)."),
+    ] = None
+    probes: Annotated[
+        str,
+        typer.Option(
+            help="Of linear (L-BFGS), ridge (closed form), joint (as in BEiT: one of each block, trained together) "
+            "and knn, with commas."
+        ),
+    ] = "linear,knn"
+    neighbours: Annotated[int, typer.Option(min=1, help="Of the kNN probe.")] = 20
 
-    def load(self) -> "LabelledData":
-        """Find the images and split them, as a recipe would."""
-        from beitzoo.evaluation.probe_rows import LabelledData
-        from beitzoo.files import full_path
-        from beitzoo.images.datasets import guess_source
-        from beitzoo.training.data import load_images, split_images
-        from beitzoo.training.sections import DataSection
+    def probing(self, loading: "Loading") -> "Probing":
+        """As probes take it."""
+        from beitzoo.evaluation.probe import PROBES, Probing
+        from beitzoo.inference.embed import POOLINGS
 
-        path = None if self.data == "digits" else full_path(self.data)
-        section = DataSection(
-            source="digits" if path is None else guess_source(path),
-            path=path,
-            test_path=self.test_data,
-            split_seed=self.split_seed,
-            train_per_class=self.train_per_class,
-            label_seed=self.label_seed,
+        return Probing(
+            block_numbers(self.blocks),
+            None if self.poolings is None else _chosen("--pooling", self.poolings, POOLINGS),
+            self.neighbours,
+            loading,
+            _chosen("--probes", self.probes, PROBES),
         )
-        images = load_images(section)
-        check(images.labels is not None, f"The images of {self.data} have no classes, which a probe tells apart.")
-        # As of a recipe that says nothing else, so that fine-tuning and probes see the same images.
-        split = split_images(images, section, test_fraction=1 / 3, val_fraction=0.1)
-        if self.train_images:
-            split = replace(split, train=self._draw(split.train))
-        asked: Row = {
-            "data": self.data,
-            "test_data": None if self.test_data is None else str(self.test_data),
-            "split_seed": self.split_seed,
-            "train_per_class": self.train_per_class,
-            "train_images": self.train_images,
-            "label_seed": self.label_seed,
-        }
-        return LabelledData(images, split, asked)
 
-    def _draw(self, indices: Sequence[int]) -> list[int]:
-        seed = self.split_seed if self.label_seed is None else self.label_seed
-        check(
-            self.train_images <= len(indices),
-            f"--train-images {self.train_images}, but there are {len(indices)} images to fit on; leave it out for all.",
-        )
-        return random.Random(seed).sample(list(indices), self.train_images)
+
+@dataclass(frozen=True)
+class Output:
+    """What is kept of probes, beside what is printed.
+
+    Attributes:
+        results_file: Table of rows.
+        picture: Accuracy by block.
+        keep_features: Features with their classes.
+        as_json: Print rows as JSON.
+    """
+
+    results_file: Annotated[
+        Path | None, typer.Option(help="Append rows to this CSV; what it has already is not measured again.")
+    ] = None
+    picture: Annotated[Path | None, typer.Option(help="Draw accuracy by block: .png, .svg or .pdf.")] = None
+    keep_features: Annotated[
+        Path | None, typer.Option(help="Write the features, .npz or .parquet, for --features; of one model.")
+    ] = None
+    as_json: AsJson = False
+
+    def check(self, models: Sequence[str]) -> None:
+        """Refuse what cannot be written, before anything is measured."""
+        from beitzoo.evaluation.probe_picture import check_picture
+        from beitzoo.inference.feature_files import check_name
+
+        if self.picture is not None:
+            check_picture(self.picture)
+        if self.keep_features is not None:
+            check_name(self.keep_features)
+            alone = self.keep_features.suffix.lower() == ".npy"
+            check(not alone, f"--keep-features {self.keep_features}: .npy has no classes; take .npz or .parquet.")
+            check(len(models) == 1, "--keep-features is one file; name the one model whose features it shall have.")
 
 
 @takes_records
 def probe(
-    models: Annotated[list[str], typer.Argument(help="Model names, or folders of models.")],
     data: Data,
-    blocks: Annotated[
-        str | None, typer.Option(help="Such as 2,5,-1: counted from 0, negative from the end; all if not given.")
-    ] = None,
-    neighbours: Annotated[int, typer.Option(min=1, help="Of the kNN probe.")] = 20,
-    results_file: Annotated[
-        Path | None, typer.Option(help="Append rows to this CSV; what it has already is not measured again.")
-    ] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Model names, or folders of models.")] = None,
+    asked: Asked = Asked(),
+    optimized: Annotated[
+        bool, typer.Option("--optimize/--no-optimize", help="On a CPU, let the optimized copy compute many images.")
+    ] = True,
+    output: Output = Output(),
     running: Running = Running(),  # noqa: B008 - a frozen record
-    as_json: AsJson = False,
 ) -> None:
     """Measure frozen features: a linear and a kNN probe of each block.
 
@@ -116,36 +126,37 @@ def probe(
     exit code is then 1.
     """
     extras.require("train", "accelerate", "sklearn")
-    from beitzoo.evaluation.evaluate import Subject
-    from beitzoo.evaluation.probe import Probing
-    from beitzoo.evaluation.probe_rows import COLUMNS, KEY, probe_rows, seen_in_training
-    from beitzoo.factory import look_up
-    from beitzoo.measure.options import usable_device
+    from beitzoo.evaluation.probe_picture import draw_probes
+    from beitzoo.evaluation.probe_rows import COLUMNS, KEY, of_table, probe_rows
     from beitzoo.results import Table as Rows
 
-    check(running.checkpoint is None or len(models) == 1, "--checkpoint is one file; name the one model that it is of.")
-    kept = Rows(results_file, COLUMNS, KEY)
+    named = models or []
+    check(running.checkpoint is None or len(named) == 1, "--checkpoint is one file; name the one model that it is of.")
+    check(
+        bool(named) != bool(data.features),
+        "Give models with --data, or a file of --features without models; it is of one already.",
+    )
+    output.check(named)
+    kept = Rows(output.results_file, COLUMNS, KEY)
     kept.check()
-    where = usable_device(running.device)
-    probing = Probing(_numbers(blocks), neighbours=neighbours, loading=running.loading)
-    for name in models:
-        look_up(name)  # what is misspelt is said before anything is measured
-    labelled = data.load()
-    print("\n".join(labelled.describe()), file=sys.stderr)
+    probing = asked.probing(running.loading)
     rows: list[Row] = []
     failures: list[tuple[str, str]] = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
-        for name in tqdm(models, unit="model", disable=None):
-            ((_, model),) = load_networks([name], running.checkpoint, where).items()
-            shown = name if running.checkpoint is None else str(running.checkpoint)
-            if note := seen_in_training(Subject(model.backbone, name, running.checkpoint), labelled):
-                print(note, file=sys.stderr)
-            found, failed = probe_rows(model.backbone, shown, labelled, probing, kept)
-            rows += found
-            failures += failed
+        if data.features is not None:
+            labelled, table = data.load_features(data.features)
+            print("\n".join(labelled.describe()), file=sys.stderr)
+            rows, failures = probe_rows(of_table(table, probing), labelled, probing, kept)
+        else:
+            for probed, labelled in _networks(named, data, probing, _Making(running, optimized, output.keep_features)):
+                found, failed = probe_rows(probed, labelled, probing, kept)
+                rows += found
+                failures += failed
     list_failures(failures)
-    if as_json:
+    if output.picture is not None:
+        draw_probes(rows, output.picture)
+    if output.as_json:
         print(json.dumps(rows, indent=2))
     else:
         _print_tables(rows)
@@ -153,11 +164,52 @@ def probe(
         raise typer.Exit(1)
 
 
-def _numbers(blocks: str | None) -> list[int] | None:
-    try:
-        return None if blocks is None else [int(number) for number in blocks.split(",")]
-    except ValueError as error:
-        raise InvalidValueError(f"--blocks {blocks!r} are no numbers; write some such as 2,5,-1.") from error
+@dataclass(frozen=True)
+class _Making:
+    """How features of networks are made: where, by the optimized copy or not, and in which file they are kept."""
+
+    running: Running
+    optimized: bool
+    keep: Path | None
+
+
+def _networks(
+    names: Sequence[str], data: Data, probing: "Probing", making: _Making
+) -> "Iterator[tuple[Probed, LabelledData]]":
+    """Load one network after the other."""
+    from beitzoo.evaluation.evaluate import Subject
+    from beitzoo.evaluation.probe_rows import of_network, seen_in_training
+    from beitzoo.factory import look_up
+    from beitzoo.inference.fastest import for_many_images
+    from beitzoo.measure.options import usable_device
+
+    checkpoint, where = making.running.checkpoint, usable_device(making.running.device)
+    for name in names:
+        look_up(name)  # what is misspelt is said before anything is measured
+    labelled = data.load()
+    split = labelled.split
+    print("\n".join(labelled.describe()), file=sys.stderr)
+    for name in tqdm(names, unit="model", disable=None):
+        ((_, model),) = load_networks([name], checkpoint, where).items()
+        shown = name if checkpoint is None else str(checkpoint)
+        network = model.backbone
+        if note := seen_in_training(Subject(network, name, checkpoint), labelled):
+            print(note, file=sys.stderr)
+        if making.optimized:
+            network, note = for_many_images(network, len(split.train) + len(split.val) + len(split.test))
+            if note:
+                print(note, file=sys.stderr)
+        yield of_network(network, shown, labelled, probing, making.keep), labelled
+
+
+def _chosen(option: str, given: str, known: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Return the choices that are written with commas, each once."""
+    words = [word.strip() for word in given.split(",")]
+    found = [choice for word in words for choice in known if choice == word]
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        raise InvalidValueError(f"{option} {given}: there is no {unknown[0]!r}; {closest(unknown[0], known)}")
+    return tuple(dict.fromkeys(found))
 
 
 def _print_tables(rows: Sequence["Row"]) -> None:
@@ -170,9 +222,16 @@ def _print_tables(rows: Sequence["Row"]) -> None:
         table = Table("block", *(f"{pooling}, {probe}" for pooling, probe in kinds), box=None, pad_edge=False)
         values = {(row["block"], row["pooling"], row["probe"]): float(row["top1"] or 0) for row in own}
         for block in dict.fromkeys(row["block"] for row in own):
-            table.add_row(str(block), *(f"{values[block, *kind]:.2f}" for kind in kinds))
+            table.add_row(
+                "output" if block in (None, "") else str(block), *(f"{values[block, *kind]:.2f}" for kind in kinds)
+            )
         print(f"{model}: top-1 of {own[0]['count']} images, fitted on {own[0]['train_count']}")
         Console().print(table)
         for best in best_rows(own):
-            where = f"block {best['block']}, {best['pooling']}: {float(best['top1'] or 0):.2f}"
+            where = f"{_named(best['block'])}, {best['pooling']}: {float(best['top1'] or 0):.2f}"
             print(f"Best {best['probe']} probe, chosen by {best['val_count']} other images: {where}")
+
+
+def _named(block: object) -> str:
+    """Name a block; without a number it is the network's output."""
+    return "output" if block in (None, "") else f"block {block}"

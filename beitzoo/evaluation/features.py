@@ -1,48 +1,77 @@
-"""Frozen features: what each block of a network says of an image, pooled, for probes."""
+"""Frozen features: what each block of a network says of an image, pooled, for probes; computed, or kept in files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from beitzoo.errors import check
+from beitzoo.images.folder_classes import ImageClasses
 from beitzoo.images.image_set import ImageSet
-from beitzoo.images.transforms import resolve_data_config
-from beitzoo.inference.classify import NOT_FINITE, eval_mode
-from beitzoo.inference.pipeline import Failure, Job, Loading, View, run_jobs
+from beitzoo.images.splits import Split
+from beitzoo.inference.classify import eval_mode
+from beitzoo.inference.embed import Array, Pooling, Reading, embedding
+from beitzoo.inference.feature_files import OK, Description, FeatureTable, feature_rows, write_features
+from beitzoo.inference.pipeline import Failure, Loading, run_jobs
 from beitzoo.models.beit import Beit
-from beitzoo.models.inputs import take_indices
 
-Array = np.ndarray[Any, np.dtype[Any]]
-# How the tokens of a block become one feature: the mean of its patch tokens, or its class token.
-Pooling = Literal["mean", "class"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+# What one pass over the images gives of each block: class token and mean of the patch tokens.
+POOLINGS: tuple[Pooling, ...] = ("mean", "class")
+_LEFT_OUT = "none"
 
 
 @dataclass(frozen=True)
 class Features:
-    """Pooled features of some images, as they leave each block: raw, without the network's last norm.
+    """Pooled features of some images, for blocks as they leave them: raw, without the network's last norm.
 
     The linear probe of BEiT reads them so too (`run_linear_eval.py`).
 
     Attributes:
         indices: Which images of the set, in order; those that could not be read are not among them.
-        blocks: The blocks, counted from 0, in order.
-        values: For each pooling float32 (blocks, images, C).
+        blocks: The blocks, counted from 0, in order; None is the output of the network.
+        values: For each pooling (blocks, images, C).
         failures: Images without features, with the reason.
     """
 
     indices: list[int]
-    blocks: list[int]
+    blocks: list[int | None]
     values: dict[Pooling, Array]
     failures: list[tuple[str, str]] = field(default_factory=list)
 
-    def of(self, block: int, pooling: Pooling) -> Array:
-        """Return the features (images, C) that leave one block."""
-        return self.values[pooling][self.blocks.index(block)]
+    def of(self, block: int | None, pooling: Pooling) -> Array:
+        """Return the features that leave one block, float32 (images, C); `both` are class token and mean, 2 C.
+
+        Raises:
+            InvalidValueError: There are none of this block or pooling.
+        """
+        check(
+            block in self.blocks and pooling in self.poolings,
+            f"There are no features {pooling!r} of block {block}; there are {', '.join(self.poolings)} of "
+            f"{', '.join(map(str, self.blocks))}. Make others with beitzoo embed.",
+        )
+        place = self.blocks.index(block)
+        if pooling == "both":
+            return np.concatenate([self.of(block, "class"), self.of(block, "mean")], axis=1)
+        return self.values[pooling][place].astype(np.float32, copy=False)
+
+    @property
+    def poolings(self) -> tuple[Pooling, ...]:
+        """What there is of each block."""
+        return (*self.values, "both") if set(POOLINGS) <= self.values.keys() else tuple(self.values)
+
+    def of_blocks(self, blocks: Sequence[int | None]) -> "Features":
+        """Return those of some of the blocks."""
+        places = [self.blocks.index(block) for block in blocks]
+        values = {pooling: values[places] for pooling, values in self.values.items()}
+        return Features(self.indices, [*blocks], values, self.failures)
+
+    def part(self, indices: Sequence[int]) -> "Features":
+        """Return those of some images of the set, in this order, and no failures."""
+        place = {index: place for place, index in enumerate(self.indices)}
+        found = [index for index in indices if index in place]
+        places = [place[index] for index in found]
+        return Features(found, self.blocks, {pooling: values[:, places] for pooling, values in self.values.items()})
 
 
 def extract_features(
@@ -67,37 +96,75 @@ def extract_features(
     Raises:
         InvalidValueError: There is no such block, or the model takes images that are not in files.
     """
-    chosen = sorted(set(take_indices(blocks, len(model.blocks))))
+    reading = Reading("both", range(len(model.blocks)) if blocks is None else blocks)
+    chosen = reading.numbers(model)
+    assert chosen is not None
     found: list[int] = []
     failures: list[tuple[str, str]] = []
-    rows = np.empty((len(POOLINGS), len(chosen), len(indices), model.num_features), dtype=np.float32)
+    rows = np.empty((len(chosen), len(indices), 2 * model.num_features), dtype=np.float32)
+    job = embedding(model, reading)
     with eval_mode([model]):
-        job = _pooling(model, chosen)
         for index, (outcome,) in run_jobs(indices, [job], loading or Loading(), lambda index: images.images[index]):
             if isinstance(outcome, Failure):
                 failures.append((images.identity(index)[0], outcome.reason))
             else:
-                rows[:, :, len(found)] = outcome.numpy()
+                rows[:, len(found)] = outcome
                 found.append(index)
-    values = {pooling: rows[place, :, : len(found)] for place, pooling in enumerate(POOLINGS)}
-    return Features(found, chosen, values, failures)
+    return Features(found, [*chosen], _both(rows[:, : len(found)]), failures)
 
 
-def _pooling(model: Beit, blocks: list[int]) -> Job[Tensor]:
-    """Make the job that maps an image to its features (poolings, blocks, C)."""
-    channels = model.config.in_chans
+def kept_features(table: FeatureTable) -> Features:
+    """Return the features that are in a file; images are counted by its rows.
+
+    Raises:
+        InvalidValueError: They are of single patches, which no probe reads.
+    """
+    description = table.description
     check(
-        channels in (1, 3), f"This model takes {channels} channels; image files have 1 (grey) or 3 (RGB). Take another."
+        description.pooling != "patches",
+        f"These are features of single patches of {description.model}, and a probe reads one of each image. Make them "
+        "with another --pooling, such as both.",
     )
+    there = [place for place, status in enumerate(table.status) if status == OK]
+    failures = [(path, status) for path, status in zip(table.paths, table.status, strict=True) if status != OK]
+    values = table.features[there]
+    blocks: list[int | None] = [None] if description.blocks is None else [*description.blocks]
+    values = values[None] if description.blocks is None else values.swapaxes(0, 1)
+    pooled: dict[Pooling, Array] = {description.pooling: values}
+    if description.pooling == "both":
+        pooled = _both(values)
+    return Features(there, blocks, pooled, failures)
 
-    def run(images: Tensor) -> list[Tensor | Failure]:
-        pairs = model.forward_intermediates(
-            images, blocks, True, stop_early=True, output_fmt="NLC", intermediates_only=True
-        )
-        pooled = [torch.stack([patches.float().mean(1), prefix[:, 0].float()], 1) for patches, prefix in pairs]
-        features = torch.stack(pooled, 2).cpu()
-        finite = features.isfinite().flatten(1).all(1).tolist()
-        return [one if fine else Failure(NOT_FINITE) for one, fine in zip(features, finite, strict=True)]
 
-    like = model.cls_token
-    return Job(View(channels, tuple(resolve_data_config(model).items())), like.device, like.dtype, run)
+def keep_features(path: Path, features: Features, images: ImageSet, split: Split, description: Description) -> None:
+    """Write features of a network's blocks to a file, with the classes and parts of their images, in the set's order.
+
+    Args:
+        path: Ends in .npz or .parquet.
+        features: As `extract_features` returns them.
+        images: The set, with classes.
+        split: What its images are for.
+        description: Of the file.
+    """
+    assert images.labels is not None
+    part_of = {index: "train" for index in split.train}
+    part_of |= {index: "validation" for index in split.val} | {index: "test" for index in split.test}
+    place_of = {index: place for place, index in enumerate(features.indices)}
+    reasons = dict(features.failures)
+    indices = sorted(part_of)
+    names = [images.identity(index)[0] for index in indices]
+    classes = ImageClasses(
+        [images.labels[index] for index in indices], images.names, [part_of[index] for index in indices]
+    )
+    both = np.concatenate([features.values["class"], features.values["mean"]], axis=2).swapaxes(0, 1)
+    outcomes = (
+        (both[place_of[index]], None) if index in place_of else (None, reasons.get(name, _LEFT_OUT))
+        for index, name in zip(indices, names, strict=True)
+    )
+    write_features(path, feature_rows(outcomes, names, classes), len(indices), description)
+
+
+def _both(values: Array) -> dict[Pooling, Array]:
+    """Part class token and mean, (..., 2 C)."""
+    token, mean = np.split(values, 2, axis=-1)
+    return {"mean": mean, "class": token}

@@ -1,22 +1,28 @@
 """Probes: how well simple classifiers tell classes apart by the frozen features of a network."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from beitzoo.errors import UnsupportedError, check
-from beitzoo.evaluation.features import POOLINGS, Array, Pooling, extract_features
+from beitzoo.evaluation.features import POOLINGS, Features, extract_features
+from beitzoo.evaluation.joint_probe import joint_answers
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
+from beitzoo.inference.embed import Array, Pooling
 from beitzoo.inference.pipeline import Loading
 from beitzoo.models.beit import Beit
 
-Probe = Literal["linear", "knn"]
+# Logistic regression at its minimum (L-BFGS), ridge regression (closed form), the original's linear probe, neighbours.
+Probe = Literal["linear", "ridge", "joint", "knn"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
+# What is probed with if nobody says: they have nothing to choose but the neighbours, and take no long time.
+USUAL_PROBES: tuple[Probe, ...] = ("linear", "knn")
 
 # kNN as in DINO (https://arxiv.org/abs/2104.14294, `eval_knn.py`): a neighbour counts exp(cosine / 0.07).
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -24,6 +30,8 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 # scikit-learn's own 1e-4 there are 41. It takes some tens to some hundreds of updates.
 _TOLERANCE, _MOST_UPDATES = 1e-5, 5000
 _NONE_TO_MEASURE = "There is no readable image to measure a probe on; check the data and its split."
+# What the ridge probe may choose: the penalty for each image, in the units of the standardised features.
+_PENALTIES = np.logspace(-5, 1, 7)
 # Cosines that are in memory at a time: 64 MB.
 _CHUNK = 2**24
 
@@ -68,18 +76,29 @@ def linear_answers(train: Array, labels: Array, test: Array) -> Array:
     cross-entropies plus half the squared norm of the weights (scikit-learn's `C=1`), taken to its minimum by L-BFGS:
     no learning rate, no epochs, nothing drawn.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "The linear probe needs scikit-learn; install it with: pip install 'beitzoo[train]'"
-        ) from error
-    _check(train, test)
-    check(len(np.unique(labels)) > 1, "All images to fit a probe on are of one class; give it images of two or more.")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(tol=_TOLERANCE, max_iter=_MOST_UPDATES))
-    answers: Array = probe.fit(train.astype(float), labels).predict(test)
+    _check(train, test, labels)
+    from sklearn.linear_model import LogisticRegression
+
+    return _standardised_answers(LogisticRegression(tol=_TOLERANCE, max_iter=_MOST_UPDATES), train, labels, test)
+
+
+def ridge_answers(train: Array, labels: Array, test: Array) -> Array:
+    """Fit ridge regression of the classes (1 and -1) in closed form and return the class of each of other features.
+
+    Features are standardised as for `linear_answers`. The penalty is the one of seven, 1e-5 to 10 times the number of
+    images, that predicts best each training image from all others, which the closed form gives as well.
+    """
+    _check(train, test, labels)
+    from sklearn.linear_model import RidgeClassifierCV
+
+    return _standardised_answers(RidgeClassifierCV(alphas=len(train) * _PENALTIES), train, labels, test)
+
+
+def _standardised_answers(probe: Any, train: Array, labels: Array, test: Array) -> Array:
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    answers: Array = make_pipeline(StandardScaler(), probe).fit(train.astype(float), labels).predict(test)
     return answers
 
 
@@ -111,9 +130,15 @@ def accuracy(answers: Array, labels: Array) -> float:
     return 100 * float(np.mean(answers == labels))
 
 
-def _check(train: Array, test: Array) -> None:
+def _check(train: Array, test: Array, labels: Array | None = None) -> None:
+    """Refuse features that no probe can be fitted to or measured on; with labels, those that need scikit-learn."""
     check(len(train) > 0, "There is no readable image to fit a probe on; check the data and its split.")
     check(len(test) > 0, _NONE_TO_MEASURE)
+    if labels is None:
+        return
+    check(len(np.unique(labels)) > 1, "All images to fit a probe on are of one class; give it images of two or more.")
+    if importlib.util.find_spec("sklearn") is None:
+        raise UnsupportedError("The linear probe needs scikit-learn; install it with: pip install 'beitzoo[train]'")
 
 
 @dataclass(frozen=True)
@@ -121,14 +146,14 @@ class Finding:
     """What one probe found of one feature.
 
     Attributes:
-        block: Whose output it is, counted from 0.
+        block: Whose output it is, counted from 0; None is the network.
         pooling: How its tokens became one feature.
         probe: Which probe.
         top1: Per cent of the test images whose class is right.
         val_top1: The same of validation images, by which a block may be chosen; None without any.
     """
 
-    block: int
+    block: int | None
     pooling: Pooling
     probe: Probe
     top1: float
@@ -166,15 +191,25 @@ class Probing:
 
     Attributes:
         blocks: Which blocks, counted from 0, negative from the end; all if None.
-        poolings: Which features of each.
+        poolings: Which features of each. If None, mean and class token, and for the joint probe, as in the original,
+            both together; of features in a file that are neither, those.
         neighbours: Of the kNN probe.
         loading: Batch size and threads.
+        probes: Which probes.
     """
 
     blocks: Sequence[int] | None = None
-    poolings: tuple[Pooling, ...] = POOLINGS
+    poolings: tuple[Pooling, ...] | None = None
     neighbours: int = NEIGHBOURS
     loading: Loading = field(default_factory=Loading)
+    probes: tuple[Probe, ...] = USUAL_PROBES
+
+    def pairs(self, there: Sequence[Pooling]) -> list[tuple[Pooling, Probe]]:
+        """Return each pooling with the probes of it, where `there` are such features."""
+        if self.poolings is not None or "both" not in there:
+            return [(pooling, probe) for pooling in self.poolings or there for probe in self.probes]
+        alone = [(pooling, probe) for pooling in POOLINGS for probe in self.probes if probe != "joint"]
+        return [*alone, *((pooling, probe) for pooling in ("both",) for probe in self.probes if probe == "joint")]
 
 
 def probe_blocks(model: Beit, images: ImageSet, split: Split, probing: Probing | None = None) -> Findings:
@@ -191,21 +226,54 @@ def probe_blocks(model: Beit, images: ImageSet, split: Split, probing: Probing |
     """
     check(images.labels is not None, "The images have no classes, which a probe tells apart; give labelled ones.")
     probing = probing or Probing()
-    labels = np.asarray(images.labels)
-    train = extract_features(model, images, split.train, probing.blocks, probing.loading)
-    other = extract_features(model, images, [*split.val, *split.test], probing.blocks, probing.loading)
+    used = [*split.train, *split.val, *split.test]
+    features = extract_features(model, images, used, probing.blocks, probing.loading)
+    return probe_features(features, np.asarray(images.labels), split, probing)
+
+
+def probe_features(features: Features, labels: Array, split: Split, probing: Probing) -> Findings:
+    """Probe features that are there already.
+
+    Args:
+        features: Of all blocks that are probed.
+        labels: Class of each image of the set.
+        split: As of `probe_blocks`.
+        probing: What is probed, and how; blocks and loading are those of the features.
+
+    Raises:
+        InvalidValueError: A part has no readable image, or there are no features of such a pooling.
+    """
+    train, other = features.part(split.train), features.part([*split.val, *split.test])
     is_val = np.isin(other.indices, split.val)
     known, right = labels[train.indices], labels[other.indices]
+    pairs = probing.pairs(features.poolings)
+    answers = {pair: _answers(*pair, train, known, other, probing.neighbours) for pair in pairs}
     found = []
-    for block in train.blocks:
-        for pooling in probing.poolings:
-            features = train.of(block, pooling), known, other.of(block, pooling)
-            for probe in PROBES:
-                answers = linear_answers(*features) if probe == "linear" else knn_answers(*features, probing.neighbours)
-                val = accuracy(answers[is_val], right[is_val]) if is_val.any() else None
-                found.append(Finding(block, pooling, probe, accuracy(answers[~is_val], right[~is_val]), val))
+    for place, block in enumerate(features.blocks):
+        for pooling, probe in pairs:
+            given = answers[pooling, probe][place]
+            val = accuracy(given[is_val], right[is_val]) if is_val.any() else None
+            found.append(Finding(block, pooling, probe, accuracy(given[~is_val], right[~is_val]), val))
     counts = {"train": len(known), "val": int(is_val.sum()), "test": int((~is_val).sum())}
-    return Findings(found, counts, [*train.failures, *other.failures])
+    return Findings(found, counts, features.failures)
+
+
+def _answers(
+    pooling: Pooling, probe: Probe, train: Features, labels: Array, other: Features, neighbours: int
+) -> Sequence[Array]:
+    """Return the answers of one probe for each block."""
+    pairs = [(train.of(block, pooling), other.of(block, pooling)) for block in train.blocks]
+    match probe:
+        case "joint":
+            for known, asked in pairs:
+                _check(known, asked)
+            return joint_answers([known for known, _ in pairs], labels, [asked for _, asked in pairs])
+        case "linear":
+            return [linear_answers(known, labels, asked) for known, asked in pairs]
+        case "ridge":
+            return [ridge_answers(known, labels, asked) for known, asked in pairs]
+        case "knn":
+            return [knn_answers(known, labels, asked, neighbours) for known, asked in pairs]
 
 
 def probe_backbone(
@@ -232,4 +300,4 @@ def probe_backbone(
     """
     probing = Probing(None, ("mean",), neighbours, loading or Loading())
     findings = probe_blocks(model, images, split, probing)
-    return {f"probe_{probe}": findings.best(probe).top1 for probe in PROBES}
+    return {f"probe_{probe}": findings.best(probe).top1 for probe in USUAL_PROBES}

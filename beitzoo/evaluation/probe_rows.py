@@ -1,13 +1,21 @@
 """Probes of each block as rows of a table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import torch
+
+from beitzoo.errors import check
 from beitzoo.evaluation.evaluate import Subject, split_of_run
-from beitzoo.evaluation.probe import PROBES, Findings, Probing, probe_blocks
+from beitzoo.evaluation.features import POOLINGS, Features, extract_features, keep_features, kept_features
+from beitzoo.evaluation.probe import PROBES, Findings, Probing, probe_features
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
 from beitzoo.images.transforms import resolve_data_config
+from beitzoo.inference.embed import Pooling
+from beitzoo.inference.feature_files import Description, FeatureTable
 from beitzoo.models.beit import Beit
 from beitzoo.models.inputs import take_indices
 from beitzoo.results import ENVIRONMENT, Row, Table, environment
@@ -42,44 +50,104 @@ class LabelledData:
         return [*self.images.describe(), parts]
 
 
-def probe_rows(
-    model: Beit, name: str, data: LabelledData, probing: Probing, kept: Table
-) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Probe a network and append a row for each block, pooling and probe; those that the table has are taken from it.
+@dataclass(frozen=True)
+class Probed:
+    """Features that are probed: of a network, made when they are needed, or of a file.
+
+    Attributes:
+        name: What rows call the network.
+        blocks: Whose output they are, in order; None is the network's own.
+        poolings: What there is of each block.
+        img_size: Of images in front of the network.
+        device: Where features are made.
+        features: Makes or returns them.
+    """
+
+    name: str
+    blocks: Sequence[int | None]
+    poolings: tuple[Pooling, ...]
+    img_size: int | None
+    device: torch.device
+    features: Callable[[], Features]
+
+
+def of_network(model: Beit, name: str, data: LabelledData, probing: Probing, keep: Path | None = None) -> Probed:
+    """Return the features of a network that are made when they are needed.
 
     Args:
         model: The network, or the backbone of a masked image model.
         name: What rows call it.
-        data: What it is probed on.
+        data: Its images.
+        probing: Which blocks, and how images are loaded.
+        keep: File that receives the features once they are made.
+    """
+    size = resolve_data_config(model)["input_size"][2]
+    blocks = sorted(set(take_indices(probing.blocks, len(model.blocks))))
+    split = data.split
+
+    def make() -> Features:
+        used = [*split.train, *split.val, *split.test]
+        features = extract_features(model, data.images, used, blocks, probing.loading)
+        if keep is not None:
+            shape = (len(blocks), 2 * model.num_features)
+            description = Description(name, "both", tuple(blocks), shape, data.images.names, model.config.img_size)
+            keep_features(keep, features, data.images, split, description)
+        return features
+
+    return Probed(name, blocks, (*POOLINGS, "both"), size, model.cls_token.device, make)
+
+
+def of_table(table: FeatureTable, probing: Probing) -> Probed:
+    """Return the features that are in a file.
+
+    Raises:
+        InvalidValueError: Probes of single patches, or of blocks that the file has not, were asked for.
+    """
+    features, description = kept_features(table), table.description
+    if probing.blocks is not None:
+        missing = sorted(set(probing.blocks) - {block for block in features.blocks if block is not None})
+        there = ", ".join(map(str, features.blocks)).replace("None", "the network's output alone")
+        check(not missing, f"The file has no features of block {missing[:1]}; it has {there}, counted from 0.")
+        features = features.of_blocks(sorted(set(probing.blocks)))
+    size = None if description.img_size is None else description.img_size[1]
+    return Probed(description.model, features.blocks, features.poolings, size, torch.device("cpu"), lambda: features)
+
+
+def probe_rows(
+    probed: Probed, data: LabelledData, probing: Probing, kept: Table
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Probe features and append a row for each block, pooling and probe; those that the table has are taken from it.
+
+    Args:
+        probed: The features.
+        data: The images that they are of.
         probing: What is probed, and how.
         kept: Has the columns `COLUMNS` and the key `KEY`.
 
     Returns:
         The rows, and the images that were left out, with the reason; none of rows that were there already.
     """
-    stamp = environment(model.cls_token.device)
+    stamp = environment(probed.device)
     asked: list[Row] = [
         {
             **stamp,
-            "model": name,
+            "model": probed.name,
             **data.asked,
             "block": block,
             "pooling": pooling,
             "probe": probe,
             "neighbours": probing.neighbours if probe == "knn" else None,
         }
-        for block in sorted(set(take_indices(probing.blocks, len(model.blocks))))
-        for pooling in probing.poolings
-        for probe in PROBES
+        for block in probed.blocks
+        for pooling, probe in probing.pairs(probed.poolings)
     ]
     there = [kept.find(row) for row in asked]
     if all(there):
         return [row for row in there if row], []
-    findings = probe_blocks(model, data.images, data.split, probing)
-    size = resolve_data_config(model)["input_size"][2]
+    findings = probe_features(probed.features(), np.asarray(data.images.labels), data.split, probing)
     rows = []
     for old, row, scores in zip(there, asked, _scores(findings), strict=True):
-        rows.append(old or kept.append({**row, **scores, "img_size": size}))
+        rows.append(old or kept.append({**row, **scores, "img_size": probed.img_size}))
     return rows, findings.failures
 
 

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import run
+from commands import SAMPLES, run
+from PIL import Image
 
 import beitzoo
 from beitzoo.evaluation import probe_rows
@@ -40,7 +41,7 @@ def test_probes_of_the_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert max(map(len, result.stdout.splitlines())) <= 80
 
-    monkeypatch.setattr(probe_rows, "probe_blocks", None)
+    monkeypatch.setattr(probe_rows, "probe_features", None)
     again = run(*arguments, "--results-file", str(table), "--json")
     assert (again.exit_code, json.loads(again.stdout)) == (0, rows)
     assert len(table.read_text().splitlines()) == 9
@@ -96,6 +97,11 @@ def test_a_network_that_was_trained_on_the_images_is_told(data: list[str], tmp_p
     [
         (["--blocks", "first"], "--blocks 'first' are no numbers; write some such as 2,5,-1."),
         (["--blocks", "4"], "there are 4 blocks, 0 to 3 or -4 to -1"),
+        (["--probes", "linear,svm"], "--probes linear,svm: there is no 'svm'; there are joint, knn, linear, ridge."),
+        (["--pooling", "max"], "--pooling max: there is no 'max'"),
+        (["--picture", "p.gif"], "p.gif does not end in .png, .svg, .pdf"),
+        (["--keep-features", "f.npy"], "f.npy: .npy has no classes"),
+        (["--features", "f.npz"], "Give models with --data, or a file of --features without models"),
         (["--train-images", "2000"], "there are 1078 images to fit on; leave it out for all."),
         (["--train-per-class", "500"], "There are not 500 images of each class"),
     ],
@@ -103,3 +109,56 @@ def test_a_network_that_was_trained_on_the_images_is_told(data: list[str], tmp_p
 def test_what_cannot_be_probed_is_one_message(arguments: list[str], message: str) -> None:
     result = run("probe", MODEL, "--data", "digits", *arguments)
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_kept_features_are_probed_as_those_of_the_network(data: list[str], tmp_path: Path) -> None:
+    """The same rows from a file, of the same images, by every probe; and the picture of them."""
+    (tmp_path / "measure" / "0" / "broken.png").write_bytes(b"no image")
+    kept, picture = tmp_path / "f.parquet", tmp_path / "p.png"
+    probes = ["--probes", "linear,ridge,joint,knn", "--json"]
+    first = run(
+        "probe", MODEL, *data[:4], "--blocks", "0,3", *probes, "--keep-features", str(kept), "--picture",
+        str(picture),
+    )  # fmt: skip
+    again = run("probe", "--features", str(kept), *probes)
+    assert (first.exit_code, again.exit_code) == (1, 1), first.stderr + again.stderr
+    assert "broken.png: not an image that can be read" in again.stderr
+    columns = ("model", "img_size", "block", "pooling", "probe", "top1", "val_top1", "count", "failures")
+    rows, others = ([[row[name] for name in columns] for row in json.loads(one.stdout)] for one in (first, again))
+    assert rows == others
+    top1 = {tuple(row[2:5]): row[5] for row in rows}
+    assert {(pooling, probe) for _, pooling, probe in top1} == {
+        *((pooling, probe) for pooling in ("mean", "class") for probe in ("linear", "ridge", "knn")),
+        ("both", "joint"),
+    }
+    assert top1[3, "both", "joint"] > 85
+    with Image.open(picture) as image:
+        assert image.size == (1120, 544)
+
+
+def test_features_that_embed_wrote_are_probed_by_their_folders(data: list[str], tmp_path: Path) -> None:
+    (tmp_path / "fit").rename(tmp_path / "train")
+    (tmp_path / "measure").rename(tmp_path / "test")
+    folders = [str(tmp_path / "train"), str(tmp_path / "test")]
+    assert run("embed", *folders, "-m", MODEL, "--out", str(tmp_path / "f.npz")).exit_code == 0
+    result = run("probe", "--features", str(tmp_path / "f.npz"), "--probes", "ridge,knn", "--json")
+    rows = json.loads(result.stdout)
+    assert [(row["block"], row["pooling"], row["probe"], row["count"], row["train_count"]) for row in rows] == [
+        (None, "pooled", "ridge", 30, 27),
+        (None, "pooled", "knn", 30, 27),
+    ]
+    assert rows[0]["top1"] > 90
+    table = run("probe", "--features", str(tmp_path / "f.npz"))
+    assert "output" in table.stdout
+    assert "Best linear probe, chosen by 3 other images: output, pooled" in table.stdout
+    for arguments, message in (
+        (["--blocks", "2"], "The file has no features of block [2]; it has the network's output alone"),
+        (["--pooling", "mean"], "There are no features 'mean' of block None; there are pooled"),
+        (["--data", "digits"], "--features has its images already; leave out --data."),
+    ):
+        failed = run("probe", "--features", str(tmp_path / "f.npz"), *arguments)
+        assert (failed.exit_code, message in failed.stderr) == (2, True), failed.stderr
+    run("embed", *folders, "-m", MODEL, "--out", str(tmp_path / "g.npz"), "--pooling", "patches")
+    assert "features of single patches" in run("probe", "--features", str(tmp_path / "g.npz")).stderr
+    run("embed", str(SAMPLES / "digit_1.png"), "-m", MODEL, "--out", str(tmp_path / "h.npz"))
+    assert "have no classes; embed class folders" in run("probe", "--features", str(tmp_path / "h.npz")).stderr

@@ -13,10 +13,18 @@ from sklearn.neighbors import KNeighborsClassifier
 import beitzoo
 from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation import probe
-from beitzoo.evaluation.features import Array
-from beitzoo.evaluation.probe import knn_answers, knn_probe, linear_answers, linear_probe, probe_backbone
+from beitzoo.evaluation.joint_probe import JointTraining, joint_answers
+from beitzoo.evaluation.probe import (
+    knn_answers,
+    knn_probe,
+    linear_answers,
+    linear_probe,
+    probe_backbone,
+    ridge_answers,
+)
 from beitzoo.images.datasets import digits
 from beitzoo.images.splits import Split
+from beitzoo.inference.embed import Array
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +48,75 @@ def test_the_linear_probe_is_logistic_regression_at_its_minimum(pixels: tuple[Ar
     )
     shifted = linear_answers(train * 1000 + 7, labels, test * 1000 + 7)
     assert (shifted == expected).mean() > 0.998
+
+
+def test_the_closed_form_probe_is_least_squares_with_the_penalty_that_predicts_images_left_out_best(
+    pixels: tuple[Array, ...],
+) -> None:
+    """Against NumPy's least squares, fitted anew without each image for each penalty."""
+    train, labels, test = pixels[0][:40], pixels[1][:40], pixels[2]
+    train, test = train[:, 20:40], test[:, 20:40]
+    mean, deviation = train.astype(float).mean(0), train.astype(float).std(0)
+    x, asked = ((features - mean) / np.where(deviation > 0, deviation, 1) for features in (train, test))
+    y = np.where(labels[:, None] == np.arange(10), 1.0, -1.0)
+
+    def fit(x: Array, y: Array, penalty: float) -> tuple[Array, Array]:
+        middle, level = x.mean(0), y.mean(0)
+        rows = np.vstack([x - middle, np.sqrt(penalty) * np.eye(x.shape[1])])
+        targets = np.vstack([y - level, np.zeros((x.shape[1], y.shape[1]))])
+        weights = np.linalg.lstsq(rows, targets, rcond=None)[0]
+        return weights, level - middle @ weights
+
+    def error(penalty: float) -> float:
+        found = 0.0
+        for left_out in range(len(x)):
+            others = np.arange(len(x)) != left_out
+            weights, offset = fit(x[others], y[others], penalty)
+            found += np.square(x[left_out] @ weights + offset - y[left_out]).sum()
+        return found
+
+    penalties = [len(x) * 10.0**power for power in range(-5, 2)]
+    best = min(penalties, key=error)
+    assert best not in (penalties[0], penalties[-1])
+    weights, offset = fit(x, y, best)
+    expected = (asked @ weights + offset).argmax(1)
+    assert (ridge_answers(train, labels, test) == expected).mean() > 0.998
+    assert 0.3 < (expected == pixels[3]).mean() < 0.95
+
+
+def test_classifiers_trained_together_are_those_trained_alone(pixels: tuple[Array, ...]) -> None:
+    """Against a plain loop over one linear at a time; and the settings are the original's."""
+    train, labels, test, test_labels = pixels
+    blocks = [(train / 16, test / 16), (np.sqrt(train), np.sqrt(test))]
+    training = JointTraining(epochs=10, batch_size=64, lr=0.02)
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        answers = joint_answers([known for known, _ in blocks], labels, [asked for _, asked in blocks], training)
+    assert torch.equal(state, torch.get_rng_state())
+    start = torch.randn(2, 64, 10, generator=torch.Generator().manual_seed(0)) * 0.01
+    for (known, asked), weight, given in zip(blocks, start, answers, strict=True):
+        linear = torch.nn.Linear(64, 10)
+        with torch.no_grad():
+            linear.weight.copy_(weight.T)
+            linear.bias.zero_()
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=0.02, weight_decay=1e-4)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        for epoch in range(10):
+            for places in training.order(epoch, len(known)):
+                loss = torch.nn.functional.cross_entropy(
+                    linear(torch.from_numpy(known)[places]), torch.from_numpy(labels)[places]
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            scheduler.step()
+        expected = linear(torch.from_numpy(asked)).argmax(1).numpy()
+        assert (given == expected).mean() > 0.995
+        assert 60 < 100 * (given == test_labels).mean() < 97
+    assert JointTraining() == JointTraining(epochs=100, batch_size=256, lr=1e-3, weight_decay=1e-4)
+    orders = [torch.cat(list(training.order(epoch, 200))).tolist() for epoch in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(200))
+    assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("neighbours", [1, 20, 500])
