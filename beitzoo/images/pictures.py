@@ -25,6 +25,7 @@ INK: Colour = (34, 34, 34)
 FAINT: Colour = (95, 95, 95)
 PAPER: Colour = (255, 255, 255)
 MASKED: Colour = (128, 128, 128)
+MOUNT: Colour = (238, 238, 238)  # around an image that does not fill its place
 
 # Five colours of matplotlib's viridis, which is in the public domain: as lightness rises with the value, it reads in
 # print and without colour vision.

@@ -19,9 +19,10 @@ from beitzoo.training.loop import Run, fit
 from beitzoo.training.norms import has_batch_norms
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe
+from beitzoo.training.report import can_draw, describe_pictures, draw_run
 from beitzoo.training.sections import TrainSection
 from beitzoo.training.state import TrainState, restore_state, saved_states, start_state
-from beitzoo.training.task import Task
+from beitzoo.training.task import Answering, Task
 
 Prepare = Callable[[Recipe, Processes], tuple[Task, nn.Module]]
 
@@ -34,7 +35,8 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
     Args:
         recipe: The run.
         directory: Receives `recipe.toml`, `split.csv`, `log.csv`, `tensorboard/`, `best/`, `last/` and, at the end,
-            `metrics.json`. Without a validation there is no `last/`; the last model is the best then.
+            `metrics.json` and pictures, see `report`. Without a validation there is no `last/`; the last model is the
+            best then.
         prepare: Makes the task and its model; all that can be known before a run is checked there.
 
     Returns:
@@ -56,7 +58,8 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
             raise RunError(f"The images are not those of the run in {directory}; choose another folder with --out.")
         if processes.is_main:
             shutil.rmtree(directory / FAILED, ignore_errors=True)
-            print("\n".join([*task.describe(), *_describe(recipe, task, state, processes)]), file=sys.stderr)
+            pictures = describe_pictures(directory) if recipe.run.pictures else []
+            print("\n".join([*task.describe(), *_describe(recipe, task, state, processes), *pictures]), file=sys.stderr)
             write_text(directory / RECIPE, dump_recipe(recipe))
             write_split(directory / SPLIT_FILE, task.images, task.split)
         fit(task, state, Run(directory, recipe.train, recipe.run, processes))
@@ -69,6 +72,10 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
         if not processes.is_main:
             return {}
         metrics = {**measured, **(state.best or {}), **_facts(recipe, task, state, processes)}
+        if isinstance(task, Answering):
+            task.write_answers(directory)
+        if recipe.run.pictures and can_draw():
+            draw_run(directory, metrics)
         write_text(directory / METRICS, json.dumps(metrics, indent=2) + "\n")
         for folder in saved_states(directory):
             shutil.rmtree(folder)

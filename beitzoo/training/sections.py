@@ -244,6 +244,7 @@ class RunSection(Section):
         save_epochs: Epochs between two saved states, from which an interrupted run goes on.
         save_updates: Updates between two saved states, besides those at the end of epochs; 0 for none.
         tensorboard: Write the log for TensorBoard too.
+        pictures: Draw the log and, of a classifier, its confusions at the end.
     """
 
     workers: Annotated[int, Field(ge=0)] = 0
@@ -251,6 +252,7 @@ class RunSection(Section):
     save_epochs: Annotated[int, Field(ge=1)] = 1
     save_updates: Annotated[int, Field(ge=0)] = 0
     tensorboard: bool = True
+    pictures: bool = True
 
 
 class Finetune(Section):

@@ -121,3 +121,11 @@ class EndsEpochs(Protocol):
         Returns:
             What goes into the epoch's line of the log. A name that is not due in this epoch is left out.
         """
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A task whose model gives each held-out image an answer that is right or wrong."""
+
+    def write_answers(self, directory: Path) -> None:
+        """Write what `measure_best` was answered into the folder of the run; only the main process calls this."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitzoo.errors import InvalidValueError
+from beitzoo.evaluation.answers import Answers
 from beitzoo.evaluation.metrics import Accuracy, AccuracySum
 from beitzoo.factory import create_model
 from beitzoo.images.image_set import ImageSet
@@ -34,6 +35,7 @@ from beitzoo.training.mixing import make_mixup, mix
 from beitzoo.training.optim import freeze_up_to, parameter_groups, spread_bias_tables
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
+from beitzoo.training.report import write_findings
 from beitzoo.training.run import run
 from beitzoo.training.sections import Finetune
 from beitzoo.training.task import Metrics
@@ -215,28 +217,50 @@ class FinetuneTask:
     def measure_best(self, directory: Path) -> Metrics:
         """Measure top-1, top-5 and loss on the held-out images."""
         best = create_model(f"local-dir:{directory.absolute()}", pretrained=True, device=self.processes.device)
-        test = self.measure(best.eval(), self.split.test)
+        mine: list[Answers] = []
+        test = self.measure(best.eval(), self.split.test, mine)
+        self._answers = Answers.joined([part for parts in self.processes.gather(mine) for part in parts])
         return {f"test_{name}": value for name, value in asdict(test).items()}
 
-    def measure(self, model: nn.Module, indices: Sequence[int]) -> Accuracy:
-        """Measure a model on some images; each process takes its share, and all get the same values."""
-        sums = self._measure_share(model, indices[self.processes.rank :: self.processes.count])
+    def write_answers(self, directory: Path) -> None:
+        """Write what the best model answered on the held-out images."""
+        write_findings(directory, self._answers, self.images)
+
+    def measure(self, model: nn.Module, indices: Sequence[int], answers: list[Answers] | None = None) -> Accuracy:
+        """Measure a model on some images; each process takes its share, and all get the same values.
+
+        Args:
+            model: In evaluation mode.
+            indices: Of the images.
+            answers: Receives those of this process.
+        """
+        sums = self._measure_share(model, indices[self.processes.rank :: self.processes.count], answers)
         sums.sums = torch.stack(self.processes.gather(sums.sums)).sum(0)
         return sums.accuracy()
 
     @torch.inference_mode()
-    def _measure_share(self, model: nn.Module, indices: Sequence[int]) -> AccuracySum:
+    def _measure_share(
+        self, model: nn.Module, indices: Sequence[int], answers: list[Answers] | None
+    ) -> AccuracySum:
         size = max(self.recipe.train.batch_size // self.processes.count, 1)
         parts = [[Sample(None, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
         dataset = LoadedImages(self.images, self._prepare, self._shape, seed=0)
         sums = AccuracySum(len(self.images.names))
-        for batch in load_batches(dataset, parts, self.recipe.run.workers):
+        for part, batch in zip(parts, load_batches(dataset, parts, self.recipe.run.workers), strict=True):
             self._unreadable.add(batch.unreadable)
             sums.add_failures(len(batch.unreadable))
             if len(batch.labels):
                 images, labels = self._on_device(batch)
-                sums.add(model(images), labels)
+                logits = model(images)
+                sums.add(logits, labels)
+                if answers is not None:
+                    answers.append(Answers.of(self._readable(part, batch), labels, logits))
         return sums
+
+    def _readable(self, part: Sequence[Sample], batch: Batch) -> list[int]:
+        """Return which images of a part are in the batch that was made of it."""
+        lost = {name for name, _ in batch.unreadable}
+        return [sample.image for sample in part if not lost or self.images.identity(sample.image)[0] not in lost]
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.processes.device
