@@ -22,14 +22,14 @@ def write_colours(root: Path, per_class: int = 12) -> Path:
     return root
 
 
-def colour_recipe(data: Path, run: dict[str, int] | None = None, **train: object) -> Recipe:
+def colour_recipe(data: Path, run: dict[str, Any] | None = None, **train: object) -> Recipe:
     """A run on such a folder; keywords change its `train` section."""
     return Recipe.model_validate(
         {
             "model": {"name": "test_beit", "overrides": {"drop_path_rate": 0.2}},
             "data": {"source": "folder", "path": data, "val_fraction": 0.25},
             "train": {"epochs": 5, "batch_size": 6, "lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0, **train},
-            "run": {"log_updates": 2, **(run or {})},
+            "run": {"log_updates": 2, "pictures": False, **(run or {})},
             "task": {"kind": "finetune", "augment": {"kind": "crop", "scale": [0.5, 1.0], "color_jitter": 0.2}},
         }
     )
@@ -51,7 +51,7 @@ def mim_recipe(
             "model": {"name": "test_beit", "overrides": {"drop_path_rate": 0.2}, **(model or {})},
             "data": {"source": "folder", "path": data, **(split or {})},
             "train": {"epochs": 2, "batch_size": 6, "lr": 2e-3, "clip_grad": 1.0, **train},
-            "run": {"log_updates": 2, **(run or {})},
+            "run": {"log_updates": 2, "pictures": False, **(run or {})},
             "task": {
                 "kind": "pretrain",
                 "tokenizer": str(tokenizer),
@@ -70,7 +70,7 @@ def tokenizer_recipe(data: Path, task: dict[str, Any] | None = None, **train: ob
             "model": {"name": "test_vqkd", "overrides": {"vocab_size": 16}},
             "data": {"source": "folder", "path": data, "val_fraction": 0.25},
             "train": {"epochs": 2, "batch_size": 6, "lr": 2e-3, "clip_grad": 1.0, **train},
-            "run": {"log_updates": 2},
+            "run": {"log_updates": 2, "pictures": False},
             "task": {"kind": "tokenizer", "teacher": "pixels", **(task or {})},
         }
     )

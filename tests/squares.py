@@ -60,7 +60,7 @@ def squares_recipe(
             "model": {"name": "test_beit", "overrides": small, **(model or {})},
             "data": {"source": "annotations", "path": data},
             "train": {"epochs": 2, "batch_size": 4, "lr": 3e-3, "schedule": "poly", "clip_grad": 1.0, **train},
-            "run": {"log_updates": 1, **(run or {})},
+            "run": {"log_updates": 1, "pictures": False, **(run or {})},
             "task": {
                 "kind": "segment",
                 "labels": {"ignore": [_UNLABELLED]},

@@ -6,23 +6,35 @@ from typing import Annotated
 import typer
 
 from beitzoo.cli import extras
+from beitzoo.errors import check
 from beitzoo.files import full_path
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
 
 def report(
-    out: Annotated[Path, typer.Option(help="Receives plots/ and accuracy/.")],
-    results: Annotated[Path, typer.Option(help="Folder whose CSV files are read.")] = Path("results"),
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a training run: draw its log, and its confusions, into it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Receives plots/ and accuracy/; of measurements.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder whose CSV files are read, without RUN.")] = Path("results"),
 ) -> None:
-    """Draw what was measured.
+    """Draw a training run, or what was measured.
 
-    Accuracy against speed, and the ratio to each peer; the published accuracies are written as tables.
+    Of measurements: accuracy against speed, and the ratio to each peer; the published accuracies are written as tables.
     """
+    check((run is None) != (out is None), "Give either the folder of a run, or --out FOLDER for pictures of results.")
     extras.require("plots", "matplotlib")
-    from beitzoo.measure.report import write_report
+    if run is not None:
+        from beitzoo.training.report import draw_run
 
-    for path in write_report(full_path(results), full_path(out)):
+        paths = draw_run(run)
+    else:
+        from beitzoo.measure.report import write_report
+
+        assert out is not None
+        paths = write_report(full_path(results), full_path(out))
+    for path in paths:
         print(path)
 
 

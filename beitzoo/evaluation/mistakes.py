@@ -15,7 +15,7 @@ MOST = 24  # images of a sheet
 _COLUMNS = 6
 _SIDE = 184  # of the square that an image is fitted into, pixels
 _GAP = 16
-_WRONG: pictures.Colour = (176, 38, 30)  # as dark as the ink beside it: red to those who see red, bold to nobody
+_WRONG: pictures.Colour = (176, 38, 30)  # dark enough to be read where red is not seen
 
 
 def write_mistakes(path: Path, answers: Answers, images: ImageSet) -> None:
@@ -68,4 +68,4 @@ def _square(images: ImageSet, index: int) -> Image.Image:
 
 def _per_cent(probability: float) -> str:
     """Write a probability so that what is not certain does not look like it."""
-    return ">99.9 %" if 0.9995 <= probability < 1 else f"{100 * probability:.3g} %"
+    return ">99.9 %" if 0.9995 <= probability < 1 else f"{100 * probability:.1f} %"

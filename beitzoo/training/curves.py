@@ -88,7 +88,7 @@ def read_lines(log: Path) -> list[Line]:
         InvalidValueError: It is no log, or has no line yet.
     """
     reader = csv.DictReader(io.StringIO(read_text(log), newline=""))
-    lines = [line for line in reader if None not in line.values()]
+    lines: list[Line] = [line for line in reader if None not in line.values()]
     if not {"line", "update", "loss", "lr"} <= set(reader.fieldnames or ()) or not lines:
         raise InvalidValueError(f"{log} is no log of a run, or has no line yet; give the folder of a run.")
     return lines
@@ -113,7 +113,8 @@ def draw_curves(lines: Sequence[Line], best: Mapping[str, object], title: str = 
             label, (chosen, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
             ha="center", va="bottom", fontsize=8, color=_INK, annotation_clip=False,
         )  # fmt: skip
-    axes[-1].set_xlabel("updates")
+    figure.align_ylabels()
+    axes[-1].set_xlabel("updates", fontsize=9, color=_INK)
     axes[-1].set_xlim(left=0)
     axes[-1].xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
     if title:
@@ -146,10 +147,14 @@ def _draw_panel(axes: "Axes", lines: Sequence[Line], panel: _Panel) -> None:
         stem = name.removeprefix(_OF_VALIDATION)
         # One quantity in training and validation has two colours; several quantities have one each.
         place = int(name in validated) if len(stems) == 1 else stems.index(stem)
-        _draw_column(axes, lines, name, _COLOURS[place % len(_COLOURS)], is_lr=panel.names == ("lr",))
+        has_twin = _OF_VALIDATION + name in shown
+        label = f"{stem.replace('_', ' ')}{', training' * has_twin}{', validation' * (name in validated)}"
+        _draw_column(axes, lines, name, _COLOURS[place % len(_COLOURS)], label)
     values = [value for name in shown for kind in ("epoch", "updates") for value in _points(lines, kind, name)[1]]
     if panel.names == ("loss",) and min(values) > 0 and max(values) > _MOST_LINEAR * min(values):
-        axes.set_yscale("log")
+        _make_logarithmic(axes)
+    if panel.names[0] in ("lr", "codes_used"):
+        axes.set_ylim(bottom=0)
     axes.set_ylabel(panel.title, fontsize=9, color=_INK)
     axes.tick_params(labelsize=8, color=_FAINT)
     for side in ("top", "right"):
@@ -162,26 +167,27 @@ def _draw_panel(axes: "Axes", lines: Sequence[Line], panel: _Panel) -> None:
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)
 
 
-def _draw_column(axes: "Axes", lines: Sequence[Line], name: str, colour: str, is_lr: bool) -> None:
-    """Draw the means of epochs as a line over the faint means of updates; a learning rate has the latter alone."""
+def _make_logarithmic(axes: "Axes") -> None:
+    """Write numbers, not powers, along a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_column(axes: "Axes", lines: Sequence[Line], name: str, colour: str, label: str) -> None:
+    """Draw the means of epochs as a line over the faint means of updates; a learning rate is one line."""
     every, epochs = _points(lines, "updates", name), _points(lines, "epoch", name)
-    is_validated = name.startswith(_OF_VALIDATION)
-    if is_lr:
-        whole = sorted(zip(*(a + b for a, b in zip(every, epochs, strict=True)), strict=True))
-        axes.plot(*zip(*whole, strict=True), color=_INK, linewidth=1.3)
+    if name == "lr":
+        whole = sorted(zip(every[0] + epochs[0], every[1] + epochs[1], strict=True))
+        axes.plot([update for update, _ in whole], [rate for _, rate in whole], color=_INK, linewidth=1.3)
         return
     if every[0]:
-        axes.plot(*every, color=colour, linewidth=0.8, alpha=0.35, zorder=2)
-    marker = ("o" if is_validated else ".") if len(epochs[0]) <= _MOST_MARKED else ""
-    axes.plot(*epochs, color=colour, linewidth=1.5, marker=marker, markersize=4, label=_label(name), zorder=3)
-
-
-def _label(name: str) -> str:
-    """Say what a column is, as a legend does."""
-    stem = name.removeprefix(_OF_VALIDATION).replace("_", " ")
-    if name.startswith(_OF_VALIDATION):
-        return f"{stem}, validation"
-    return f"{stem}, training" if name in ("loss", "token_accuracy", "aggregation_accuracy") else stem
+        axes.plot(*every, color=colour, linewidth=0.8, alpha=0.35 if epochs[0] else 1, zorder=2)
+    marker = ("o" if name.startswith(_OF_VALIDATION) else ".") if len(epochs[0]) <= _MOST_MARKED else ""
+    axes.plot(*epochs, color=colour, linewidth=1.5, marker=marker, markersize=4, label=label, zorder=3)
 
 
 def _update_of(lines: Sequence[Line], best: Mapping[str, object]) -> int | None:

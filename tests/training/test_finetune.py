@@ -36,7 +36,8 @@ from beitzoo.zoo.checkpoints import Classify, Mim, PretrainedConfig
 from beitzoo.zoo.labels import label_names
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-FILES = {"best", "last", "log.csv", "metrics.json", "recipe.toml", "split.csv", "tensorboard"}
+ANSWERED = {"answers.csv", "per_class.csv", "mistakes.png"}
+FILES = {"best", "last", "log.csv", "metrics.json", "recipe.toml", "split.csv", "tensorboard", *ANSWERED}
 OF_TIME = ("seconds", "images_per_sec", "wait_share")
 
 

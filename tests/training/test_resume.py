@@ -40,7 +40,8 @@ def outcome(out: Path) -> dict[str, object]:
     metrics = json.loads((out / "metrics.json").read_text())
     del metrics["train_seconds"], metrics["date"]
     files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
-    names = [name for name in files if name.startswith(("best", "last", "recipe", "split", "pictures"))]
+    kept = ("answers", "best", "last", "mistakes", "per_class", "pictures", "recipe", "split")
+    names = [name for name in files if name.startswith(kept)]
     assert len(names) >= 6
     return {**{name: files[name].read_bytes() for name in names}, "log": log, "metrics": metrics}
 

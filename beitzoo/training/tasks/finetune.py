@@ -239,9 +239,7 @@ class FinetuneTask:
         return sums.accuracy()
 
     @torch.inference_mode()
-    def _measure_share(
-        self, model: nn.Module, indices: Sequence[int], answers: list[Answers] | None
-    ) -> AccuracySum:
+    def _measure_share(self, model: nn.Module, indices: Sequence[int], answers: list[Answers] | None) -> AccuracySum:
         size = max(self.recipe.train.batch_size // self.processes.count, 1)
         parts = [[Sample(None, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
         dataset = LoadedImages(self.images, self._prepare, self._shape, seed=0)
