@@ -6,8 +6,10 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,7 +33,7 @@ from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, read_resolved
 from beitzoo.training.signals import Interrupted
 from beitzoo.training.state import saved_states
-from beitzoo.training.tasks.finetune import _labels_of_same_classes, finetune, prepare
+from beitzoo.training.tasks.finetune import FinetuneTask, _labels_of_same_classes, finetune, prepare
 from beitzoo.zoo.checkpoints import Classify, Mim, PretrainedConfig
 from beitzoo.zoo.labels import label_names
 
@@ -209,6 +211,58 @@ def test_a_loss_that_is_not_finite_stops_the_run(colours: Path, tmp_path: Path) 
             assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_linear_probe_changes_the_head_and_the_norm_only(colours: Path, tmp_path: Path) -> None:
+    recipe = changed(colour_recipe(colours, epochs=1), "task", freeze_blocks="all", crop_pct=0.5)
+    before = prepared(recipe).state_dict()
+    finetune(recipe, tmp_path)
+    probe = beitzoo.create_model(f"local-dir:{tmp_path / 'last'}", pretrained=True)
+    moved = {name for name, weight in probe.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+    assert probe.config.drop_path_rate == 0.2
+    assert probe.pretrained.data.crop_pct == 0.5
+
+
+def test_mixing_needs_pairs(colours: Path) -> None:
+    recipe = changed(colour_recipe(colours, accumulation=6), "task", mixup=0.8)
+    with pytest.raises(RecipeError, match="6 per update in as many parts leave one to each"):
+        prepare(recipe, ALONE)
+
+
+def test_weights_and_order_are_those_of_the_classes(tmp_path: Path) -> None:
+    """In the loss each image has the weight of its class, mixed or not; an epoch shows as many of each class."""
+    data = write_colours(tmp_path / "data", per_class=20)
+    for name in [f"green/{number}.png" for number in range(10)] + [f"red/{number}.png" for number in range(15)]:
+        (data / name).unlink()
+    recipe = changed(colour_recipe(data, batch_size=10), "data", val_fraction=0.2, test_fraction=0.3)
+
+    def prepared_with(**values: object) -> tuple[FinetuneTask, Beit]:
+        return prepare(changed(recipe, "task", label_smoothing=0.1, **values), ALONE)
+
+    weighted, model = prepared_with(balance="loss")
+    found = Counter(weighted._train_labels())
+    weights = torch.tensor([20 / (3 * found[label]) for label in range(3)])
+    images, labels = torch.randn(10, 3, 64, 64), torch.tensor([0] * 6 + [1] * 3 + [2] * 1)
+    with torch.no_grad():
+        logits = model.eval()(images).log_softmax(1)
+        each = -0.9 * logits[range(10), labels] - 0.1 * logits.mean(1)
+        for task, expected in (
+            (prepared_with()[0], each.mean()),
+            (weighted, (each * weights[labels]).mean()),
+            (prepared_with(balance="loss", mixup=0.8, mixup_prob=0)[0], (each * weights[labels]).mean()),
+        ):
+            loss, items, _ = task.loss(model, Batch(images, labels, []))
+            assert (loss.item(), items) == (pytest.approx(expected.item(), rel=1e-5), 10)
+    assert shown_in_an_epoch(weighted) == found
+    assert len(found) == 3 and min(found.values()) < 4 < 10 < max(found.values())
+    assert sorted(shown_in_an_epoch(prepared_with(balance="sampling")[0]).values()) == [6, 7, 7]
+
+
+def shown_in_an_epoch(task: FinetuneTask) -> Counter[int]:
+    assert task.images.labels is not None
+    parts = islice(task.order.parts(0), task.updates_per_epoch)
+    return Counter(task.images.labels[sample.image] for part in parts for sample in part)
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
@@ -221,6 +275,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(colours: Path, tmp_path: Path) 
         ("data", {"test_fraction": 0.01}, "A fraction of 0.01 of 36 images is 0"),
         ("train", {"accumulation": 4}, "6 images per update cannot be shared evenly by 1 processes in 4 parts"),
         ("task", {"augment": {"kind": "crop", "auto_augment": "rnd-m9"}}, "'rnd-m9' is no policy of timm"),
+        (
+            "task",
+            {"freeze_blocks": 3},
+            "task.freeze_blocks is 3, but the network has 2 blocks; give at most 2, or 'all'",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_known_before(

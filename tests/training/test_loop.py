@@ -257,17 +257,32 @@ def test_a_run_ends_when_patience_does(tmp_path: Path, patience: int, last: int)
 
 
 def test_patience_counts_validations_only(tmp_path: Path) -> None:
-    """And a run that goes on when its patience is at its end does nothing more."""
     options: dict[str, Any] = {"kind": Scored, "epochs": 8, "val_epochs": 2, "patience": 1}
     _, state, lines = fitted([[1.0]] * 16, tmp_path / "out", **options)
     assert [line["val_number"] for line in lines if line["line"] == "epoch"] == ["", "3.0", "", "2.0", "", "2.0"]
     assert (state.update, state.stale) == (12, 1)
-    section = TrainSection(batch_size=4, lr=0.5, epochs=8, val_epochs=2, patience=1)
-    task = Scored([[1.0]] * 16, section)
-    again = start_state(task, nn.Linear(1, 1, bias=False), section, ALONE)
-    assert restore_state(again, tmp_path / "out", ALONE, section.seed)
-    fit(task, again, Run(tmp_path / "out", section, RunSection(log_updates=1), ALONE))
-    assert (again.update, again.stale, task.validations) == (12, 1, 0)
+
+
+def test_patience_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that was broken off, and of one whose patience is at its end."""
+    section = TrainSection(batch_size=4, lr=0.5, epochs=8, patience=3)
+    run = Run(tmp_path, section, RunSection(log_updates=1), ALONE)
+
+    def gone_on(*scores: float) -> TrainState:
+        monkeypatch.setattr(Scored, "scores", scores)
+        task = Scored([[1.0]] * 16, section)
+        state = start_state(task, nn.Linear(1, 1, bias=False), section, ALONE)
+        restore_state(state, tmp_path, ALONE, section.seed)
+        fit(task, state, run)
+        return state
+
+    with pytest.raises(IndexError):  # there is no fourth score
+        gone_on(3.0, 4.0, 4.0)
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-6"]
+    state = gone_on(3.0, 0.0)
+    assert (state.update, state.stale, state.best) == (8, 3, {"val_number": 3.0})
+    again = gone_on()
+    assert (again.update, again.stale, again.best) == (8, 3, {"val_number": 3.0})
 
 
 def test_without_metrics_each_last_model_is_the_best(tmp_path: Path) -> None:

@@ -54,29 +54,26 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 80, 10)
 
 
-def _with_everything(data: Path, run: dict[str, int], task: dict[str, Any] | None = None, **train: object) -> Recipe:
-    """A run with all that is drawn, counted or averaged; another balance where the other one is asked for."""
-    recipe = colour_recipe(data, run, ema_decay=0.9, accumulation=2, patience=2, layer_decay=0.7, **train)
+def _with_everything(data: Path, task: dict[str, Any] | None = None, **train: object) -> Recipe:
+    """A run with all that is drawn, counted or averaged, on classes of unlike size."""
+    write_colours(data, per_class=8)
+    for number in (5, 6, 7):
+        (data / "blue" / f"{number}.png").unlink()
+    recipe = colour_recipe(data, {"save_updates": 2}, ema_decay=0.9, accumulation=2, patience=2, **train)
     options = {"mixup": 0.8, "cutmix": 1.0, "balance": "sampling", "freeze_blocks": 1, **(task or {})}
-    return recipe.model_copy(update={"task": recipe.task.model_copy(update=options)})
+    return Recipe.model_validate({**recipe.model_dump(), "task": {**recipe.task.model_dump(), **options}})
 
 
 def test_kills_of_fine_tuning_change_nothing(tmp_path: Path) -> None:
-    """With mixup and CutMix, moving average, parts, balanced classes and frozen blocks; patience ends the run."""
-    data = write_colours(tmp_path / "data", per_class=8)
-    recipe = _with_everything(data, {"save_updates": 2}, epochs=9, batch_size=4, lr=1e-9, min_lr=0)
+    """With mixup and CutMix, moving average, parts, balanced classes and a frozen block."""
+    recipe = _with_everything(tmp_path / "data", epochs=2, batch_size=4)
     check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 3)
-    with (tmp_path / "whole" / "log.csv").open() as file:
-        epochs = [line["epoch"] for line in csv.DictReader(file) if line["line"] == "epoch"]
-    assert 3 <= len(epochs) < 9
-    assert json.loads((tmp_path / "whole" / "metrics.json").read_text())["updates"] < 9 * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("balance", ["loss", "sampling"])
 def test_two_processes_with_everything_go_on_together(tmp_path: Path, balance: str) -> None:
-    data = write_colours(tmp_path / "data", per_class=8)
-    recipe = _with_everything(data, {"save_updates": 2}, {"balance": balance}, epochs=4, batch_size=8)
+    recipe = _with_everything(tmp_path / "data", {"balance": balance}, epochs=3, batch_size=8)
     check_that_kills_change_nothing(recipe, tmp_path, 1, 2, "events", 100, 2)
 
 
