@@ -119,11 +119,12 @@ def probe(
     output: Output = Output(),
     running: Running = Running(),  # noqa: B008 - a frozen record
 ) -> None:
-    """Measure frozen features: a linear and a kNN probe of each block.
+    """Measure frozen features: linear and kNN probes of each block.
 
-    Features are the mean of a block's patch tokens, or its class token. Per cent of images whose class is right; the
-    best block is chosen by other images than it is measured on. An unreadable image is listed and not counted, and the
-    exit code is then 1.
+    Features are the mean of a block's patch tokens, its class token, or both side by side. Per cent of images whose
+    class is right; the best block is chosen by other images than it is measured on. An unreadable image is listed and
+    not counted, and the exit code is then 1. Features are computed once for all probes, and kept if --keep-features
+    says so. A file made by embed has the parts of its images if they were in folders train, val and test.
     """
     extras.require("train", "accelerate", "sklearn")
     from beitzoo.evaluation.probe_picture import draw_probes

@@ -1,6 +1,6 @@
 """Frozen features: what each block of a network says of an image, pooled, for probes; computed, or kept in files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from beitzoo.models.beit import Beit
 
 # What one pass over the images gives of each block: class token and mean of the patch tokens.
 POOLINGS: tuple[Pooling, ...] = ("mean", "class")
-_LEFT_OUT = "none"
 
 
 @dataclass(frozen=True)
@@ -136,32 +135,40 @@ def kept_features(table: FeatureTable) -> Features:
     return Features(there, blocks, pooled, failures)
 
 
-def keep_features(path: Path, features: Features, images: ImageSet, split: Split, description: Description) -> None:
-    """Write features of a network's blocks to a file, with the classes and parts of their images, in the set's order.
+def keep_features(
+    path: Path, make: Callable[[], Features], images: ImageSet, split: Split, description: Description
+) -> Features:
+    """Make features of a network's blocks and write them to a file, with the classes and parts of their images.
+
+    Rows are in the order of the set, so that a split of them is drawn as one of the set.
 
     Args:
-        path: Ends in .npz or .parquet.
-        features: As `extract_features` returns them.
+        path: Ends in .npz or .parquet. That it cannot be written is known before features are made.
+        make: Returns what `extract_features` does for the images of the split.
         images: The set, with classes.
         split: What its images are for.
         description: Of the file.
     """
-    assert images.labels is not None
+    labels = images.labels
+    assert labels is not None
     part_of = {index: "train" for index in split.train}
     part_of |= {index: "validation" for index in split.val} | {index: "test" for index in split.test}
-    place_of = {index: place for place, index in enumerate(features.indices)}
-    reasons = dict(features.failures)
     indices = sorted(part_of)
-    names = [images.identity(index)[0] for index in indices]
-    classes = ImageClasses(
-        [images.labels[index] for index in indices], images.names, [part_of[index] for index in indices]
-    )
-    both = np.concatenate([features.values["class"], features.values["mean"]], axis=2).swapaxes(0, 1)
-    outcomes = (
-        (both[place_of[index]], None) if index in place_of else (None, reasons.get(name, _LEFT_OUT))
-        for index, name in zip(indices, names, strict=True)
-    )
-    write_features(path, feature_rows(outcomes, names, classes), len(indices), description)
+    made: list[Features] = []
+
+    def outcomes() -> Iterator[tuple[Array | None, str | None]]:
+        made.append(make())
+        place_of = {index: place for place, index in enumerate(made[0].indices)}
+        reasons = dict(made[0].failures)
+        both = np.concatenate([made[0].values["class"], made[0].values["mean"]], axis=2).swapaxes(0, 1)
+        for index in indices:
+            place = place_of.get(index)
+            yield (None, reasons[images.identity(index)[0]]) if place is None else (both[place], None)
+
+    names = (images.identity(index)[0] for index in indices)
+    classes = ImageClasses([labels[index] for index in indices], images.names, [part_of[index] for index in indices])
+    write_features(path, feature_rows(outcomes(), names, classes), len(indices), description)
+    return made[0]
 
 
 def _both(values: Array) -> dict[Pooling, Array]:

@@ -1,7 +1,7 @@
 """Probes of each block as rows of a table."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,7 @@ def of_network(model: Beit, name: str, data: LabelledData, probing: Probing, kee
         name: What rows call it.
         data: Its images.
         probing: Which blocks, and how images are loaded.
-        keep: File that receives the features once they are made.
+        keep: File that receives the features; they are then made at once.
     """
     size = resolve_data_config(model)["input_size"][2]
     blocks = sorted(set(take_indices(probing.blocks, len(model.blocks))))
@@ -87,14 +87,15 @@ def of_network(model: Beit, name: str, data: LabelledData, probing: Probing, kee
 
     def make() -> Features:
         used = [*split.train, *split.val, *split.test]
-        features = extract_features(model, data.images, used, blocks, probing.loading)
-        if keep is not None:
-            shape = (len(blocks), 2 * model.num_features)
-            description = Description(name, "both", tuple(blocks), shape, data.images.names, model.config.img_size)
-            keep_features(keep, features, data.images, split, description)
-        return features
+        return extract_features(model, data.images, used, blocks, probing.loading)
 
-    return Probed(name, blocks, (*POOLINGS, "both"), size, model.cls_token.device, make)
+    probed = Probed(name, blocks, (*POOLINGS, "both"), size, model.cls_token.device, make)
+    if keep is None:
+        return probed
+    shape = (len(blocks), 2 * model.num_features)
+    description = Description(name, "both", tuple(blocks), shape, data.images.names, model.config.img_size)
+    kept = keep_features(keep, make, data.images, split, description)  # even where a table has all rows already
+    return replace(probed, features=lambda: kept)
 
 
 def of_table(table: FeatureTable, probing: Probing) -> Probed:

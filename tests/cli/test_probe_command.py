@@ -111,7 +111,9 @@ def test_what_cannot_be_probed_is_one_message(arguments: list[str], message: str
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-def test_kept_features_are_probed_as_those_of_the_network(data: list[str], tmp_path: Path) -> None:
+def test_kept_features_are_probed_as_those_of_the_network(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same rows from a file, of the same images, by every probe; and the picture of them."""
     (tmp_path / "measure" / "0" / "broken.png").write_bytes(b"no image")
     kept, picture = tmp_path / "f.parquet", tmp_path / "p.png"
@@ -134,6 +136,10 @@ def test_kept_features_are_probed_as_those_of_the_network(data: list[str], tmp_p
     assert top1[3, "both", "joint"] > 85
     with Image.open(picture) as image:
         assert image.size == (1120, 544)
+    monkeypatch.setattr(probe_rows, "extract_features", None)
+    (tmp_path / "folder.npz").mkdir()
+    failed = run("probe", MODEL, *data, "--keep-features", str(tmp_path / "folder.npz"))
+    assert (failed.exit_code, "it is a folder" in failed.stderr) == (2, True)
 
 
 def test_features_that_embed_wrote_are_probed_by_their_folders(data: list[str], tmp_path: Path) -> None:
