@@ -349,7 +349,7 @@ class _Labelling:
         step = max(int(min(self.options.budget / _BANDS_IN_BUDGET, _MOST_BAND_BYTES) / row_bytes), 1)
         for top in range(0, height, step):
             bottom = min(top + step, height)
-            result[top:bottom] = self._scores(views, image.size, (top, bottom)).argmax(dim=0)
+            result[top:bottom] = self._scores(views, image.size, (top, bottom)).argmax(dim=2)
         return result
 
     def _logits(self, pixels: Tensor, flip: bool, most: int) -> SlidingLogits:
@@ -364,12 +364,12 @@ class _Labelling:
         return Sliding(size, size)
 
     def _scores(self, views: Sequence[tuple[SlidingLogits, bool]], size: Pair, band: Pair) -> Tensor:
-        """Return rows of the logits, (K, rows, width), or of the sum of probabilities if there are several views."""
+        """Return rows of the logits, (rows, width, K), or of the sum of probabilities if there are several views."""
         total = torch.zeros((), device=self.mean.device)
         for view, flip in views:
             scores = resize_rows(view.rows, view.size, size, *band)
             if len(views) == 1:
                 return scores
-            probabilities = scores.softmax(dim=0)
-            total = total + (probabilities.flip(2) if flip else probabilities)
+            probabilities = scores.softmax(dim=2)
+            total = total + (probabilities.flip(1) if flip else probabilities)
         return total

@@ -3,7 +3,8 @@
 A window is moved over the image, and logits are averaged where windows overlap, as `slide_inference` of mmsegmentation
 does. Logits at the size of an image are large: 2048 x 1024 pixels of 150 classes are 1.26 GB. So they are never made
 whole. Of a window those are kept that the model gives, a sixteenth of the pixels, and rows of the image are asked for
-from the top to the bottom.
+from the top to the bottom. In them the classes are the last dimension: resizing and finding the largest then go through
+memory in order, which on a CPU takes a quarter of the time.
 
 Shapes: B windows in a batch, C channels of the image, K classes.
 """
@@ -29,7 +30,7 @@ Module = TypeVar("Module", bound=nn.Module)
 _VALUES_OF_UPERNET = 230
 _VALUES_OF_LINEAR = 20
 
-# From a first row to one behind the last: these rows of a map, (K, rows, width).
+# From a first row to one behind the last: these rows of a map, (rows, width, K).
 Rows = Callable[[int, int], Tensor]
 
 
@@ -99,7 +100,7 @@ def slide(model: Segmenter, image: Tensor, sliding: Sliding) -> Tensor:
     Raises:
         NotFiniteError: A logit is not a finite number.
     """
-    return SlidingLogits(model, image, sliding).rows(0, image.shape[1])
+    return SlidingLogits(model, image, sliding).rows(0, image.shape[1]).permute(2, 0, 1)
 
 
 class SlidingLogits:
@@ -126,7 +127,7 @@ class SlidingLogits:
         self._across = _coverage({(one.left, one.right) for one in self._waiting}, image)
 
     def rows(self, top: int, bottom: int) -> Tensor:
-        """Return rows of the logits, (K, bottom - top, width), in float32.
+        """Return rows of the logits, (bottom - top, width, K), in float32.
 
         Args:
             top: The first one, not above the one of the call before.
@@ -138,14 +139,13 @@ class SlidingLogits:
         self._held = [(window, logits) for window, logits in self._held if window.bottom > top]
         while self._waiting and self._waiting[0].top < bottom:
             self._run_next()
-        total = self.image.new_zeros((self.model.num_classes, bottom - top, self.size[1]), dtype=torch.float32)
+        total = self.image.new_zeros((bottom - top, self.size[1], self.model.num_classes), dtype=torch.float32)
         for window, logits in self._held:
             first, last = max(top, window.top), min(bottom, window.bottom)
             if first < last:
                 rows = _resized(logits, self._padded, first - window.top, last - window.top)
-                width = window.right - window.left
-                total[:, first - top : last - top, window.left : window.right] += rows[:, :, :width]
-        return total.div_(self._down[top:bottom, None] * self._across)
+                total[first - top : last - top, window.left : window.right] += rows[:, : window.right - window.left]
+        return total.div_((self._down[top:bottom, None] * self._across)[:, :, None])
 
     def _run_next(self) -> None:
         windows, self._waiting = self._waiting[: self.most], self._waiting[self.most :]
@@ -158,11 +158,11 @@ class SlidingLogits:
                 "Got logits that are not finite, of which no class can be chosen. Check the image and the weights, or "
                 "take a precision of wider range, such as float32."
             )
-        self._held += zip(windows, logits, strict=True)
+        self._held += zip(windows, logits.permute(0, 2, 3, 1).contiguous(), strict=True)
 
 
 def resize_rows(rows: Rows, source: Pair, target: Pair, top: int, bottom: int) -> Tensor:
-    """Return rows of a map as it is when resized, (K, bottom - top, width), without resizing all of it.
+    """Return rows of a map as it is when resized, (bottom - top, width, K), without resizing all of it.
 
     It is bilinear with corners not aligned, as `F.interpolate` is.
 
@@ -181,11 +181,13 @@ def resize_rows(rows: Rows, source: Pair, target: Pair, top: int, bottom: int) -
     below = (above + 1).clamp_(max=source[0] - 1)
     first, last = int(above[0]), int(below[-1])
     known = rows(first, last + 1)
-    wide = F.interpolate(known[None], size=(known.shape[1], target[1]), mode="bilinear", align_corners=False)[0]
     above, below, share = (
-        part.to(wide.device) for part in (above - first, below - first, (at - above).to(wide.dtype)[:, None])
+        part.to(known.device) for part in (above - first, below - first, (at - above).to(known.dtype)[:, None, None])
     )
-    return torch.lerp(wide.index_select(1, above), wide.index_select(1, below), share)
+    narrow = torch.lerp(known.index_select(0, above), known.index_select(0, below), share)
+    # The batch comes before the classes are moved, or else PyTorch does not see that they are the last in memory.
+    batch, size = narrow[None].permute(0, 3, 1, 2), (bottom - top, target[1])
+    return F.interpolate(batch, size=size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
 
 
 def window_bytes(model: Segmenter, size: Pair) -> int:
@@ -248,5 +250,5 @@ def _padded_size(size: Pair, model: Segmenter) -> Pair:
 
 
 def _resized(logits: Tensor, size: Pair, top: int, bottom: int) -> Tensor:
-    source = (logits.shape[1], logits.shape[2])
-    return resize_rows(lambda first, last: logits[:, first:last], source, size, top, bottom)
+    source = (logits.shape[0], logits.shape[1])
+    return resize_rows(lambda first, last: logits[first:last], source, size, top, bottom)
