@@ -1,18 +1,24 @@
 """Mixup and CutMix are timm's, and pure functions of a seed; classes are balanced by weight or by order."""
 
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+import beitzoo
 from beitzoo.training.balance import balanced_order, class_weights
+from beitzoo.training.data import Order, training_transform
 from beitzoo.training.generators import seed_generators
 from beitzoo.training.mixing import make_mixup, mix
-from beitzoo.training.sections import Finetune
+from beitzoo.training.processes import Processes
+from beitzoo.training.sections import CropAugment, Finetune, TrainSection
 
 CLASSES = 5
 
@@ -110,3 +116,34 @@ def test_which_class_has_one_more_is_drawn() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1])
     ones = [int((labels[balanced_order(labels, torch.Generator().manual_seed(s))] == 1).sum()) for s in range(40)]
     assert set(ones) == {2, 3}
+
+
+def test_seeds_are_those_of_the_pieces_whoever_has_them() -> None:
+    """Two processes mix as one does in two parts, and a run that goes on as one that was not stopped."""
+
+    def seeds(rank: int, processes: int, accumulation: int, update: int = 0) -> list[int]:
+        train = TrainSection(epochs=1, batch_size=4, lr=1.0, accumulation=accumulation)
+        order = Order(range(8), train, Processes(rank, processes, torch.device("cpu")))
+        return list(islice(order.seeds(update), 6))
+
+    alone = seeds(0, 1, 2)
+    assert len(set(alone)) == 6
+    assert [seeds(0, 2, 1)[:3], seeds(1, 2, 1)[:3]] == [alone[::2], alone[1::2]]
+    assert seeds(0, 1, 2, update=2)[:2] == alone[4:]
+
+
+def test_erasing_and_policies_are_those_of_timm() -> None:
+    """The same seed draws the same image from timm's own transform, erased pixel by pixel."""
+    model = beitzoo.create_model("test_beit", device="meta")
+    augment = CropAugment(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.9, re_mode="pixel")
+    ours = training_transform(model, augment)
+    config = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.9, "re_mode": "pixel"}
+    theirs = timm.data.create_transform(**{**config, **options}, is_training=True)
+    image = Image.radial_gradient("L").convert("RGB")
+    for seed in range(5):
+        drawn = []
+        for transform in (ours, theirs):
+            seed_generators(seed)
+            drawn.append(transform(image))
+        assert torch.equal(*drawn)
