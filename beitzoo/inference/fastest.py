@@ -3,8 +3,8 @@
 from beitzoo.models.beit import Beit
 from beitzoo.models.optimize import InferenceBeit, optimize
 
-# Making the copy of a base network takes less than its pass over one image, and the copy saves a quarter to half of
-# each pass (two AMD cores), so that it pays from a few images on; below that nobody waits for either.
+# Making the copy of a base network took as long as its passes over one to four images, and the copy saved a quarter to
+# half of each pass (two AMD cores, idle to busy): it has paid for itself after about eight.
 HANDFUL = 8
 
 
