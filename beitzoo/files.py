@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from beitzoo.errors import FileAccessError, MissingFileError, UserError
@@ -77,6 +77,19 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
     except UserError:
         raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Write to a file that stays open; an error of the system becomes one that names the file.
+
+    Raises:
+        FileAccessError: The file cannot be written, such as on a full disk.
+    """
+    try:
+        yield
     except OSError as error:
         raise _cannot_write(path, error) from error
 

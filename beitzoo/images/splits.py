@@ -47,15 +47,12 @@ def draw_split(
     Raises:
         InvalidValueError: A class has too few images for these fractions.
     """
-    labels = images.labels
-    rest, test = _draw(range(len(images.images)) if indices is None else indices, labels, test_fraction, seed)
-    train, val = _draw(rest, labels, val_fraction, seed)
+    rest, test = _draw(range(len(images.images)) if indices is None else indices, images, test_fraction, seed)
+    train, val = _draw(rest, images, val_fraction, seed)
     return Split(train, val, test)
 
 
-def _draw(
-    indices: Sequence[int], labels: Sequence[int] | None, fraction: float, seed: int
-) -> tuple[list[int], list[int]]:
+def _draw(indices: Sequence[int], images: ImageSet, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     if not fraction:
         return list(indices), []
     try:
@@ -64,7 +61,8 @@ def _draw(
         raise UnsupportedError(
             "Drawing a split needs scikit-learn; install it with: pip install 'beitzoo[train]'"
         ) from error
-    classes = None if labels is None else [labels[index] for index in indices]
+    classes = None if images.labels is None else [images.labels[index] for index in indices]
+    _check_no_single(classes or (), images.names)
     count = round(len(indices) * fraction)
     check(
         0 < count < len(indices),
@@ -79,6 +77,17 @@ def _draw(
             "more images per class."
         ) from error
     return kept, drawn
+
+
+def _check_no_single(classes: Sequence[int], names: Sequence[str]) -> None:
+    """Refuse classes of one image, which cannot be in both parts of a split."""
+    single = [names[label] for label, count in sorted(Counter(classes).items()) if count == 1]
+    check(
+        not single,
+        f"{len(single)} of {len(names)} classes have only one image to be split ({', '.join(single[:3])}"
+        f"{', ...' * (len(single) > 3)}), and both parts need one of each. Add images to these, leave them out, or say "
+        "which images are held out, with parts of the data or data.test_path.",
+    )
 
 
 def choose_per_class(images: ImageSet, indices: Sequence[int], count: int, seed: int) -> list[int]:

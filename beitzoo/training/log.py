@@ -11,7 +11,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from beitzoo.files import read_text, write_text
+from beitzoo.files import read_text, write_text, writing
 from beitzoo.progress import LINE_EVERY
 from beitzoo.training.board import Board, Value
 
@@ -28,6 +28,7 @@ class Log:
     """
 
     def __init__(self, path: Path, names: tuple[str, ...], update: int, board: Board | None = None) -> None:
+        self._path = path
         self._board = board
         self.columns = [*_ALWAYS, *names]
         kept = _lines_until(path, update) if path.is_file() else []
@@ -36,23 +37,30 @@ class Log:
         self._writer = csv.DictWriter(self._file, self.columns, restval="", lineterminator="\n")
 
     def write(self, values: Mapping[str, Value]) -> None:
-        """Append a line; it can be read at once."""
-        self._writer.writerow(values)
-        self._file.flush()
-        if self._board is not None:
-            self._board.write(values)
+        """Append a line; it can be read at once.
+
+        Raises:
+            FileAccessError: It cannot be written, such as on a full disk.
+        """
+        with writing(self._path):
+            self._writer.writerow(values)
+            self._file.flush()
+            if self._board is not None:
+                self._board.write(values)
 
     def sync(self) -> None:
         """Wait until what was written is on disk."""
-        os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.sync()
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+            if self._board is not None:
+                self._board.sync()
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with writing(self._path):  # what could not be written is tried once more
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
 
 class Display:

@@ -3,13 +3,16 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from beitzoo.errors import OutOfMemoryError, UserError, is_out_of_memory
 from beitzoo.files import full_path, write_text
 from beitzoo.images.splits import SPLIT_FILE, read_split, write_split
 from beitzoo.results import environment
@@ -46,6 +49,7 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
         RunError: The folder holds a finished run, or one of another recipe or other images.
         RecipeError: What the recipe asks for cannot be done. Nothing has been written then.
         Interrupted: A signal asked the run to stop; its state was saved.
+        OutOfMemoryError: A part of an update does not fit into memory.
         NonFiniteError: The loss is not finite any more. What is needed to do its update again is in `failed/`.
     """
     directory = full_path(directory)
@@ -62,24 +66,47 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
             print("\n".join([*task.describe(), *_describe(recipe, task, state, processes), *pictures]), file=sys.stderr)
             write_text(directory / RECIPE, dump_recipe(recipe))
             write_split(directory / SPLIT_FILE, task.images, task.split)
-        fit(task, state, Run(directory, recipe.train, recipe.run, processes))
-        if state.update < state.schedule.updates and processes.is_main:
-            print(
-                f"Ended after {state.update:,} updates: no better model in {state.stale} validations.", file=sys.stderr
-            )
-        processes.wait()  # for the process that wrote the best model
-        measured = task.measure_best(directory / BEST)
+        with _memory_explained(directory, recipe.train, processes):
+            fit(task, state, Run(directory, recipe.train, recipe.run, processes))
+            if state.update < state.schedule.updates and processes.is_main:
+                end = f"Ended after {state.update:,} updates: no better model in {state.stale} validations."
+                print(end, file=sys.stderr)
+            processes.wait()  # for the process that wrote the best model
+            measured = task.measure_best(directory / BEST)
         if not processes.is_main:
             return {}
         metrics = {**measured, **(state.best or {}), **_facts(recipe, task, state, processes)}
-        if isinstance(task, Answering):
-            task.write_answers(directory)
-        if recipe.run.pictures and can_draw():
-            draw_run(directory, metrics)
-        write_text(directory / METRICS, json.dumps(metrics, indent=2) + "\n")
-        for folder in saved_states(directory):
-            shutil.rmtree(folder)
+        _finish(recipe, directory, task, metrics)
         return metrics
+
+
+def _finish(recipe: Recipe, directory: Path, task: Task, metrics: dict[str, Any]) -> None:
+    """Write what a finished run leaves, its metrics last: a run that is killed before goes on at its end."""
+    if isinstance(task, Answering):
+        task.write_answers(directory)
+    if recipe.run.pictures and can_draw():
+        draw_run(directory, metrics)
+    write_text(directory / METRICS, json.dumps(metrics, indent=2) + "\n")
+    for folder in saved_states(directory):
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _memory_explained(directory: Path, train: TrainSection, processes: Processes) -> Iterator[None]:
+    """Let an error of a full memory be one that says what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        images = train.batch_size // (processes.count * train.accumulation)
+        fewer = f"train.accumulation={2 * train.accumulation} (fewer at a time, as many in an update), " * (images > 1)
+        place = f", in another folder: what {directory} holds is kept" if saved_states(directory) else ""
+        raise OutOfMemoryError(
+            f"Training {images} images at a time does not fit into the memory of the {processes.device.type}. Set "
+            f"{fewer}train.grad_checkpointing=true (slower), or a smaller train.batch_size, image size or "
+            f"model{place}."
+        ) from error
 
 
 def prepare_task(recipe: Recipe, processes: Processes, prepare: Prepare) -> tuple[Task, nn.Module]:
@@ -163,4 +190,6 @@ def _facts(recipe: Recipe, task: Task, state: TrainState, processes: Processes) 
         "train_seconds": round(state.seconds, 3),
         "processes": processes.count,
         **environment(processes.device),
+        # Decoding, augmentation and optimizer are theirs.
+        "packages": {name: version(name) for name in ("accelerate", "numpy", "pillow", "timm", "torchvision")},
     }

@@ -35,6 +35,7 @@ _OWN_KEY = "beitzoo"
 _REDUCES = "reduce_zero_label"
 _ACTIVATION = "activation"
 _TOKENIZER = "tokenizer"
+_PAPER = "paper"
 _OWN_FIELDS = ("use_mask_token", "dynamic_img_size", "dynamic_img_pad", "resize_rule", "norm_eps")
 
 _logger = logging.getLogger(__name__)
@@ -125,6 +126,9 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
     data = form.pretrained_cfg
     own: dict[str, Any] = dict(form.beitzoo)
     reduces, activation = own.pop(_REDUCES, False), own.pop(_ACTIVATION, "softmax")
+    paper = own.pop(_PAPER, None)
+    if not isinstance(paper, str | None):
+        raise InvalidValueError(f"its paper is {paper!r}; it must be an address.")
     around = _around(own)
     if activation not in get_args(Activation):
         raise InvalidValueError(f"its activation is {activation!r}; there are {', '.join(get_args(Activation))}.")
@@ -146,6 +150,7 @@ def parse(document: bytes, _: bytes | None = None) -> tuple[BeitConfig, Pretrain
         head=around or classify,
         data=replace(_data(data), reduce_zero_label=reduces),
         license=data.license,
+        paper=paper,
         architecture=architecture_of(config) or name,
     )
 
@@ -192,6 +197,8 @@ def dump(config: BeitConfig, pretrained: PretrainedConfig) -> str:
         document[_OWN_KEY][_TOKENIZER] = head.tokenizer
     if isinstance(head, Classify) and head.activation != "softmax":
         document[_OWN_KEY][_ACTIVATION] = head.activation
+    if pretrained.paper is not None:
+        document[_OWN_KEY][_PAPER] = pretrained.paper
     names = label_names(head)
     if names and len(names) == (head.num_classes if isinstance(head, Segment) else config.num_classes):
         document["label_names"] = names

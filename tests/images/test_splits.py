@@ -33,6 +33,14 @@ def test_splits_are_even_disjoint_and_drawn_by_the_seed() -> None:
     assert set(draw_split(images, 0.1, 1 / 3, seed=7).test) != set(split.test)
 
 
+def test_classes_of_one_image_are_named() -> None:
+    labels = [0, 0, 1, 2, 2, 2, 3]
+    images = ImageSet([Image.new("L", (1, 1))] * 7, labels, ("a", "b", "c", "d"))
+    with pytest.raises(InvalidValueError, match=r"2 of 4 classes have only one image to be split \(b, d\), and both"):
+        draw_split(images, val_fraction=0, test_fraction=0.4, seed=0)
+    assert draw_split(images, 0, 0, seed=0).train == list(range(7))
+
+
 def test_a_fraction_that_leaves_a_class_out_is_refused() -> None:
     with pytest.raises(InvalidValueError, match=r"1797 images cannot be split with a fraction of 0.001.*more images"):
         draw_split(digits(), val_fraction=0.1, test_fraction=0.001, seed=0)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from colours import COLOURS, colour_recipe, write_colours
+from commands import run as command
 from PIL import Image
 
 import beitzoo
@@ -341,6 +342,9 @@ def test_a_pretraining_start_becomes_a_classifier(colours: Path, tmp_path: Path)
     tuned = beitzoo.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True)
     assert tuned.pretrained.head == Classify(num_classes=3, labels=COLOURS)
     assert tuned.pretrained.license == row.license == "MIT"
+    assert tuned.pretrained.paper == row.paper
+    facts = json.loads(command("info", str(tmp_path / "tuned"), "--json").stdout)
+    assert (facts["license"], facts["paper"]) == ("MIT", row.paper)
     assert torch.equal(tuned.blocks[1].mlp.fc1.weight, start.blocks[1].mlp.fc1.weight)
 
 

@@ -35,7 +35,7 @@ from beitzoo.training.mixing import make_mixup, mix
 from beitzoo.training.optim import freeze_up_to, parameter_groups, spread_bias_tables
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
-from beitzoo.training.report import write_findings
+from beitzoo.training.report import describe_duplicates, write_findings
 from beitzoo.training.run import run
 from beitzoo.training.sections import Finetune
 from beitzoo.training.task import Metrics
@@ -159,6 +159,7 @@ class FinetuneTask:
         return [
             *self.images.describe(),
             f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
+            *describe_duplicates(self.images, split.train, split.test),
         ]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
