@@ -51,7 +51,7 @@ def _tile(answers: Answers, place: int, images: ImageSet) -> Image.Image:
 
 
 def _square(images: ImageSet, index: int) -> Image.Image:
-    """Fit an image into the middle of a square: small ones a whole number of times as large, with hard pixels."""
+    """Fit an image into the middle of a square: tiny ones a whole number of times as large, with hard pixels."""
     square = Image.new("RGB", (_SIDE, _SIDE), pictures.MOUNT)
     try:
         image = as_image(images.images[index])
@@ -59,7 +59,7 @@ def _square(images: ImageSet, index: int) -> Image.Image:
         shown = pictures.text("cannot be read any more", _SIDE - 20, 14)
     else:
         factor = _SIDE / max(image.size)
-        factor = int(factor) if factor >= 1 else factor
+        factor = int(factor) if factor >= 3 else factor
         size = tuple(max(1, round(side * factor)) for side in image.size)
         shown = pictures.fit(image, (size[0], size[1]))
     square.paste(shown, ((_SIDE - shown.width) // 2, (_SIDE - shown.height) // 2))
