@@ -94,7 +94,7 @@ def _looks_alike(images: ImageSet, *pair: int) -> bool:
         small = [_pixels(as_image(images.images[index])) for index in pair]
     except ImageError:  # gone since it was hashed
         return False
-    return bool(np.corrcoef(*small)[0, 1] >= _LEAST_CORRELATION)
+    return bool(np.corrcoef(np.stack(small))[0, 1] >= _LEAST_CORRELATION)
 
 
 def _pixels(image: Image.Image) -> Array:
