@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from beitzoo.saving import save_tokenizer as save_tokenizer
     from beitzoo.saving import save_transformers as save_transformers
     from beitzoo.saving import save_unilm as save_unilm
+    from beitzoo.training.own_images import finetune as finetune
     from beitzoo.weights.checkpoint import CheckpointError as CheckpointError
     from beitzoo.weights.checksums import DownloadError as DownloadError
     from beitzoo.zoo.checkpoints import DataConfig as DataConfig
@@ -49,6 +50,7 @@ _HOMES = {
     "create_tokenizer": "beitzoo.factory",
     "create_transform": "beitzoo.images.transforms",
     "embed": "beitzoo.inference.embed",
+    "finetune": "beitzoo.training.own_images",
     "get_pretrained_cfg": "beitzoo.zoo.registry",
     "is_model": "beitzoo.zoo.registry",
     "list_models": "beitzoo.zoo.registry",

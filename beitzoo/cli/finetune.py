@@ -1,35 +1,133 @@
 """The command finetune."""
 
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from beitzoo.cli import training
+from beitzoo.cli.records import takes_records
+from beitzoo.errors import check
+
+if TYPE_CHECKING:
+    from beitzoo.training.recipe import Recipe
+    from beitzoo.training.run import Prepare
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
 
-def finetune(
-    recipe: training.RecipeName,
-    out: training.OutFolder,
-    settings: training.Settings = None,
+@dataclass(frozen=True)
+class Start:
+    """What is trained, and on what, besides or instead of a recipe.
+
+    Attributes:
+        data: The images.
+        model: The model.
+        checkpoint: Its weights.
+    """
+
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images: class folders, perhaps in train, val and test; a CSV of path and label; tables."),
+    ] = None
+    model: Annotated[str | None, typer.Option(help="Model that is trained on them; a recipe is chosen to fit.")] = None
     checkpoint: Annotated[
         Path | None, typer.Option(help="Start from this file instead of the weights of the recipe's model.")
-    ] = None,
-) -> None:
-    """Train a classifier, or a segmentation model, by a recipe.
+    ] = None
 
-    It is measured once on held-out images. The same command goes on with a run that was interrupted.
+
+@takes_records
+def finetune(
+    out: training.OutFolder,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A TOML file, or the name of a packaged recipe, such as digits; or use --data and --model."
+        ),
+    ] = None,
+    start: Start = Start(),
+    settings: training.Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, by its own recipe.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all that can be known, train one batch, and write nothing.")
+    ] = False,
+) -> None:
+    """Train a classifier on your images, or any model by a recipe.
+
+    With --data and --model a recipe is chosen, printed with its reasons, and kept in the run; first a probe says what
+    frozen features reach. It is measured once on held-out images. The same command goes on with a run that was
+    interrupted.
     """
     training.require_extras()
-    from beitzoo.training.recipe import load_recipe
+    given = [recipe, start.data, start.model, start.checkpoint, settings]
+    if resume:
+        check(not any(given), "--resume goes on with the run in --out by its own recipe; leave out all but --out.")
+        from beitzoo.training.own_images import resumed
 
-    chosen = load_recipe(recipe, settings or ())
-    if checkpoint is not None:
-        chosen = chosen.starting_from(checkpoint)
-    if chosen.task.kind == "segment":
+        chosen = resumed(out)
+    elif recipe is None:
+        chosen = _planned(start, out, settings or (), dry_run)
+    else:
+        check(start.data is start.model is None, "Give a recipe, or --data and --model; --set changes a recipe.")
+        from beitzoo.training.recipe import load_recipe
+
+        chosen = load_recipe(recipe, settings or ())
+        chosen = chosen if start.checkpoint is None else chosen.starting_from(start.checkpoint)
+    if dry_run:
+        _rehearse(chosen, out)
+    else:
+        _train(chosen, out)
+
+
+def _planned(start: Start, out: Path, settings: Sequence[str], dry_run: bool) -> "Recipe":
+    """Choose a recipe and tell about it; or take that of the run, if it is in the folder already."""
+    check(
+        start.data is not None and start.model is not None,
+        "Name what is trained and on what: --data PHOTOS --model NAME (`beitzoo list --pretrained`), or give a recipe.",
+    )
+    assert start.data is not None and start.model is not None
+    from beitzoo.files import full_path
+    from beitzoo.training.own_images import data_at, going_on, make_plan, tell
+    from beitzoo.training.processes import Processes
+
+    if start.checkpoint is not None:
+        settings = [*settings, f"model.checkpoint={json.dumps(str(start.checkpoint), ensure_ascii=False)}"]
+    data = data_at(start.data)
+    there = going_on(start.model, data, full_path(out), settings)
+    if there is not None:
+        return there
+    plan = make_plan(start.model, data, settings)
+    if Processes.join().is_main and not dry_run:
+        tell(plan, full_path(out), probe=True)
+    elif dry_run:
+        print("\n".join(plan.describe()), file=sys.stderr)
+    return plan.recipe
+
+
+def _rehearse(recipe: "Recipe", out: Path) -> None:
+    from beitzoo.training.rehearsal import rehearse
+
+    print(rehearse(recipe, _prepare_of(recipe), out).describe())
+    print("Nothing was found that would stop this run; nothing was written.")
+
+
+def _prepare_of(recipe: "Recipe") -> "Prepare":
+    if recipe.task.kind == "segment":
+        from beitzoo.training.tasks.segment import prepare as prepare_segmenter
+
+        return prepare_segmenter
+    from beitzoo.training.tasks.finetune import prepare as prepare_classifier
+
+    return prepare_classifier
+
+
+def _train(recipe: "Recipe", out: Path) -> None:
+    if recipe.task.kind == "segment":
         from beitzoo.training.tasks.segment import train_segmenter as train
     else:
         from beitzoo.training.tasks.finetune import finetune as train
-    training.train_by(chosen, out, train)
+    training.train_by(recipe, out, train)

@@ -1,0 +1,325 @@
+"""Fine-tuning on one's own images without a recipe: look at them, probe, choose a recipe, rehearse, train."""
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from beitzoo.errors import UserError
+from beitzoo.evaluation.probe import Probing, probe_blocks
+from beitzoo.factory import create_model, look_up
+from beitzoo.files import full_path
+from beitzoo.images.datasets import guess_source
+from beitzoo.images.files import ImageError, as_image
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.splits import Split
+from beitzoo.inference.pipeline import Loading
+from beitzoo.models.beit import Beit
+from beitzoo.models.kernels import cpu_has
+from beitzoo.training.choose import Rule, Situation, Start, choose
+from beitzoo.training.data import load_images, split_images
+from beitzoo.training.folder import BEST, RECIPE, RunError, check_folder
+from beitzoo.training.processes import Processes
+from beitzoo.training.recipe import Recipe, RecipeError, change_recipe, read_resolved
+from beitzoo.training.rehearsal import Rehearsal, rehearse, update_seconds
+from beitzoo.training.sections import DataSection
+from beitzoo.training.state import saved_states
+from beitzoo.training.tasks.finetune import finetune as train_by_recipe
+from beitzoo.training.tasks.finetune import prepare
+from beitzoo.zoo.checkpoints import Mim, Segment
+
+# Images of a class without which it cannot be in all three parts of a split.
+_FEWEST = 3
+# Images that the first probe looks at, to fit and to measure.
+_PROBED = (400, 200)
+# Classes whose sizes are listed; of how much larger the largest may be before that is worth a word.
+_MOST_LISTED, _UNEVEN = 12, 5
+_LOOKED_AT = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fine-tuning of a model on some images would be.
+
+    Attributes:
+        recipe: The run.
+        rules: Why it is so.
+        images: All images.
+        split: Which are for what.
+    """
+
+    recipe: Recipe
+    rules: list[Rule]
+    images: ImageSet
+    split: Split
+
+    def describe(self) -> list[str]:
+        """Say in lines what was found, and what is chosen and why."""
+        parts = self.split
+        drawn = "in its own parts" if self.images.parts else f"drawn with data.split_seed {self.recipe.data.split_seed}"
+        return [
+            *self.images.describe(),
+            *_describe_classes(self.images),
+            f"{len(parts.train):,} images to train on, {len(parts.val):,} to choose by, {len(parts.test):,} held out; "
+            f"{drawn}.",
+            f"The recipe for {self.recipe.model.name}; --set changes a value:",
+            *(f"  {rule.name} = {rule.value}: {rule.reason}" for rule in self.rules),
+        ]
+
+
+def finetune(
+    model: str | Path,
+    train: str | Path,
+    val: str | Path | None = None,
+    *,
+    out: str | Path,
+    settings: Sequence[str] = (),
+    probe: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune a model on one's own images by a recipe that fits both, and measure it once on held-out images.
+
+    A run that was interrupted goes on if the arguments are the same.
+
+    Args:
+        model: As in `create_model`; its pretrained weights are used if it has some.
+        train: The images: class folders (perhaps in folders `train`, `val` and `test`), a CSV with the columns `path`
+            and `label`, Parquet files, a folder of `save_to_disk`, tars; or `digits`.
+        val: Held-out images of the same form, used once, at the end; the images by which the best model is chosen are
+            drawn from `train`. Without it, both are parts of `train`, or drawn from it.
+        out: Folder that receives the models `best` and `last`, the recipe with all its values, log and metrics.
+        settings: `section.key=value`, each as `--set` of the command takes it, such as `train.epochs=5`.
+        probe: First print what a probe on frozen features reaches.
+
+    Returns:
+        What `metrics.json` in the folder has.
+
+    Raises:
+        UserError: Something that can be corrected, such as one class only; nothing has been written then.
+    """
+    out = full_path(out)
+    recipe = going_on(model, data_at(train, val), out, settings)
+    if recipe is None:
+        plan = make_plan(model, data_at(train, val), settings)
+        recipe = plan.recipe
+        if Processes.join().is_main:
+            tell(plan, out, probe)
+    return train_by_recipe(recipe, out)
+
+
+def data_at(train: str | Path, held_out: str | Path | None = None) -> DataSection:
+    """Say in a recipe's terms where images are, by the names of what lies there."""
+    if str(train) == "digits":
+        return DataSection(source="digits")
+    test = None if held_out is None else Path(held_out)
+    return DataSection(source=guess_source(full_path(train)), path=Path(train), test_path=test)
+
+
+def going_on(model: str | Path, data: DataSection, out: Path, settings: Sequence[str]) -> Recipe | None:
+    """Return the recipe of a run in a folder that is of this model and data; None if there is no run yet.
+
+    Raises:
+        RunError: It is another run.
+    """
+    if not (out / RECIPE).is_file() or not (saved_states(out) or (out / BEST).exists()):
+        return None
+    recipe = read_resolved(out / RECIPE)
+    there = (recipe.model.name, recipe.data.source, recipe.data.path, recipe.data.test_path)
+    asked = Recipe.model_validate({**recipe.model_dump(), "model": {"name": str(model)}, "data": data.model_dump()})
+    if there != (asked.model.name, data.source, data.path, data.test_path):
+        raise RunError(
+            f"{out} holds a run of {there[0]} on {there[2] or there[1]}, not of {asked.model.name} on "
+            f"{data.path or data.source}; choose another folder with --out."
+        )
+    check_folder(out, change_recipe(recipe, settings))
+    return recipe
+
+
+def resumed(out: Path) -> Recipe:
+    """Return the recipe of the run in a folder.
+
+    Raises:
+        RunError: There is none to go on with.
+    """
+    out = full_path(out)
+    if not (out / RECIPE).is_file():
+        raise RunError(f"There is no run in {out} to go on with: it has no {RECIPE}. Leave out --resume to start one.")
+    recipe = read_resolved(out / RECIPE)
+    check_folder(out, recipe)
+    return recipe
+
+
+def make_plan(model: str | Path, data: DataSection, settings: Sequence[str] = ()) -> Plan:
+    """Look at a model and images, and choose a recipe; all processes get that of the first.
+
+    Raises:
+        RecipeError: The images cannot be trained on; says why.
+        UnknownModelError: There is no such model.
+    """
+    entry = look_up(model)
+    head = None if entry.pretrained is None else entry.pretrained.head
+    if isinstance(head, Segment):
+        raise RecipeError(f"{model} is a segmentation model; give it a recipe, such as camvid.")
+    start: Start = "random" if head is None else "masked" if isinstance(head, Mim) else "labels"
+    images = load_images(data)
+    _check_classes(images)
+    images_to_train = _count_to_train(images)
+    processes = Processes.join()
+    at = Situation(
+        config=entry.config,
+        start=start,
+        images=images_to_train,
+        in_parts=bool(images.parts),
+        in_colour=_in_colour(images),
+        memory=_memory_for_activations(processes.device),
+        precision=("fp32", "not chosen yet"),
+    )
+    recipe, rules = choose(str(model), data, at)
+    rules = [rule for rule in rules if rule.name != "train.precision"]
+    recipe = change_recipe(recipe, settings)
+    if not any(setting.strip().startswith("train.precision") for setting in settings):
+        precision, reason = _faster_precision(recipe, processes)
+        recipe = change_recipe(recipe, [f"train.precision={precision}"])
+        rules.append(Rule("train.precision", precision, reason))
+    recipe = processes.gather(recipe)[0]
+    split = split_images(images, recipe.data, test_fraction=1 / 3, val_fraction=0.1)
+    return Plan(recipe, _as_set(rules, recipe, settings), images, split)
+
+
+def tell(plan: Plan, out: Path, probe: bool) -> Rehearsal:
+    """Print on stderr what was found, what a probe reaches, which recipe was chosen and what the run will cost."""
+    for line in plan.describe():
+        print(line, file=sys.stderr)
+    if probe:
+        print(first_probe(plan), file=sys.stderr)
+    rehearsal = rehearse(plan.recipe, prepare, out)
+    print(rehearsal.describe(), file=sys.stderr, flush=True)
+    return rehearsal
+
+
+def first_probe(plan: Plan) -> str:
+    """Say what a linear probe on frozen features reaches on some of the images: what there is to gain above that.
+
+    It is fitted on some of the images to train on, and measured on some of those to choose by, which choose its block
+    too: of what is held out nothing is used.
+    """
+    section = plan.recipe.model
+    if not section.pretrained:
+        return "No probe: the weights start random, so their features say nothing yet."
+    network: object = create_model(section.name, True, checkpoint_path=section.checkpoint, num_classes=0)
+    assert isinstance(network, Beit)
+    network.to(Processes.join().device)
+    draw = random.Random(0)
+    train, val = (
+        sorted(draw.sample(part, min(len(part), most)))
+        for part, most in zip((plan.split.train, plan.split.val), _PROBED, strict=True)
+    )
+    depth = network.config.depth
+    blocks = sorted({depth // 2 - 1, depth * 2 // 3 - 1, depth * 5 // 6 - 1, depth - 1} & set(range(depth)))
+    probing = Probing(blocks, ("mean",), loading=Loading(), probes=("linear",))
+    try:
+        best = probe_blocks(network, plan.images, Split(train, [], val), probing).best("linear")
+    except UserError as error:
+        return f"No probe: {error}"
+    return (
+        f"A linear probe on frozen features, fitted on {len(train):,} of the images, is right on {best.top1:.1f}% of "
+        f"{len(val):,} others (block {best.block}). Fine-tuning pays as far as it is better than that."
+    )
+
+
+def _check_classes(images: ImageSet) -> None:
+    if images.labels is None:
+        raise RecipeError("The images have no classes; a classifier needs images of at least two.")
+    if len(images.names) < 2:
+        raise RecipeError(f"There is one class only, {images.names[0]}; a classifier needs at least two class folders.")
+    sizes = _sizes(images)
+    few = [f"{name} ({sizes[name]})" for name in images.names if sizes[name] < (1 if images.parts else _FEWEST)]
+    if few:
+        raise RecipeError(
+            f"Classes with too few images: {', '.join(few[:5])}{', ...' * (len(few) > 5)}. A class needs at "
+            f"least {_FEWEST}, to train, to choose and to measure; add images, or move these classes away."
+        )
+
+
+def _sizes(images: ImageSet) -> Counter[str]:
+    """Count the images of each class; where there are parts, of those to train on."""
+    assert images.labels is not None
+    indices: Iterable[int] = images.parts.get("train", range(len(images.labels)))
+    return Counter(images.names[images.labels[index]] for index in indices)
+
+
+def _describe_classes(images: ImageSet) -> list[str]:
+    sizes = _sizes(images).most_common()
+    listed = ", ".join(f"{name} {count:,}" for name, count in sizes[:_MOST_LISTED])
+    lines = [f"Images per class: {listed}{', ...' * (len(sizes) > _MOST_LISTED)}"]
+    (most, many), (fewest, few) = sizes[0], sizes[-1]
+    if many >= _UNEVEN * few:
+        lines.append(
+            f"The classes are uneven: {most} has {many / few:.0f} times as many images as {fewest}. --set "
+            "task.balance=sampling shows rare classes more often."
+        )
+    return lines
+
+
+def _count_to_train(images: ImageSet) -> int:
+    part = images.parts.get("train")
+    # Of what comes in no parts, 0.2 is held out and 0.2 of the rest chooses.
+    return len(part) if part is not None else max(round(len(images.images) * 0.64), 1)
+
+
+def _in_colour(images: ImageSet) -> bool:
+    """Tell whether any of some images, evenly drawn, has a pixel that is not grey."""
+    step = max(len(images.images) // _LOOKED_AT, 1)
+    for index in range(0, len(images.images), step):
+        try:
+            channels = as_image(images.images[index], 3).split()
+        except ImageError:
+            continue
+        if len({channel.tobytes() for channel in channels}) > 1:
+            return True
+    return False
+
+
+def _memory_for_activations(device: torch.device) -> int | None:
+    """Return half of the memory that is free; None where that cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024 // 2
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _faster_precision(recipe: Recipe, processes: Processes) -> tuple[Literal["fp32", "bf16"], str]:
+    """Return bf16 where it is known to be faster: on GPUs that have it, and on CPUs that have it by measuring."""
+    device = processes.device
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(False)
+        return ("bf16", "this GPU has it") if has else ("fp32", "this GPU has no bfloat16")
+    if device.type != "cpu" or not (cpu_has("avx512_bf16") or cpu_has("amx_tile")):
+        return "fp32", "this processor has no bfloat16"
+    few = min(recipe.train.batch_size, 8)
+    small = change_recipe(recipe, [f"train.batch_size={few}", "train.accumulation=1", "train.grad_checkpointing=false"])
+    fp32, bf16 = (update_seconds(change_recipe(small, [f"train.precision={one}"]), prepare) for one in ("fp32", "bf16"))
+    ratio = fp32 / bf16
+    how = f"bf16 was measured {ratio:.2f} times as fast here"
+    return ("bf16", how) if ratio > 1.1 else ("fp32", how)
+
+
+def _as_set(rules: list[Rule], recipe: Recipe, settings: Sequence[str]) -> list[Rule]:
+    """Return the rules with what a person set instead."""
+    document = recipe.model_dump(mode="json")
+    names = [setting.partition("=")[0].strip() for setting in settings]
+    kept = [rule for rule in rules if rule.name not in names]
+    return [*kept, *(Rule(name, _value(document, name), "as set") for name in dict.fromkeys(names))]
+
+
+def _value(document: dict[str, Any], name: str) -> Any:
+    for key in name.split("."):
+        document = document[key]
+    return document

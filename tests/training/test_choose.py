@@ -1,0 +1,84 @@
+"""The rules by which a recipe is chosen: against unilm's recipes where they agree, and by how they change."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from beitzoo.training.choose import Situation, activation_bytes, choose
+from beitzoo.training.recipe import Recipe
+from beitzoo.training.sections import CropAugment, DataSection, Finetune
+from beitzoo.zoo.registry import find
+
+FP32: Any = ("fp32", "no reason")
+BASE = Situation(find("beitv2_base_patch16_224.in1k_ft_in22k").config, "labels", 1_000, False, True, None, FP32)
+
+
+def chosen(at: Situation = BASE, **changes: Any) -> Recipe:
+    recipe, rules = choose("test_beit", DataSection(source="folder"), replace(at, **changes))
+    assert all(rule.reason for rule in rules)
+    return recipe
+
+
+def augmentation(recipe: Recipe) -> CropAugment:
+    assert isinstance(recipe.task, Finetune) and isinstance(recipe.task.augment, CropAugment)
+    return recipe.task.augment
+
+
+@pytest.mark.parametrize(
+    ("architecture", "start", "decay", "drop_path"),
+    [
+        ("beit_base_patch16_224", "masked", 0.65, 0.1),  # unilm, v1 and v2 base
+        ("beit_large_patch16_224", "masked", 0.8, 0.2),  # unilm, v2 large
+        ("beit_base_patch16_224", "labels", 0.75, 0.1),  # unilm, v2 base after ImageNet-22k
+        ("beit_nano_patch4_32", "labels", 0.65, None),
+        ("beit_base_patch16_224", "random", 1.0, None),
+    ],
+)
+def test_layer_decay_and_drop_path_are_those_of_unilm(
+    architecture: str, start: Any, decay: float, drop_path: float | None
+) -> None:
+    recipe = chosen(config=find(architecture).config, start=start)
+    assert recipe.train.layer_decay == decay
+    assert recipe.model.overrides.get("drop_path_rate") == drop_path
+
+
+def test_fewer_images_are_seen_more_often_in_smaller_batches() -> None:
+    lengths = {}
+    for images in (20, 100, 1_000, 6_000, 100_000):
+        train = chosen(images=images).train
+        lengths[images] = (train.batch_size, train.epochs)
+    assert lengths == {20: (4, 40), 100: (8, 40), 1_000: (32, 40), 6_000: (64, 10), 100_000: (128, 10)}
+    assert chosen(images=100).train.lr == pytest.approx(chosen(images=1_000).train.lr / 2)
+    assert chosen(start="masked", images=100_000).train.epochs == 30
+
+
+def test_augmentation_is_milder_for_few_images() -> None:
+    few, more, many = (augmentation(chosen(images=images)) for images in (500, 5_000, 50_000))
+    assert [few.scale[0], more.scale[0], many.scale[0]] == [0.35, 0.35, 0.08]
+    assert [one.auto_augment[:7] for one in (few, more, many)] == ["rand-m5", "rand-m9", "rand-m9"]
+    assert [few.re_prob, more.re_prob] == [0, 0.25]
+    mixed = chosen(start="masked", images=50_000).task
+    assert isinstance(mixed, Finetune)
+    assert (mixed.mixup, mixed.cutmix) == (0.8, 1.0)
+
+
+def test_a_small_network_from_random_weights_is_trained_as_on_digits() -> None:
+    nano = chosen(config=find("beit_nano_patch4_32").config, start="random")
+    assert not nano.model.pretrained
+    assert nano.model.overrides == {"in_chans": 3}
+    assert (nano.train.bias_lr_scale, nano.train.batch_size, nano.train.patience) == (10, 64, 0)
+    assert augmentation(nano).auto_augment == ""
+    assert chosen(config=find("beit_nano_patch4_32").config, start="random", in_colour=False).model.overrides == {}
+
+
+def test_parts_of_a_data_set_are_kept() -> None:
+    assert (chosen().data.test_fraction, chosen().data.val_fraction) == (0.2, 0.2)
+    kept = chosen(in_parts=True).data
+    assert (kept.test_fraction, kept.val_fraction) == (None, None)
+
+
+def test_an_update_is_done_in_parts_that_fit_into_memory() -> None:
+    one = activation_bytes(BASE.config, "fp32")
+    assert one == 2 * 12 * 197 * (34 * 768 + 5 * 12 * 197)
+    assert [chosen(memory=one * images).train.accumulation for images in (64, 32, 31, 8, 0)] == [1, 1, 2, 4, 32]

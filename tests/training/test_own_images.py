@@ -1,0 +1,144 @@
+"""Fine-tuning without a recipe: from a folder and a name to a measured model, and what cannot be done."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from colours import COLOURS, write_colours
+
+import beitzoo
+from beitzoo.errors import FileAccessError, MissingFileError, OutOfMemoryError
+from beitzoo.images.image_set import ImageSet
+from beitzoo.training import rehearsal
+from beitzoo.training.folder import RunError
+from beitzoo.training.own_images import Plan, _describe_classes, data_at, first_probe, going_on, make_plan, resumed
+from beitzoo.training.recipe import RecipeError, change_recipe, load_recipe
+from beitzoo.training.rehearsal import rehearse
+from beitzoo.training.tasks.finetune import prepare
+from beitzoo.zoo.registry import UnknownModelError
+
+SHORT = ["train.epochs=3", "train.precision=fp32", "run.tensorboard=false"]
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_colours(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="module")
+def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    beitzoo.finetune("test_beit", colours, out=out, settings=SHORT)
+    return out
+
+
+def test_a_run_without_a_recipe_writes_the_one_that_was_chosen(run: Path, colours: Path) -> None:
+    plan = make_plan("test_beit", data_at(colours), SHORT)
+    assert load_recipe(run / "recipe.toml") == plan.recipe
+    assert (plan.recipe.train.epochs, plan.recipe.data.test_fraction) == (3, 0.2)
+    assert beitzoo.create_model(str(run / "best"), pretrained=True).class_names == COLOURS
+    lines = plan.describe()
+    assert lines[:2] == [
+        f"36 images of 3 classes in {colours}: 12 of each",
+        "Images per class: blue 12, green 12, red 12",
+    ]
+    assert "23 images to train on, 6 to choose by, 7 held out; drawn with data.split_seed 0." in lines
+    assert "  train.epochs = 3: as set" in lines
+
+
+def test_a_finished_run_and_one_of_something_else_are_kept(run: Path, colours: Path, tmp_path: Path) -> None:
+    for model, data, reason in (
+        ("test_beit", colours, "holds a finished run"),
+        ("beit_nano_patch4_32", colours, "holds a run of test_beit on .*, not of beit_nano_patch4_32"),
+        ("test_beit", tmp_path, "holds a run of test_beit on .*colours, not of test_beit on"),
+    ):
+        with pytest.raises(RunError, match=reason):
+            going_on(model, data_at(data), run, SHORT)
+    with pytest.raises(RunError, match="holds a finished run"):
+        resumed(run)
+    with pytest.raises(RunError, match=r"no run in .* to go on with: it has no recipe\.toml"):
+        resumed(tmp_path)
+    assert going_on("test_beit", data_at(colours), tmp_path, ()) is None
+
+
+def test_an_interrupted_run_goes_on_by_its_own_recipe(run: Path, colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "recipe.toml").write_bytes((run / "recipe.toml").read_bytes())
+    recipe = load_recipe(run / "recipe.toml")
+    assert going_on("test_beit", data_at(colours), tmp_path, SHORT) == resumed(tmp_path) == recipe
+    with pytest.raises(RunError, match=r"train\.epochs is 3 there and 4 here"):
+        going_on("test_beit", data_at(colours), tmp_path, ["train.epochs=4"])
+
+
+def test_data_that_cannot_be_trained_on(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "red").symlink_to(colours / "red")
+    (tmp_path / "few.csv").write_text(
+        "path,label\n" + "".join(f"{colours}/{name}/{n}.png,{name}\n" for name in COLOURS for n in range(len(name) - 2))
+    )
+    for data, error, reason in (
+        ("one", RecipeError, "There is one class only, red"),
+        ("few.csv", RecipeError, r"Classes with too few images: blue \(2\), red \(1\)\. A class needs at least 3"),
+        ("absent", MissingFileError, "There is no folder"),
+        ("", MissingFileError, "No images in class folders"),
+    ):
+        empty = tmp_path / "empty"
+        empty.mkdir(exist_ok=True)
+        with pytest.raises(error, match=reason):
+            make_plan("test_beit", data_at(tmp_path / data if data else empty))
+    with pytest.raises(UnknownModelError, match="no model 'tset_beit'"):
+        make_plan("tset_beit", data_at(colours))
+    with pytest.raises(RecipeError, match="leraning_rate"):
+        make_plan("test_beit", data_at(colours), ["train.leraning_rate=1"])
+
+
+def test_uneven_classes_are_said() -> None:
+    """From five times as many images on; of parts those to train on count."""
+    images = ImageSet([], [0] * 10 + [1] * 2, ("a", "b"))
+    said = _describe_classes(images)
+    assert said[0] == "Images per class: a 10, b 2"
+    assert said[1].startswith("The classes are uneven: a has 5 times as many images as b. --set task.balance=sampling")
+    parts = {"train": range(6, 12), "test": range(6)}
+    assert _describe_classes(replace(images, parts=parts)) == ["Images per class: a 4, b 2"]
+
+
+def test_a_probe_says_what_frozen_features_reach() -> None:
+    plan = make_plan("beit_nano_patch4_32", data_at("digits"), ["train.precision=fp32"])
+    assert plan.recipe.model.pretrained
+    said = first_probe(plan)
+    assert said.startswith("A linear probe on frozen features, fitted on 400 of the images, is right on 9")
+    assert "% of 200 others (block " in said
+    random = plan.recipe.model_copy(update={"model": load_recipe("digits").model})
+    assert first_probe(Plan(random, [], plan.images, plan.split)).startswith("No probe: the weights start")
+
+
+def test_a_rehearsal_measures_and_writes_nothing(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_plan("test_beit", data_at(colours), SHORT).recipe
+    found = rehearse(recipe, prepare, tmp_path / "out")
+    parameters = sum(parameter.numel() for parameter in beitzoo.create_model("test_beit", num_classes=3).parameters())
+    assert (found.updates, found.disk) == (15, 8 * 4 * parameters)
+    # 3 validations of 6 images and a test of 7, each a third of an image's share of an update of 4
+    assert found.total_seconds == pytest.approx(found.seconds * (15 + 25 / 4 / 3))
+    assert found.describe().startswith(f"An update takes {found.seconds:.2g} s here, so that 15 with their validations")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda _: rehearsal.shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(FileAccessError, match="free space, and the run takes up to"):
+        rehearse(recipe, prepare, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileAccessError, match=r"Nothing can be written in .*file"):
+        rehearse(recipe, prepare, tmp_path / "file" / "out")
+
+
+def test_an_update_that_does_not_fit_says_what_takes_less(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recipe = change_recipe(make_plan("test_beit", data_at(colours), SHORT).recipe, ["train.accumulation=2"])
+    monkeypatch.setattr(rehearsal, "compute_loss", full)
+    with pytest.raises(OutOfMemoryError, match=r"One update of 4 images does not fit .* train.accumulation to 4"):
+        rehearse(recipe, prepare, tmp_path)
