@@ -20,6 +20,7 @@ from beitzoo.inference.segment import SegmentOptions, segmentation
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.progress import watch
 from beitzoo.results import ENVIRONMENT, Row, environment
+from beitzoo.zoo.labels import outputs_of
 
 COLUMNS = (
     "model",
@@ -38,8 +39,6 @@ COLUMNS = (
     "failures",
     *ENVIRONMENT,
 )
-
-NO_CLASS = "no pixel has a class"
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,7 @@ def evaluate_segmenter(
     indices, notes = unseen_images(subject.name, images, own)
     seen = watch(indices, "image", len(indices))
     matrix, failures = measure_segmenter(model, masked, seen, options, workers=workers, outputs=outputs)
-    count = len(indices) - len(failures)
-    if not count:
-        image, reason = failures[0]
-        raise InvalidValueError(f"None of {len(indices):,} images could be measured; the first: {image}: {reason}.")
+    count = count_measured(len(indices), failures)
     scores = matrix.scores()
     row: Row = {
         "model": subject.name if subject.checkpoint is None else str(subject.checkpoint),
@@ -173,6 +169,18 @@ def measure_segmenter(
     return matrix, failures
 
 
+def count_measured(images: int, failures: Sequence[tuple[str, str]]) -> int:
+    """Return how many of so many images were measured.
+
+    Raises:
+        InvalidValueError: None.
+    """
+    if images == len(failures):
+        image, reason = failures[0]
+        raise InvalidValueError(f"None of {images:,} images could be measured; the first: {image}: {reason}.")
+    return images - len(failures)
+
+
 class _Masks:
     """Masks that are read in threads while the model looks at their images."""
 
@@ -202,8 +210,6 @@ class _Masks:
                 label_map = self.masked.load_mask(index, (size[1], size[0]))
         except ImageError as error:
             return Failure(str(error))
-        if (label_map == IGNORE).all():
-            return Failure(f"its mask {self.masked.mask_name(index)}: {NO_CLASS}")
         return label_map
 
 
@@ -218,17 +224,18 @@ def _to_output(outputs: Sequence[int] | None, device: torch.device) -> Tensor | 
 
 def _outputs(subject: SegmenterSubject, masked: MaskedSet) -> list[int]:
     """Find the output of the model that stands for each class of the masks: by name, or where it has none by number."""
-    name, own, names = subject.name, subject.model.class_names, masked.labels.names
+    name, model, names = subject.name, subject.model, masked.labels.names
+    own = model.class_names
     if own is None:
         check(
-            len(names) == subject.model.num_classes,
-            f"{name} tells {subject.model.num_classes} classes apart and nobody named them, the masks have "
+            len(names) == model.num_classes,
+            f"{name} tells {model.num_classes} classes apart and nobody named them, the masks have "
             f"{len(names)} ({_some(names)}). Evaluate a model that was trained on these classes.",
         )
         return list(range(len(names)))
-    if own == names:  # the same, whatever they are called: names need not be different
-        return list(range(len(names)))
-    unknown, missing = [n for n in names if own.count(n) != 1], [n for n in own if n not in names]
+    outputs = outputs_of(model.pretrained.head, names)
+    unknown = [one for one, output in zip(names, outputs, strict=True) if output is None]
+    missing = [one for output, one in enumerate(own) if output not in outputs]
     differences = [
         f"{len(unknown)} of the {len(names)} classes of the masks are none of its own ({_some(unknown)})"
         * bool(unknown),
@@ -239,7 +246,7 @@ def _outputs(subject: SegmenterSubject, masked: MaskedSet) -> list[int]:
         f"{name} was trained on other classes: {' and '.join(filter(None, differences))}. Name the classes of the "
         "masks as the model does (in classes.txt or with --classes), or evaluate a model that was trained on these.",
     )
-    return [own.index(one) for one in names]
+    return [output for output in outputs if output is not None]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -50,6 +50,10 @@ class MaskError(ImageError):
     """A mask that can be read, but does not say what is asked: another size, numbers out of range, another kind."""
 
 
+class UnlabelledError(MaskError):
+    """A mask of which no pixel has a class: nothing can be learned from it, nor measured on it."""
+
+
 @dataclass(frozen=True)
 class MaskLabels:
     """What the pixels of masks stand for.

@@ -9,7 +9,7 @@ import numpy as np
 
 from beitzoo.errors import InvalidValueError
 from beitzoo.images.files import ImageError, upright_size
-from beitzoo.images.label_maps import IGNORE, MaskError, unknown_colours
+from beitzoo.images.label_maps import IGNORE, MaskError, UnlabelledError, unknown_colours
 from beitzoo.images.masked_sets import MaskedSet
 
 
@@ -22,7 +22,7 @@ class MaskCheck:
         pixels: How many pixels each class has.
         ignored: How many pixels have no class.
         count: How many masks were read.
-        empty: Masks in which no pixel has a class. They do no harm, and nothing is learned from them.
+        empty: Masks in which no pixel has a class. Their images are left out, in training and in measuring.
         unknown: Pixels of each colour that is not in the colour table, where there is one.
         unreadable: Images and masks that cannot be read, and why.
     """
@@ -55,7 +55,7 @@ class MaskCheck:
         if self.absent and self.count:
             lines.append(f"Classes that never appear, {len(self.absent):,}: {_first(self.absent)}")
         if self.empty:
-            lines.append(f"Masks without a pixel of any class, {len(self.empty):,}: {_first(self.empty)}")
+            lines.append(f"Left out as no pixel of the mask has a class, {len(self.empty):,}: {_first(self.empty)}")
         if self.unknown:
             colours = [f"{colour} ({count:,} pixels)" for colour, count in Counter(self.unknown).most_common(4)]
             share = sum(self.unknown.values()) / total
@@ -71,7 +71,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def check_masks(masked: MaskedSet, indices: Sequence[int] | None = None, limit: int = 200) -> MaskCheck:
-    """Read a sample of masks, before hours are spent on wrong ones, and say what they hold.
+    """Read a sample of masks, before hours are spent on training with wrong ones, and say what they hold.
 
     Args:
         masked: The set.
@@ -79,8 +79,24 @@ def check_masks(masked: MaskedSet, indices: Sequence[int] | None = None, limit: 
         limit: Masks that are read at most, evenly from all of these.
 
     Raises:
-        InvalidValueError: A mask does not fit its image or the classes; all pixels with a class have the same one; or
-            nothing can be read.
+        InvalidValueError: As `sample_masks`; or all pixels with a class have the same one.
+    """
+    result = sample_masks(masked, indices, limit)
+    if sum(map(bool, result.pixels)) == 1 and result.ignored:
+        (name,) = set(result.names) - set(result.absent)
+        raise InvalidValueError(
+            f"All pixels of {result.count:,} masks are {name} or of no class, so there is nothing to tell apart. 255 "
+            "stands for no class, also where masks are black (0) and white (255): number the classes from 0, or give "
+            "a table of their colours with masks in RGB."
+        )
+    return result
+
+
+def sample_masks(masked: MaskedSet, indices: Sequence[int] | None = None, limit: int = 200) -> MaskCheck:
+    """Read a sample of masks, evenly from those of some images or all, and say what they hold.
+
+    Raises:
+        InvalidValueError: A mask does not fit its image or the classes, or nothing can be read.
     """
     chosen = range(len(masked)) if indices is None else indices
     count = min(limit, len(chosen))
@@ -91,13 +107,6 @@ def check_masks(masked: MaskedSet, indices: Sequence[int] | None = None, limit: 
     if result.unreadable and not result.count:
         name, reason = result.unreadable[0]
         raise InvalidValueError(f"None of {count:,} masks can be read, with its image. The first: {name}: {reason}.")
-    if sum(map(bool, result.pixels)) == 1 and result.ignored:
-        (name,) = set(result.names) - set(result.absent)
-        raise InvalidValueError(
-            f"All pixels of {result.count:,} masks are {name} or of no class, so there is nothing to tell apart. 255 "
-            "stands for no class, also where masks are black (0) and white (255): number the classes from 0, or give "
-            "a table of their colours with masks in RGB."
-        )
     return result
 
 
@@ -116,9 +125,13 @@ class _Tally:
         """Count those of one mask; its image's header is read for the size alone."""
         masked = self.masked
         name = masked.images.identity(index)[0]
+        source: Any = masked.images.images[index]
         try:
-            source: Any = masked.images.images[index]
-            classes = masked.load_mask(index, upright_size(source))
+            size = upright_size(source)
+            classes = masked.load_mask(index, size)
+        except UnlabelledError:
+            classes = np.full(size[::-1], IGNORE, dtype=np.uint8)
+            self.empty.append(masked.mask_name(index))
         except MaskError as error:
             raise InvalidValueError(f"{name}: {error}.") from error
         except ImageError as error:
@@ -127,8 +140,6 @@ class _Tally:
         counts = np.bincount(classes.ravel(), minlength=IGNORE + 1)
         self.counts += counts
         self.count += 1
-        if counts[IGNORE] == classes.size:
-            self.empty.append(masked.mask_name(index))
         if masked.labels.colours is not None and counts[IGNORE]:
             self.unknown += unknown_colours(masked.masks[index], masked.labels)
 

@@ -16,7 +16,7 @@ from beitzoo.images.csv_rows import NOT_THERE, file_in, part_in, read_rows
 from beitzoo.images.files import Encoded, ImageError, as_image
 from beitzoo.images.folders import WITHOUT_IMAGE, WITHOUT_MASK, LeftOut, images_below, why_not
 from beitzoo.images.image_set import ImageSet, Joined, with_held_out
-from beitzoo.images.label_maps import LabelMap, MaskLabels, read_label_map
+from beitzoo.images.label_maps import IGNORE, LabelMap, MaskLabels, UnlabelledError, read_label_map
 from beitzoo.images.shards import PART_OF, arrange
 from beitzoo.images.tables import find_mask_tables
 from beitzoo.zoo.labels import ade20k_classes
@@ -73,7 +73,7 @@ class MaskedSet:
 
         Raises:
             ImageError: The image or the mask cannot be read.
-            MaskError: The mask does not fit the image or the classes.
+            MaskError: The mask does not fit the image or the classes, or no pixel has a class.
         """
         image = as_image(self.images.images[index], in_chans)
         return image, self.load_mask(index, image.size)
@@ -84,9 +84,13 @@ class MaskedSet:
         Raises:
             ImageError: It cannot be read; says which mask it is.
             MaskError: It does not fit the size or the classes.
+            UnlabelledError: It fits, and no pixel has a class.
         """
         try:
-            return read_label_map(self.masks[index], self.labels, size)
+            label_map = read_label_map(self.masks[index], self.labels, size)
+            if label_map.min(initial=IGNORE) == IGNORE:
+                raise UnlabelledError("no pixel has a class")
+            return label_map
         except ImageError as error:
             raise type(error)(f"its mask {self.mask_name(index)}: {error}") from error
 

@@ -75,7 +75,11 @@ class UnetSegmenter(Segmenter):
 
 
 class UnetTask(SegmentTask):
-    """The task of a recipe for another network."""
+    """The task of a recipe for another network, which has no auxiliary head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.log_names = ()
 
     def save(self, model: nn.Module, directory: Path) -> None:
         """Write the weights of the U-Net."""

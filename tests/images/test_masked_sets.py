@@ -276,7 +276,7 @@ def test_a_check_counts_pixels_and_lists_what_is_odd(tmp_path: Path) -> None:
     assert found.describe() == [
         "In 3 masks: road 33.3%, sky 33.3%; no class 33.3%.",
         "Classes that never appear, 1: car",
-        "Masks without a pixel of any class, 1: annotations/255.png",
+        "Left out as no pixel of the mask has a class, 1: annotations/255.png",
         "Cannot be read, 2: images/cut.png: its mask annotations/cut.png: not an image that can be read (JPEG, PNG, "
         "WEBP, AVIF, BMP, GIF, PPM, TIFF), images/lost.png: there is no such file",
     ]

@@ -3,6 +3,7 @@
 `semantic_segmentation/` of BEiT and BEiT v2, which trains by mmsegmentation.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -16,17 +17,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitzoo.evaluation.confusion import PixelScores
-from beitzoo.evaluation.segmentation import measure_segmenter
+from beitzoo.evaluation.confusion import ConfusionMatrix
+from beitzoo.evaluation.segmentation import count_measured, measure_segmenter
 from beitzoo.factory import create_model
 from beitzoo.images.augment_pixels import PixelViews
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.label_maps import IGNORE
 from beitzoo.images.loading import load_batches
-from beitzoo.images.mask_check import check_masks
+from beitzoo.images.mask_check import MaskCheck, check_masks, sample_masks
 from beitzoo.images.masked_sets import MaskedSet
 from beitzoo.images.splits import Split
-from beitzoo.inference.segment import SegmentOptions
+from beitzoo.inference.classify import NOT_FINITE
+from beitzoo.inference.segment import SegmentOptions, segmentation
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.saving import save_pretrained
 from beitzoo.training.data import Order, UnreadableImages, split_images
@@ -61,17 +63,28 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["SegmentTask", Segmen
     masked = load_masked_images(recipe.data, recipe.task.labels)
     names = masked.labels.names
     split = split_images(masked.images, recipe.data, test_fraction=0.0, val_fraction=0.0)
-    sample = check_masks(masked, split.train)
-    if not any(sample.pixels):
-        raise RecipeError(
-            f"In {sample.count:,} masks of {masked.images.root} no pixel has a class; say in task.labels what their "
-            "numbers or colours stand for."
-        )
+    sample = _check_parts(masked, split)
     seed_generators(derive_seed(recipe.train.seed, "weights"))
     model = _make_model(recipe, names)
     task = SegmentTask(recipe, masked, split, model, processes, tuple(sample.describe()))
     task.check(model)
     return task, model
+
+
+def _check_parts(masked: MaskedSet, split: Split) -> MaskCheck:
+    """Look at masks of each part, so that a run does not end at those it is measured by; return what is trained on."""
+    training = check_masks(masked, split.train)
+    for name, sample in {
+        "train on": training,
+        "choose by": sample_masks(masked, split.val),
+        "hold out": sample_masks(masked, split.test),
+    }.items():
+        if sample.count and not any(sample.pixels):
+            raise RecipeError(
+                f"In {sample.count:,} masks of {masked.images.root} to {name} no pixel has a class, as in "
+                f"{sample.empty[0]}; say in task.labels what their numbers or colours stand for."
+            )
+    return training
 
 
 @dataclass
@@ -122,15 +135,22 @@ class SegmentTask:
         self._check_batch()
         image = Image.new("L" if channels == 1 else "RGB", (64, 48), 128)
         pixels, _ = self.samples.views.draw_and_apply(image, np.zeros((48, 64), np.uint8), random.Random(0))
+        segmentation(model, _options(self.section.inference))
         with torch.inference_mode():
             model.eval()(pixels[None])
 
+    @property
+    def _needs_two(self) -> bool:
+        """Whether a batch norm of the training network has one value per image only: of one image it has no spread."""
+        config = self.model.config
+        return config.decoder == "upernet" and 1 in config.pool_scales
+
     def _check_batch(self) -> None:
-        """Refuse a recipe by which a batch norm of the training network has one value only, which has no spread."""
-        config, train = self.model.config, self.recipe.train
+        """Refuse a recipe that has too few images in a pass for the network's batch norms."""
+        train = self.recipe.train
         parts = self.processes.count * train.accumulation
         together = self.processes.count * (min(train.batch_size, len(self.split.train)) // parts)
-        if config.decoder == "upernet" and 1 in config.pool_scales and together < 2:
+        if self._needs_two and together < 2:
             raise RecipeError(
                 "UPerNet pools a map to a single value per channel and image, and its batch norm needs two or more of "
                 f"them, but a pass is over {together} image; raise train.batch_size, lower train.accumulation, or set "
@@ -166,13 +186,12 @@ class SegmentTask:
         labelled = (masks != IGNORE).sum()
         if not len(images):
             return self._nothing(model, images)
-        if len(images) == 1 and self.processes.count == 1:
+        if len(images) == 1 and self.processes.count == 1 and self._needs_two:
             # Others of the batch could not be read. Twice the same image has the same means, and a spread.
             images, masks = images.expand(2, -1, -1, -1), masks.expand(2, -1, -1)
         logits = model(images)
         if not isinstance(logits, tuple):
-            loss = pixel_loss(logits, masks)
-            return loss, labelled, dict.fromkeys(self.log_names, loss.detach())
+            return pixel_loss(logits, masks), labelled, {}
         losses = [pixel_loss(one, masks) for one in logits]
         logs = dict(zip(self.log_names, (one.detach() for one in losses), strict=True))
         return losses[0] + self.section.auxiliary_weight * losses[1], labelled, logs
@@ -202,10 +221,16 @@ class SegmentTask:
         return {"unreadable": self._lost}
 
     def validate(self, model: nn.Module) -> Metrics:
-        """Measure mIoU, mAcc and aAcc on the validation images."""
-        scores = self.measure(model, self.split.val) if self.split.val else None
-        self._unreadable.report()
-        return {} if scores is None else {f"val_{name}": getattr(scores, name) for name in _SCORES}
+        """Measure mIoU, mAcc and aAcc on the validation images; they are NaN if a model's output is not finite."""
+        if not self.split.val:
+            self._unreadable.report()
+            return {}
+        matrix, failures = self.measure(model, self.split.val)
+        if any(reason == NOT_FINITE for _, reason in failures):
+            return dict.fromkeys(self.metric_names, math.nan)
+        count_measured(len(self.split.val), failures)
+        scores = matrix.scores()
+        return {f"val_{name}": getattr(scores, name) for name in _SCORES}
 
     def better(self, metrics: Metrics, best: Metrics) -> bool:
         """Tell whether the mean IoU is higher; of equal ones that with more right pixels is better."""
@@ -224,28 +249,36 @@ class SegmentTask:
         return self.measure_test(best.eval())
 
     def measure_test(self, model: nn.Module) -> Metrics:
-        """Measure a model on the held-out images; a class that is nowhere has no IoU."""
-        scores = self.measure(model, self.split.test)
-        self._unreadable.report()
+        """Measure a model on the held-out images; a class that is nowhere has no IoU.
+
+        Raises:
+            InvalidValueError: None of the images can be measured.
+        """
+        matrix, failures = self.measure(model, self.split.test)
+        count = count_measured(len(self.split.test), failures)
+        scores = matrix.scores()
         classes = zip(self.masked.labels.names, scores.iou, strict=True)
         return {
             **{f"test_{name}": getattr(scores, name) for name in _SCORES},
+            "test_count": count,
+            "test_failures": len(failures),
             **{f"test_iou_{name}": value for name, value in classes if not math.isnan(value)},
         }
 
-    def measure(self, model: nn.Module, indices: Sequence[int]) -> PixelScores:
-        """Measure a model on some images; each process takes its share, and all get the same values.
+    def measure(self, model: nn.Module, indices: Sequence[int]) -> tuple[ConfusionMatrix, list[tuple[str, str]]]:
+        """Count the pixels of some images, and say which could not be measured, and why.
 
-        Raises:
-            InvalidValueError: None of the images has a pixel with a class, or can be read.
+        Each process takes its share of the images, and all get the same.
         """
         assert isinstance(model, Segmenter)
         share = indices[self.processes.rank :: self.processes.count]
         options, workers = _options(self.section.inference), max(self.recipe.run.workers, 1)
         matrix, failures = measure_segmenter(model, self.masked, share, options, workers=workers)
-        self._unreadable.add(failures)
         matrix.counts = self.processes.sum(matrix.counts)
-        return matrix.scores()
+        failures = list(itertools.chain.from_iterable(self.processes.gather(failures)))
+        self._unreadable.add(failures)
+        self._unreadable.report()
+        return matrix, failures
 
 
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
