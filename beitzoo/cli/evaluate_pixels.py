@@ -71,15 +71,18 @@ class Masks:
     ] = None
     ignore: Annotated[str | None, typer.Option(help="Numbers in masks that are no class, such as 11 or 0,11.")] = None
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe, or a run's recipe.toml, whose task.labels say what masks stand for.")
+        str | None,
+        typer.Option(
+            help="Recipe, or a run's recipe.toml, whose task.labels say what masks stand for; a run's own by default."
+        ),
     ] = None
     per_class: Annotated[Path | None, typer.Option(help="Write a row for each class of pixels to this CSV.")] = None
     confusion: Annotated[Path | None, typer.Option(help="Draw which classes are taken for which: PNG, SVG, PDF.")] = (
         None
     )
 
-    def load(self, data: str) -> "MaskedSet":
-        """Find the images and masks.
+    def load(self, data: str, models: Sequence[str]) -> "MaskedSet":
+        """Find the images and masks, which stand for what is said, or else for what they did in the models' own runs.
 
         Raises:
             UserError: There are none, or nothing says what their classes are.
@@ -88,13 +91,16 @@ class Masks:
         from beitzoo.images.masked_sets import LabelOptions, find_masked_images, guess_masked_source
 
         path = full_path(data)
-        return find_masked_images(guess_masked_source(path), path, LabelOptions(**self._said()))
+        return find_masked_images(guess_masked_source(path), path, LabelOptions(**self._said(models)))
 
-    def _said(self) -> dict[str, Any]:
+    def _said(self, models: Sequence[str]) -> dict[str, Any]:
         """Say what masks stand for: the fields of `LabelOptions`."""
+        says_nothing = (self.classes, self.reduce_zero_label, self.ignore) == (None, None, None)
+        if self.recipe is None and says_nothing and (own := _labels_of_runs(models)) is not None:
+            return own
         if self.recipe is not None:
             check(
-                (self.classes, self.reduce_zero_label, self.ignore) == (None, None, None),
+                says_nothing,
                 "--recipe says what masks stand for; leave --classes, --reduce-zero-label and --ignore out.",
             )
             return _labels_of(self.recipe)
@@ -144,15 +150,47 @@ class Masks:
 
 def _labels_of(recipe: str) -> dict[str, Any]:
     """Return what a recipe says of masks."""
-    from beitzoo.training.recipe import load_recipe, read_resolved
+    from beitzoo.training.recipe import load_recipe
     from beitzoo.training.sections import TrainSegmenter
 
-    path = Path(recipe)
-    is_of_run = path.suffix == ".json" and path.is_file()
-    found = read_resolved(path) if is_of_run else load_recipe(recipe, kind="segment")
+    found = load_recipe(recipe, kind="segment")
     check(isinstance(found.task, TrainSegmenter), f"{recipe} trains no segmentation model; give a recipe that does.")
     assert isinstance(found.task, TrainSegmenter)
     return found.task.labels.model_dump()
+
+
+def _labels_of_runs(models: Sequence[str]) -> dict[str, Any] | None:
+    """Return what the recipes of the runs that trained these models say of masks; None if there are none.
+
+    Raises:
+        InvalidValueError: They say different things.
+    """
+    recipes = [str(path) for model in models if (path := _recipe_of_run(model)) is not None]
+    found = [_labels_of(path) for path in recipes]
+    if not found:
+        return None
+    check(
+        all(one == found[0] for one in found),
+        "The runs of these models read masks in different ways; say by --recipe, or by --classes, --ignore and "
+        "--reduce-zero-label, what the masks stand for here.",
+    )
+    said = [f"{name} {value}" for name, value in found[0].items() if value]
+    if said:
+        print(f"Masks are read as by {recipes[0]}: {', '.join(said)}.", file=sys.stderr)
+    return found[0]
+
+
+def _recipe_of_run(model: str) -> Path | None:
+    """Return the recipe of the run whose folder, or best or last model, that is."""
+    from beitzoo.factory import look_up
+    from beitzoo.training.folder import RECIPE
+    from beitzoo.zoo.checkpoints import LocalFile
+
+    pretrained = look_up(model).pretrained
+    sources = () if pretrained is None else pretrained.sources
+    files = [source.path.absolute() for source in sources if isinstance(source, LocalFile)]
+    recipes = [folder / RECIPE for file in files for folder in file.parents[:2]]
+    return next((path for path in recipes if path.is_file()), None)
 
 
 def are_segmenters(models: Sequence[str]) -> bool:
@@ -188,7 +226,7 @@ def evaluate_segmenters(
     kept = results.Table(output.results_file, COLUMNS)
     kept.check()
     where = usable_device(running.device)
-    masked = masks.load(data)
+    masked = masks.load(data, models)
     print("\n".join(masked.describe()), file=sys.stderr)
     evaluations = []
     with warnings.catch_warnings():

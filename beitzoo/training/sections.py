@@ -55,7 +55,8 @@ class ModelSection(Section):
         name: As in `create_model`.
         pretrained: Start from the weights of that name rather than from random ones.
         checkpoint: Start from this file of the same network instead.
-        overrides: Fields of `BeitConfig`; the number of classes comes from the data.
+        overrides: Fields of `BeitConfig`, and of `SegmenterConfig` where pixels are classified; the number of classes
+            comes from the data.
     """
 
     name: FindableName
@@ -87,7 +88,9 @@ class DataSection(Section):
             `webdataset` for tar files. Of images with masks `annotations`, a folder with `images` and `annotations` in
             it as ADE20K has; `pairs`, a CSV with the columns `image`, `mask` and perhaps `part`; or `parquet`.
         path: That folder, or one file of these.
-        test_path: Held-out images of the same form; without it they are drawn from `path`.
+        test_path: Held-out images of the same form; without it they are drawn from `path`. Images that come in parts
+            are not drawn: their `test` is held out and their `validation` chooses; without a `test`, as in ADE20K,
+            `validation` is what is held out, and only `val_fraction` gives images to choose by.
         test_fraction: Share that is held out and used once, at the end; drawn evenly from all classes. A third if
             none is given and a classifier is trained without `test_path`, else 0.
         val_fraction: Share of the rest by which the best checkpoint is chosen. A tenth if none is given and a

@@ -15,12 +15,15 @@ import beitzoo
 from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation.confusion import ConfusionMatrix
 from beitzoo.evaluation.confusion_picture import draw_confusion, most_confused, row_shares, write_confusion
-from beitzoo.evaluation.segmentation import SegmenterSubject, evaluate_segmenter, measure_segmenter
+from beitzoo.evaluation.segmentation import SegmenterSubject, _outputs, evaluate_segmenter, measure_segmenter
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.label_maps import MaskLabels
 from beitzoo.images.masked_sets import MaskedSet, find_masked_images
 from beitzoo.images.splits import SPLIT_FILE, Split, write_split
 from beitzoo.inference.segment import SegmentOptions, label_pixels
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.zoo.checkpoints import Segment
+from beitzoo.zoo.labels import ade20k_classes
 
 NAMES = ("sky", "road", "car")
 
@@ -87,6 +90,19 @@ def test_classes_are_matched_by_name(model: Segmenter, tmp_path: Path) -> None:
     foreign = replace(masked, labels=replace(masked.labels, names=("sky", "road", "boat")))
     with pytest.raises(InvalidValueError, match=r"none of its own \(boat\) and 1 of its 3 .* not in the masks \(car\)"):
         evaluate_segmenter(SegmenterSubject(model, "test_beit"), foreign, "data")
+
+
+def test_names_of_ade20k_may_be_those_of_elsewhere() -> None:
+    """A bed is a "bed " there."""
+    names = tuple(name for name, _ in ade20k_classes())
+    others = tuple("bed " if name == "bed" else name for name in names)
+    model: object = beitzoo.create_model("test_beit", head="segment", num_classes=150, img_size=32, decoder="linear")
+    assert isinstance(model, Segmenter)
+    head = model.pretrained.head
+    assert isinstance(head, Segment)
+    model.backbone.pretrained = replace(model.pretrained, head=replace(head, labels=others))
+    masked = MaskedSet(ImageSet([], None, ()), [], MaskLabels(names, reduce_zero_label=True))
+    assert _outputs(SegmenterSubject(model, "test_beit"), masked) == list(range(150))
 
 
 def test_a_model_without_names_needs_as_many_classes(tmp_path: Path) -> None:

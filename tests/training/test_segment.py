@@ -198,6 +198,39 @@ def test_the_mean_and_deviation_of_a_recipe_are_used_and_kept(squares: Path) -> 
     assert task.samples.views.mean == model.pretrained.data.mean == (0.5, 0.5, 0.5)
 
 
+def test_a_run_is_evaluated_on_its_test_images_as_it_read_their_masks(run: Path, squares: Path) -> None:
+    """Neither --ignore nor the parts are said again."""
+    result = CliRunner().invoke(app, ["evaluate", str(run), "--data", str(squares), "--mode", "whole", "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (row["count"], metrics["test_count"], metrics["test_failures"]) == (TEST, TEST, 0)
+    assert row["miou"] == pytest.approx(metrics["test_miou"], abs=1e-3)
+
+
+def test_an_image_whose_mask_labels_nothing_is_left_out_and_said(tmp_path: Path) -> None:
+    write_squares(tmp_path)
+    for part in ("training", "test"):
+        Image.new("L", (72, 56), 255).save(tmp_path / "annotations" / part / "1.png")
+    task, model = prepared(squares_recipe(tmp_path, epochs=1, batch_size=TRAIN))
+    assert "Left out as no pixel of the mask has a class, 1: annotations/training/1.png" in task.describe()
+    (batch,) = task.batches(0)
+    assert (len(batch.images), batch.unreadable) == (
+        TRAIN - 1,
+        [("images/training/1.png", "its mask annotations/training/1.png: no pixel has a class")],
+    )
+    metrics = task.measure_test(model.eval())
+    assert (metrics["test_count"], metrics["test_failures"]) == (TEST - 1, 1)
+
+
+def test_a_validation_of_outputs_that_are_not_finite_is_not_finite(squares: Path) -> None:
+    task, model = prepared(squares_recipe(squares))
+    nn.init.constant_(model.decode_head.conv_seg.bias, math.nan)
+    metrics = task.validate(model.eval())
+    assert metrics.keys() == set(task.metric_names)
+    assert all(map(math.isnan, metrics.values()))
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -217,6 +250,12 @@ def test_what_cannot_be_trained_is_said_before_the_run(squares: Path, tmp_path: 
     refused("two or more", train={"batch_size": 4, "accumulation": 4})
     refused("2 channels", model={"overrides": {**good["model"]["overrides"], "in_chans": 2}})
     refused("out of range: 3", task={"labels": {}})
+    refused("The stride is", task={"inference": {"stride": 49}})
+    for part, numbers, reason in (("validation", 9, "out of range: 9"), ("test", 255, "to hold out no pixel has a cl")):
+        root = write_squares(tmp_path / part)
+        for mask in (root / "annotations" / part).glob("*.png"):
+            Image.new("L", (72, 56), numbers).save(mask)
+        refused(reason, data={"path": root})
 
 
 def _unlabelled(root: Path) -> Path:

@@ -160,7 +160,7 @@ class SegmentTask:
     def describe(self) -> list[str]:
         """Say which images are for what."""
         split = self.split
-        best = "" if split.val else " There are none to choose by, so the last model is kept."
+        best = "" if split.val else " The last model is kept; data.val_fraction gives images to choose by."
         return [
             *self.masked.describe(),
             *self.found,
