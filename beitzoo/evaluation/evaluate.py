@@ -1,28 +1,36 @@
 """How right a classifier is: its accuracy on labelled images that it was not trained on, as a row."""
 
+import hashlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from beitzoo.errors import check
-from beitzoo.evaluation.metrics import Accuracy, AccuracySum
+from beitzoo.evaluation.looks import Looks, answer
+from beitzoo.evaluation.metrics import AccuracySum, CalibrationSum
+from beitzoo.evaluation.truth import Labelling, Truth, truth_of
 from beitzoo.factory import look_up
 from beitzoo.files import full_path
 from beitzoo.images.datasets import find_images, guess_source
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split
-from beitzoo.images.transforms import resolve_data_config
-from beitzoo.inference.classify import check_classifier, classification, eval_mode
-from beitzoo.inference.pipeline import Failure, Loading, run_jobs
+from beitzoo.inference.classify import check_classifier, eval_mode
+from beitzoo.inference.pipeline import Failure, Job, Loading, run_jobs
 from beitzoo.models.beit import Beit
 from beitzoo.results import ENVIRONMENT, Row, environment
+from beitzoo.weights.names import find_weights
+from beitzoo.weights.shards import INDEX_SUFFIX, shards
 from beitzoo.zoo import costs
 from beitzoo.zoo.checkpoints import LocalFile
-from beitzoo.zoo.labels import outputs_of
 from beitzoo.zoo.registry import DEFAULT_MODEL
+
+Dtype = Literal["float32", "bfloat16", "int8"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 _OWN_COLUMNS = (
     "model",
@@ -38,8 +46,19 @@ _OWN_COLUMNS = (
     "split_seed",
     "count",
     "failures",
+    "ece",
+    "dtype",
+    "crop",
+    "sizes",
+    "flip",
+    "outputs",
+    "real_labels",
+    "weights",
 )
-COLUMNS = [*_OWN_COLUMNS, *ENVIRONMENT]
+COLUMNS = [*_OWN_COLUMNS, *ENVIRONMENT, "error"]
+_ASKED = ("model", "weights", "data", "split_seed", "dtype", "crop", "sizes", "flip", "outputs", "real_labels")
+# What makes two rows the same measurement: what was asked for, and where; not when.
+KEY = (*_ASKED, *(name for name in ENVIRONMENT if name != "date"))
 
 # Images whose logits are added up at a time.
 _ADD_EVERY = 64
@@ -53,11 +72,29 @@ class Subject:
         model: The classifier.
         name: As in `create_model`; the row has it.
         checkpoint: The file of its weights, where they are not those of the name.
+        dtype: What it computes in, where its parameters do not say so.
     """
 
     model: Beit
     name: str
     checkpoint: Path | None = None
+    dtype: Dtype | None = None
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a classifier is measured; the defaults are as in timm.
+
+    Attributes:
+        looks: What it sees of an image.
+        labelling: What counts as right.
+        split_seed: Use the third of the digits that this seed holds out. Without it, images that the model's own run
+            trained on are left out; of the digits, where no such run is known, it is seed 0.
+    """
+
+    looks: Looks = Looks()  # noqa: RUF009 - a frozen record
+    labelling: Labelling = Labelling()  # noqa: RUF009 - a frozen record
+    split_seed: int | None = None
 
 
 @dataclass
@@ -68,127 +105,184 @@ class Evaluation:
         row: In timm's columns and with its environment.
         failures: Images that were not counted, with the reason.
         notes: What a reader of the row must know.
+        answers: Of each image that was counted the right output and the one that the model gave; none with ReaL labels.
     """
 
     row: Row
     failures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
 
 
-def load_data(data: str) -> ImageSet:
+def load_data(data: str, real_labels: str | None = None) -> ImageSet:
     """Find the images that are measured on: `digits`, a folder of class folders, or Parquet files.
+
+    Args:
+        data: Where they are.
+        real_labels: What says which answers are right, as in `Labelling`; then folders need not be of classes.
 
     Raises:
         InvalidValueError: The images have no classes.
     """
     path = None if data == "digits" else full_path(data)
-    images = find_images("digits" if path is None else guess_source(path), path)
-    check(images.labels is not None, f"The images of {data} have no classes, so no answer is right; give others.")
+    source = "digits" if path is None else guess_source(path)
+    images = find_images("images" if source == "folder" and real_labels else source, path)
+    check(
+        images.labels is not None or real_labels is not None,
+        f"The images of {data} have no classes, so no answer is right; give others.",
+    )
     return images
 
 
 def evaluate(
-    subject: Subject, images: ImageSet, data: str, split_seed: int | None = None, loading: Loading | None = None
+    subject: Subject, images: ImageSet, data: str, judging: Judging | None = None, loading: Loading | None = None
 ) -> Evaluation:
     """Measure the accuracy of a classifier on all images that it was not trained on.
 
     Args:
         subject: The classifier.
-        images: Of some or all of its classes. As in timm, all its outputs compete, also those of other classes.
+        images: Of some or all of its classes.
         data: What the row calls the images.
-        split_seed: Use the third of the digits that this seed holds out. Without it, images that the model's own run
-            trained on are left out; of the digits, where no such run is known, it is seed 0.
+        judging: What it sees, and what counts as right.
         loading: Batch size and threads.
 
     Raises:
         InvalidValueError: The data has classes that the model has not, or all its images were trained on.
     """
-    check_classifier(subject.model, subject.name)
-    indices, notes = _unseen_images(subject, images, split_seed)
-    outputs = _outputs(subject, images)
-    if len(outputs) < subject.model.num_classes:
-        notes.append(
-            f"{subject.name} tells {subject.model.num_classes:,} classes apart, the data has {len(outputs):,} of them; "
-            "all its outputs compete, as in timm."
-        )
-    assert images.labels is not None
-    labels = {index: outputs[images.labels[index]] for index in indices}
-    accuracy, failures = measure(subject.model, images, labels, loading or Loading())
-    row = {**_facts(subject), **_scores(accuracy), "data": data, "split_seed": split_seed}
-    row |= environment(subject.model.cls_token.device)
-    return Evaluation({name: row[name] for name in COLUMNS}, failures, notes)
+    model, name = subject.model, subject.name
+    judging = judging or Judging()
+    check_classifier(model, name)
+    indices, notes = images_for(name, subject.checkpoint, images, judging)
+    truth = truth_of(model, name, images, indices, judging.labelling)
+    measured = _measure(model, images, truth, judging.looks.jobs(model, name), loading or Loading())
+    row = {
+        **environment(model.cls_token.device),
+        **asked(name, subject.checkpoint, subject.dtype or _dtype_of(model), data, images, judging),
+        **_facts(model, judging.looks),
+        **measured.scores(),
+    }
+    answers = [] if judging.labelling.real_labels else measured.answers
+    return Evaluation({column: row.get(column) for column in COLUMNS}, measured.failures, notes + truth.notes, answers)
 
 
-def measure(
-    model: Beit, images: ImageSet, labels: dict[int, int], loading: Loading
-) -> tuple[Accuracy, list[tuple[str, str]]]:
-    """Classify some images of a set, in the model's precision; return its accuracy, and what could not be classified.
+def asked(name: str, checkpoint: Path | None, dtype: str, data: str, images: ImageSet, judging: Judging) -> Row:
+    """Return the columns that say what is measured, which are known before it is.
 
-    Args:
-        model: The classifier; its training mode is kept.
-        images: The set.
-        labels: For each index of an image that is measured, the right output of the model.
-        loading: Batch size and threads.
-
-    Raises:
-        InvalidValueError: No image could be classified.
+    `weights` is empty where they are those of a name, which do not change.
     """
-    sums = AccuracySum(model.num_classes)
-    failures: list[tuple[str, str]] = []
-    pending: list[tuple[torch.Tensor, int]] = []
+    files = _local_files(name, checkpoint)
+    looks, labelling = judging.looks, judging.labelling
+    return {
+        "model": name if checkpoint is None else str(checkpoint),
+        "weights": _fingerprint(files) if files else None,
+        "data": data,
+        "split_seed": judging.split_seed,
+        "dtype": dtype,
+        "crop": looks.crop,
+        "sizes": " ".join(map(str, looks.sizes)) or None,
+        "flip": looks.flip,
+        "outputs": labelling.competing(images),
+        "real_labels": labelling.real_labels,
+    }
+
+
+@dataclass
+class _Measured:
+    """What became of the images.
+
+    Attributes:
+        accuracy: How many are right.
+        calibration: How far probabilities are to be believed.
+        answers: The first right output of each image, and what the model gave.
+        failures: Images without an answer.
+    """
+
+    accuracy: AccuracySum
+    calibration: CalibrationSum = field(default_factory=CalibrationSum)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, logits: Tensor, probabilities: Tensor, right: Tensor) -> None:
+        """Count a batch: logits, probabilities and which outputs are right, all (B, outputs)."""
+        given, truth = logits.argmax(1), right.int().argmax(1)
+        self.accuracy.add_several(logits, right)
+        self.calibration.add(probabilities.max(1).values, right.gather(1, given[:, None])[:, 0])
+        self.answers += zip(truth.tolist(), given.tolist(), strict=True)
+
+    def scores(self) -> Row:
+        """Return the columns of what was measured."""
+        self.accuracy.add_failures(len(self.failures))
+        accuracy = self.accuracy.accuracy()
+        top1, top5 = accuracy.top1, accuracy.top5
+        return {
+            "top1": round(top1, 3),
+            "top1_err": round(100 - top1, 3),
+            "top5": None if top5 is None else round(top5, 3),
+            "top5_err": None if top5 is None else round(100 - top5, 3),
+            "count": accuracy.count,
+            "failures": accuracy.failures,
+            "ece": round(self.calibration.error(), 3),
+        }
+
+
+def _measure(model: Beit, images: ImageSet, truth: Truth, jobs: Sequence[Job[Tensor]], loading: Loading) -> _Measured:
+    """Classify the images of a truth; what could not be is among the failures."""
+    count = model.num_classes if truth.competing is None else len(truth.competing)
+    competing = None if truth.competing is None else torch.tensor(truth.competing)
+    numbers = range(count) if truth.competing is None else truth.competing
+    place = {output: place for place, output in enumerate(numbers)}
+    measured = _Measured(AccuracySum(count))
+    pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add() -> None:
         if pending:
-            sums.add(torch.stack([logits for logits, _ in pending]), torch.tensor([label for _, label in pending]))
+            measured.add(*(torch.stack(column) for column in zip(*pending, strict=True)))
             pending.clear()
 
-    job = classification(model, list)
     with eval_mode([model]):
-        for index, (outcome,) in run_jobs(labels, [job], loading, lambda index: images.images[index]):
-            if isinstance(outcome, Failure):
-                failures.append((images.identity(index)[0], outcome.reason))
+        for index, outcomes in run_jobs(truth.right, jobs, loading, lambda index: images.images[index]):
+            looks = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
+            if failure := next((outcome for outcome in outcomes if isinstance(outcome, Failure)), None):
+                measured.failures.append((images.identity(index)[0], failure.reason))
                 continue
-            pending.append((outcome, labels[index]))
+            right = torch.zeros(count, dtype=torch.bool)
+            right[[place[output] for output in truth.right[index]]] = True
+            pending.append((*answer(model, looks, competing), right))
             if len(pending) == _ADD_EVERY:
                 add()
     add()
-    sums.add_failures(len(failures))
-    return sums.accuracy(), failures
+    measured.answers = [(numbers[truth], numbers[given]) for truth, given in measured.answers]
+    return measured
 
 
-def _facts(subject: Subject) -> Row:
-    config = resolve_data_config(subject.model)
+def _facts(model: Beit, looks: Looks) -> Row:
+    config = max(looks.data_configs(model), key=lambda one: int(one["input_size"][2]))
     return {
-        "model": subject.name if subject.checkpoint is None else str(subject.checkpoint),
         "img_size": config["input_size"][2],
-        "param_count": round(costs.parameters(subject.model.config) / 1e6, 2),
+        "param_count": round(costs.parameters(model.config) / 1e6, 2),
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
     }
 
 
-def _scores(accuracy: Accuracy) -> Row:
-    top1, top5 = accuracy.top1, accuracy.top5
-    return {
-        "top1": round(top1, 3),
-        "top1_err": round(100 - top1, 3),
-        "top5": None if top5 is None else round(top5, 3),
-        "top5_err": None if top5 is None else round(100 - top5, 3),
-        "count": accuracy.count,
-        "failures": accuracy.failures,
-    }
+def _dtype_of(model: Beit) -> str:
+    return str(model.cls_token.dtype).removeprefix("torch.")
 
 
-def _unseen_images(subject: Subject, images: ImageSet, split_seed: int | None) -> tuple[list[int], list[str]]:
-    """Choose the images that the model was not trained on, nor chosen by; and say what was left out."""
-    own = split_of_run(subject, images)
+def images_for(name: str, checkpoint: Path | None, images: ImageSet, judging: Judging) -> tuple[list[int], list[str]]:
+    """Choose the images that a model was not trained on, nor chosen by; and say what was left out.
+
+    Raises:
+        InvalidValueError: It was trained on all of them, or on some that the seed holds out.
+    """
+    own, split_seed = split_of(name, checkpoint, images), judging.split_seed
     if split_seed is None and (own is not None or images.root is not None):
-        return unseen_images(subject.name, images, own)
+        return unseen_images(name, images, own)
     seen = set() if own is None else {*own.train, *own.val}
     held_out = _split_of_digits(images, split_seed or 0).test
     check(
         not seen & set(held_out),
-        f"{subject.name} was trained on images that split_seed {split_seed} holds out; leave --split-seed out to "
+        f"{name} was trained on images that split_seed {split_seed} holds out; leave --split-seed out to "
         "measure it on those that its own run held out.",
     )
     return sorted(held_out), []
@@ -224,14 +318,9 @@ def split_of_run(subject: Subject, images: ImageSet) -> Split | None:
 
 def split_of(name: str, checkpoint: Path | None, images: ImageSet) -> Split | None:
     """Find the split that the model of a name, or of a file of weights, was trained with; see `split_of_run`."""
-    if checkpoint is not None:
-        files = [full_path(checkpoint)]
-    else:
-        entry = look_up(name)
-        if entry.name == DEFAULT_MODEL:
-            return None if images.root is not None else _split_of_digits(images, 0)
-        sources = () if entry.pretrained is None else entry.pretrained.sources
-        files = [source.path for source in sources if isinstance(source, LocalFile)]
+    if checkpoint is None and look_up(name).name == DEFAULT_MODEL:
+        return None if images.root is not None else _split_of_digits(images, 0)
+    files = _local_files(name, checkpoint)
     splits = [
         folder / SPLIT_FILE
         for file in files
@@ -241,37 +330,32 @@ def split_of(name: str, checkpoint: Path | None, images: ImageSet) -> Split | No
     return next((read_split(path, images) for path in splits if path.is_file()), None)
 
 
+def _local_files(name: str, checkpoint: Path | None) -> list[Path]:
+    """Return the files of weights on this machine that a name or a checkpoint stands for; the first is what is read."""
+    if checkpoint is not None:
+        return [full_path(checkpoint)]
+    pretrained = look_up(name).pretrained
+    sources = () if pretrained is None else pretrained.sources
+    return [source.path for source in sources if isinstance(source, LocalFile)]
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    """Return the first digits of the sha256 of the weights in a file, or in those that it names."""
+    weights = find_weights(files[0])
+    parts = [weights.with_name(name) for name in shards(weights)] if weights.name.endswith(INDEX_SUFFIX) else [weights]
+    digest = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
 def _split_of_digits(images: ImageSet, seed: int) -> Split:
     check(images.root is None, "--split-seed draws a part of the digits, and this is a folder. Leave it out.")
     return draw_split(images, val_fraction=0.1, test_fraction=1 / 3, seed=seed)
 
 
-def _outputs(subject: Subject, images: ImageSet) -> list[int]:
-    """Find the output of the model that stands for each class of the data."""
-    model, name = subject.model, subject.name
-    own = model.class_names
-    if own is None:
-        check(
-            len(images.names) == model.num_classes,
-            f"{name} tells {model.num_classes} classes apart and nobody named them, the data has "
-            f"{len(images.names)}; evaluate a model that was trained on these classes.",
-        )
-    outputs = outputs_of(model.pretrained.head, images.names)
-    unknown = [name for name, output in zip(images.names, outputs, strict=True) if output is None]
-    check(
-        not unknown,
-        f"{name} was not trained on {len(unknown)} of the {len(images.names)} classes of the data "
-        f"({_some(unknown)}), but on {model.num_classes} ({_some(own or ())}). Name the class folders after the "
-        "model's classes, or evaluate a model that was trained on these.",
-    )
-    return [output for output in outputs if output is not None]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-
-
 def summarise(rows: Sequence[Row]) -> str:
     """Say mean and sample standard deviation of top-1 over several rows."""
-    values = [float(row["top1"]) for row in rows if row["top1"] is not None]
+    values = [float(row["top1"]) for row in rows if row["top1"] not in (None, "")]
     return f"top1 {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (mean ± sd of {len(values)})"

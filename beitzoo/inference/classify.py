@@ -130,13 +130,22 @@ def _predictions(
                     yield Prediction(path, outcome, None, name)
 
 
-def classification(model: Beit, read: Callable[[Tensor], Sequence[Outcome]], name: str = "This model") -> Job[Outcome]:
+def classification(
+    model: Beit,
+    read: Callable[[Tensor], Sequence[Outcome]],
+    name: str = "This model",
+    *,
+    data: Mapping[str, Any] | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Job[Outcome]:
     """Make the job of a classifier: an image whose logits are not finite is a failure.
 
     Args:
         model: The classifier.
-        read: From logits (B, classes), finite, in float32 and on the CPU, to an outcome for each image.
+        read: From logits (B, ..., classes), finite, in float32 and on the CPU, to an outcome for each image.
         name: What errors call the model.
+        data: How images are prepared, as `resolve_data_config` says it; as the model expects if None.
+        forward: From images to logits; the model if None.
 
     Raises:
         InvalidValueError: The model has no head, or takes images that are not in files.
@@ -146,13 +155,14 @@ def classification(model: Beit, read: Callable[[Tensor], Sequence[Outcome]], nam
     check(channels in (1, 3), f"{name} takes {channels} channels; image files have 1 (grey) or 3 (RGB).")
 
     def run(images: Tensor) -> list[Outcome | Failure]:
-        logits = model(images).float().cpu()
-        finite = logits.isfinite().all(dim=-1)
+        logits = (forward or model)(images).float().cpu()
+        finite = logits.isfinite().flatten(1).all(dim=1)
         outcomes = iter(read(logits[finite]))
         return [next(outcomes) if fine else Failure(NOT_FINITE) for fine in finite.tolist()]
 
     like = model.cls_token
-    return Job(View(channels, tuple(resolve_data_config(model).items())), like.device, like.dtype, run)
+    options = resolve_data_config(model) if data is None else data
+    return Job(View(channels, tuple(options.items())), like.device, like.dtype, run)
 
 
 def check_classifier(model: nn.Module, name: str) -> None:
@@ -180,13 +190,18 @@ def eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+def probabilities_of(model: Beit, logits: Tensor) -> Tensor:
+    """Turn logits (..., classes) into probabilities: by softmax, or sigmoid where an image can have several labels."""
+    head = model.pretrained.head
+    is_sigmoid = isinstance(head, Classify) and head.activation == "sigmoid"
+    return logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
+
+
 def _answers(model: Beit, topk: int) -> Callable[[Tensor], list[tuple[Answer, ...]]]:
-    names, head = model.class_names, model.pretrained.head
-    activation = head.activation if isinstance(head, Classify) else "softmax"
+    names = model.class_names
 
     def answers(logits: Tensor) -> list[tuple[Answer, ...]]:
-        probabilities = logits.sigmoid() if activation == "sigmoid" else logits.softmax(dim=-1)
-        top = probabilities.topk(min(topk, model.num_classes))
+        top = probabilities_of(model, logits).topk(min(topk, model.num_classes))
         return [
             tuple(Answer(i, names[i] if names else str(i), p) for p, i in zip(values, indices, strict=True))
             for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True)

@@ -7,15 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Never, Union, get_args, get_origin, get_type_hints
 
 from beitzoo.errors import InvalidOptionError, UserError, check, closest
-from beitzoo.files import read_text
+from beitzoo.measure.names import names_for, words_asked_for
 from beitzoo.measure.options import DATA_MODEL, BenchmarkOptions, Flag, SweepOptions, usable_device
 from beitzoo.results import Row, Table, environment
-from beitzoo.zoo.registry import UnknownModelError, list_models
+from beitzoo.zoo.registry import list_models
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
@@ -116,8 +115,7 @@ def _models(options: SweepOptions) -> list[str]:
     if options.rows.get("bench") == "data":
         check(not options.model, f"--bench data uses the transform of {DATA_MODEL}; leave out --model.")
         return [DATA_MODEL]
-    lines = read_text(options.model_list).splitlines() if options.model_list else []
-    words = [word for word in (*options.model, *(line.partition("#")[0].strip() for line in lines)) if word]
+    words = words_asked_for(options.model, options.model_list)
     check(
         bool(words),
         "There is no model to time; give --model NAME, a glob such as 'beit_*', or --model-list FILE.",
@@ -127,14 +125,7 @@ def _models(options: SweepOptions) -> list[str]:
 
 def _matching(word: str) -> list[str]:
     """Return the names that a word stands for; a glob with a dot is one of checkpoints."""
-    if word == "all":
-        return list_models()
-    if not set("*?[") & set(word) or Path(word).exists():
-        return [word]  # looked up when its options are checked
-    names = list_models(word, pretrained="." in word)
-    if not names:
-        raise UnknownModelError(f"No model's name is like {word!r}; `beitzoo list` shows all.")
-    return names
+    return list_models() if word == "all" else names_for(word, pretrained="." in word)
 
 
 def _rate(row: Row) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitzoo.errors import InvalidValueError, check
+from beitzoo.models.beit import Beit
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.zoo.networks import Pair
 
@@ -209,13 +210,21 @@ def of_any_size(model: Segmenter) -> Segmenter:
 
     Positions of another grid than the network's are fitted as in `Beit` with `dynamic_img_size`.
     """
-    backbone = model.backbone
-    if backbone.config.dynamic_img_size or backbone.config.dynamic_img_pad:
+    backbone = backbone_of_any_size(model.backbone)
+    if backbone is model.backbone:
         return model
     result = _shallow_copy(model)
-    result.backbone = _shallow_copy(backbone)
-    result.backbone.patch_embed = _shallow_copy(backbone.patch_embed)
-    result.backbone.config = result.backbone.patch_embed.config = replace(backbone.config, dynamic_img_size=True)
+    result.backbone = backbone
+    return result
+
+
+def backbone_of_any_size(backbone: Beit) -> Beit:
+    """Return a network as one that takes images of any size; see `of_any_size`."""
+    if backbone.config.dynamic_img_size or backbone.config.dynamic_img_pad:
+        return backbone
+    result = _shallow_copy(backbone)
+    result.patch_embed = _shallow_copy(backbone.patch_embed)
+    result.config = result.patch_embed.config = replace(backbone.config, dynamic_img_size=True)
     return result
 
 

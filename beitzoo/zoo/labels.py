@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from beitzoo.zoo.checkpoints import Head, Mim
 
 _SYNSETS = {"imagenet-1k": "imagenet_synsets.txt", "imagenet-22k": "imagenet22k_synsets.txt"}
+# Test sets of 200 of the classes of ImageNet-1k.
+_SUBSETS = {"ImageNet-A": "imagenet_a_synsets.txt", "ImageNet-R": "imagenet_r_synsets.txt"}
 
 
 def accepts(head: Head, names: tuple[str, ...]) -> bool:
@@ -27,7 +30,7 @@ def outputs_of(head: Head, names: tuple[str, ...]) -> tuple[int | None, ...]:
     """Return for each class the output of a head that stands for it, by its name or, in ImageNet, by its synset.
 
     None stands where the head has no such class, or two of that name. A head that nobody named has them in the order
-    of its outputs.
+    of its outputs. Classes of ImageNet-1k may also go by the numbers of its outputs, as the folders of ImageNet-V2 do.
     """
     own = label_names(head)
     if own is None or accepts(head, names):
@@ -35,6 +38,8 @@ def outputs_of(head: Head, names: tuple[str, ...]) -> tuple[int | None, ...]:
     synsets = next((_synsets(file) for file in _SYNSETS.values() if own == _imagenet(file)), ())
     outputs = {synset: index for index, synset in enumerate(synsets)}
     outputs |= {name: index for index, name in enumerate(own) if own.count(name) == 1}
+    if own == _imagenet(_SYNSETS["imagenet-1k"]) and all(name.isdecimal() and int(name) < len(own) for name in names):
+        return tuple(map(int, names))
     return tuple(outputs.get(name) for name in names)
 
 
@@ -46,6 +51,25 @@ def label_names(head: Head) -> tuple[str, ...] | None:
     if labels == "ade20k":
         return tuple(name for name, _ in ade20k_classes())
     return tuple("0123456789") if labels == "digits" else _imagenet(_SYNSETS[labels])
+
+
+def imagenet_1k_synsets() -> tuple[str, ...]:
+    """Return the 1,000 synsets of ImageNet-1k in the order of its outputs."""
+    return _synsets(_SYNSETS["imagenet-1k"])
+
+
+def imagenet_subset(names: Sequence[str]) -> str | None:
+    """Tell whether classes are, by their synsets, the 200 of ImageNet-A or of ImageNet-R: of which; else None."""
+    return next((name for name, file in _SUBSETS.items() if set(names) == set(_synsets(file))), None)
+
+
+@cache
+def real_labels() -> tuple[tuple[int, ...], ...]:
+    """Return the reassessed labels (ReaL, https://arxiv.org/abs/2006.07159) of ImageNet's 50,000 validation images.
+
+    Of each image, in the order of the numbers in their names, all outputs of ImageNet-1k that are right; of some none.
+    """
+    return tuple(map(tuple, json.loads((_metadata() / "imagenet_real_labels.json").read_text(encoding="utf-8"))))
 
 
 @cache
