@@ -1,20 +1,16 @@
 """The command evaluate."""
 
-import json
-import sys
-import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
-from beitzoo.cli.evaluate_pixels import Masks, Output, are_segmenters, comment, evaluate_segmenters
+from beitzoo.cli.evaluate_images import Judged, evaluate_classifiers, is_clean
+from beitzoo.cli.evaluate_pixels import Masks, Output, are_segmenters, evaluate_segmenters
 from beitzoo.cli.models import AsJson
-from beitzoo.cli.networks import load_networks
+from beitzoo.cli.networks import names_with_weights
 from beitzoo.cli.records import Running, takes_records
 from beitzoo.cli.segment import Looking
 from beitzoo.errors import check
@@ -22,89 +18,73 @@ from beitzoo.errors import check
 if TYPE_CHECKING:
     from beitzoo.evaluation.evaluate import Evaluation
     from beitzoo.evaluation.segmentation import SegmenterEvaluation
-    from beitzoo.results import Row
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What rows there are, and where they go.
+
+    Attributes:
+        model_list: More models, in a file.
+        results_file: Receives the rows.
+        retry_failed: Measure again what failed before.
+    """
+
+    model_list: Annotated[Path | None, typer.Option(help="File with a name or glob per line; # starts a comment.")] = (
+        None
+    )
+    results_file: Annotated[
+        Path | None, typer.Option(help="Append each row to this CSV; rows that it has are not measured again.")
+    ] = None
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure again what failed before.")] = False
+
+
 @takes_records
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model names, or folders of models.")],
     data: Annotated[
         str,
         typer.Option(
             help="'digits', class folders, tables, or images with masks; images a run was trained on are left out."
         ),
     ],
-    split_seed: Annotated[
-        int | None, typer.Option(help="Use the third of the digits that this seed holds out.")
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Names, globs such as 'beit_*_224', or folders of models.")
     ] = None,
+    rows: Rows = Rows(),
+    judged: Judged = Judged(),  # noqa: B008 - a frozen record
     looking: Looking = Looking(),  # noqa: B008 - a frozen record
     masks: Masks = Masks(),  # noqa: B008 - a frozen record
-    results_file: Annotated[Path | None, typer.Option(help="Append a row per model to this CSV.")] = None,
     running: Running = Running(),  # noqa: B008 - a frozen record
     as_json: AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 accuracy, or of segmentation models mIoU, mAcc and aAcc.
 
     Of several models also mean and standard deviation. An unreadable image or mask is listed and not counted, and the
-    exit code is then 1. Segmentation models have --mode, --short-side, --stride, --scales and --flip as in `beitzoo
-    segment`, and all options of masks; --batch-size is of classifiers.
+    exit code is then 1. A sweep that is stopped and started again with the same --results-file goes on; a model that
+    fails in it is a row with an error. Segmentation models have --mode, --short-side, --stride, --scales and --flip as
+    in `beitzoo segment`, and all options of masks; classifiers have --flip and --confusion of these, and --batch-size,
+    --split-seed, --dtype, --crop, --sizes, --outputs and --real-labels.
     """
-    check(running.checkpoint is None or len(models) == 1, "--checkpoint is one file; name the one model that it is of.")
-    evaluations: Sequence[Evaluation] | Sequence[SegmenterEvaluation]
-    if are_segmenters(models):
-        check(split_seed is None, "--split-seed draws a part of the digits, which have no masks. Leave it out.")
-        evaluations = evaluate_segmenters(models, data, masks, looking, Output(results_file, as_json, running))
+    names = names_with_weights(models or (), rows.model_list)
+    check(running.checkpoint is None or len(names) == 1, "--checkpoint is one file; name the one model that it is of.")
+    output = Output(rows.results_file, as_json, running, rows.retry_failed)
+    if are_segmenters(names):
+        check(
+            (judged, rows.retry_failed) == (Judged(), False),
+            "--split-seed, --dtype, --crop, --sizes, --outputs, --real-labels and --retry-failed are for classifiers. "
+            "Leave them out.",
+        )
+        measured: Sequence[Evaluation] | Sequence[SegmenterEvaluation] = evaluate_segmenters(
+            names, data, masks, looking, output
+        )
     else:
         check(
-            (looking, masks) == (Looking(), Masks()),
-            f"{models[0]} is no segmentation model: --mode, --short-side, --stride, --scales, --flip and what is said "
-            "of masks are for those. Leave them out.",
+            (replace(looking, flip=False), replace(masks, confusion=None)) == (Looking(), Masks()),
+            f"{names[0]} is no segmentation model: --mode, --short-side, --stride, --scales and what is said of masks "
+            "are for those. Leave them out.",
         )
-        evaluations = _evaluate_classifiers(models, data, split_seed, Output(results_file, as_json, running))
-    if any(evaluation.failures for evaluation in evaluations):
+        measured = evaluate_classifiers(names, data, judged, looking.flip, masks.confusion, output)
+    if not all(is_clean(one.row) for one in measured):
         raise typer.Exit(1)
-
-
-def _evaluate_classifiers(
-    models: Sequence[str], data: str, split_seed: int | None, output: Output
-) -> "Sequence[Evaluation]":
-    from beitzoo import results
-    from beitzoo.evaluation.evaluate import COLUMNS, Subject, load_data
-    from beitzoo.evaluation.evaluate import evaluate as evaluate_one
-    from beitzoo.measure.options import usable_device
-
-    running = output.running
-    kept = results.Table(output.results_file, tuple(COLUMNS))
-    kept.check()
-    where = usable_device(running.device)
-    images = load_data(data)
-    print("\n".join(images.describe()), file=sys.stderr)
-    evaluations = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
-        for name in tqdm(models, unit="model", disable=None):
-            ((_, model),) = load_networks([name], running.checkpoint, where).items()
-            subject = Subject(model, name, running.checkpoint)
-            evaluations.append(evaluate_one(subject, images, data, split_seed, running.loading))
-            kept.append(evaluations[-1].row)
-    rows = [evaluation.row for evaluation in evaluations]
-    comment(evaluations)
-    if output.as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows)
-    return evaluations
-
-
-def _print_table(rows: Sequence["Row"]) -> None:
-    from beitzoo.evaluation.evaluate import summarise
-
-    table = Table("model", "top1", "top5", "images", "failures", box=None, pad_edge=False)
-    for row in rows:
-        top5 = "" if row["top5"] is None else f"{row['top5']:.2f}"
-        table.add_row(str(row["model"]), f"{row['top1']:.2f}", top5, str(row["count"]), str(row["failures"]))
-    Console().print(table)
-    if len(rows) > 1:
-        print(summarise(rows))

@@ -39,11 +39,13 @@ class Output:
         results_file: Receives a row per model.
         as_json: Print rows as JSON, not for people.
         running: The weights and where they run.
+        retry_failed: Measure again what failed before.
     """
 
     results_file: Path | None
     as_json: bool
     running: Running
+    retry_failed: bool = False
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,38 @@ def load_backbone(name: str, checkpoint: Path | None, device: "torch.device") ->
     return backbone_of(_create(name, checkpoint, device))
 
 
+def names_with_weights(given: Sequence[str], list_file: Path | None) -> list[str]:
+    """Return the models that are named, by globs and in a file too, each once and in order.
+
+    A glob stands for all checkpoints of classifiers that match it; where there is none, for those of segmentation
+    models.
+
+    Raises:
+        InvalidValueError: None is named.
+        UnknownModelError: A glob matches nothing.
+    """
+    from beitzoo.measure.names import names_for, words_asked_for
+
+    words = words_asked_for(given, list_file)
+    if not words:
+        raise InvalidValueError("No model is named; give names, globs such as 'beit_*_224', or --model-list FILE.")
+    return list(dict.fromkeys(name for word in words for name in _of_one_kind(word, names_for(word, pretrained=True))))
+
+
+def _of_one_kind(word: str, names: list[str]) -> list[str]:
+    from beitzoo.zoo.checkpoints import Classify, Segment
+    from beitzoo.zoo.registry import find
+
+    if names == [word]:
+        return names
+    heads = {name: row.head for name in names if (row := find(name).pretrained)}
+    classifiers = [name for name, head in heads.items() if isinstance(head, Classify) and head.num_classes]
+    segmenters = [name for name, head in heads.items() if isinstance(head, Segment)]
+    if not classifiers + segmenters:
+        raise InvalidValueError(f"{word} stands for {', '.join(names)}, none of which tells classes apart.")
+    return classifiers or segmenters
+
+
 _HOW_TO_SEGMENT = (
     "Name a segmentation model with --model: one of `beitzoo list '*ade20k*' --pretrained`, or the folder of your own, "
     'which `beitzoo finetune` trains from any BEiT by a recipe with task.kind = "segment".'

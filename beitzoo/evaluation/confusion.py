@@ -1,13 +1,16 @@
-"""The confusion matrix of a segmentation model: which class its pixels have, and which they were given.
+"""Confusion matrices: which class pixels, or the images of a classifier, have and which they were given.
 
-Scores are those of mmsegmentation's `mean_iou`, which the published figures are.
+Scores of pixels are those of mmsegmentation's `mean_iou`, which the published figures are.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from beitzoo.errors import check
@@ -105,6 +108,24 @@ def class_rows(matrix: ConfusionMatrix, names: Sequence[str]) -> list[Row]:
         }
         for name, iou, acc, pixels, predicted in columns
     ]
+
+
+def count_answers(answers: Sequence[tuple[int, int]], names: Sequence[str]) -> tuple[NDArray[Any], list[str]]:
+    """Count the answers of a classifier: a confusion matrix of the classes that are anywhere, and their names.
+
+    Args:
+        answers: Of each image the right output and the one that was given.
+        names: Of all outputs.
+
+    Returns:
+        Counts (K, K), rows are the truth, and K names, in the order of the outputs.
+    """
+    numbers = sorted({output for pair in answers for output in pair})
+    place = {output: place for place, output in enumerate(numbers)}
+    counts = np.zeros((len(numbers), len(numbers)), dtype=np.int64)
+    for truth, given in answers:
+        counts[place[truth], place[given]] += 1
+    return counts, [names[output] for output in numbers]
 
 
 def _rounded(value: float) -> float | None:

@@ -106,12 +106,14 @@ class Evaluation:
         failures: Images that were not counted, with the reason.
         notes: What a reader of the row must know.
         answers: Of each image that was counted the right output and the one that the model gave; none with ReaL labels.
+        names: Of all outputs.
     """
 
     row: Row
     failures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     answers: list[tuple[int, int]] = field(default_factory=list)
+    names: tuple[str, ...] = ()
 
 
 def load_data(data: str, real_labels: str | None = None) -> ImageSet:
@@ -162,7 +164,13 @@ def evaluate(
         **measured.scores(),
     }
     answers = [] if judging.labelling.real_labels else measured.answers
-    return Evaluation({column: row.get(column) for column in COLUMNS}, measured.failures, notes + truth.notes, answers)
+    return Evaluation(
+        {column: row.get(column) for column in COLUMNS},
+        measured.failures,
+        notes + truth.notes,
+        answers,
+        model.class_names or images.names,
+    )
 
 
 def asked(name: str, checkpoint: Path | None, dtype: str, data: str, images: ImageSet, judging: Judging) -> Row:

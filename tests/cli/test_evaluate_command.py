@@ -9,6 +9,7 @@ import pytest
 from commands import SAMPLES, run
 
 import beitzoo
+from beitzoo.cli.networks import names_with_weights
 
 MODEL = "beit_nano_patch4_32.digits"
 
@@ -27,10 +28,11 @@ def data(tmp_path: Path) -> Path:
 def test_evaluate_prints_and_appends_rows(data: Path, tmp_path: Path) -> None:
     table = tmp_path / "r.csv"
     (data / "3" / "broken.png").unlink()
-    result = run("evaluate", MODEL, MODEL, "--data", str(data), "--results-file", str(table))
+    names = (MODEL, "beit_nano_patch4_32", MODEL)
+    result = run("evaluate", *names, "--data", str(data), "--results-file", str(table))
     assert result.exit_code == 0
     assert "top1 100.00 ± 0.00 (mean ± sd of 2)" in result.stdout
-    assert result.stderr.count("the data has 3 of them") == 1
+    assert result.stderr.count(f"{MODEL} tells 10 classes apart, the data has 3 of them") == 1
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [(row["count"], row["failures"], row["top1"]) for row in rows] == [("3", "0", "100.0")] * 2
 
@@ -55,7 +57,7 @@ def test_evaluate_takes_weights_of_ones_own_and_leaves_top5_of_three_classes_out
     result = run("evaluate", "beit_nano_patch4_32", "--data", str(data), "--checkpoint", str(weights), "--json")
     (row,) = json.loads(result.stdout)
     assert (row["model"], row["top5"], row["top5_err"], row["count"]) == (str(weights), None, None, 3)
-    refused = run("evaluate", MODEL, MODEL, "--data", str(data), "--checkpoint", str(weights))
+    refused = run("evaluate", MODEL, "test_beit", "--data", str(data), "--checkpoint", str(weights))
     assert (refused.exit_code, "name the one model that it is of" in refused.stderr) == (2, True)
 
 
@@ -63,3 +65,91 @@ def test_evaluate_of_the_digits_says_what_it_needs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     result = run("evaluate", MODEL, "--data", "digits")
     assert (result.exit_code, "pip install 'beitzoo[train]'" in result.stderr) == (2, True)
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(table.read_text().splitlines()))
+
+
+def test_a_sweep_goes_on_where_it_was_and_measures_changed_data_anew(data: Path, tmp_path: Path) -> None:
+    (data / "3" / "broken.png").unlink()
+    (tmp_path / "models.txt").write_text(f"{MODEL}  # the shipped one\n")
+    table = tmp_path / "r.csv"
+    asked = ("evaluate", "--model-list", str(tmp_path / "models.txt"), "--data", str(data))
+    asked += ("--results-file", str(table))
+    assert run(*asked).exit_code == 0
+    (first,) = rows_of(table)
+    assert (first["dtype"], first["crop"], first["flip"], first["outputs"]) == ("float32", "timm", "False", "all")
+    both = run(*asked, "--dtype", "float32,bfloat16")
+    assert f"{MODEL} float32: top1 100.0 in {table} already" in both.stderr
+    assert [row["dtype"] for row in rows_of(table)] == ["float32", "bfloat16"]
+    (data / "7" / "b.png").write_bytes((SAMPLES / "digit_1.png").read_bytes())
+    assert run(*asked).exit_code == 0
+    assert [(row["dtype"], row["count"], row["top1"]) for row in rows_of(table)] == [
+        ("bfloat16", "3", "100.0"),
+        ("float32", "4", "75.0"),
+    ]
+
+
+def test_weights_that_were_trained_since_are_measured_anew(data: Path, tmp_path: Path) -> None:
+    model = beitzoo.create_model("beit_nano_patch4_32", pretrained=True, num_classes=3)
+    (data / "3" / "broken.png").unlink()
+    counts = []
+    for bias in (0.0, 0.0, 100.0):
+        model.head.bias.data[0] += bias
+        beitzoo.save_pretrained(model, tmp_path / "run")
+        run("evaluate", str(tmp_path / "run"), "--data", str(data), "--results-file", str(tmp_path / "r.csv"))
+        counts.append(len(rows_of(tmp_path / "r.csv")))
+    assert counts == [1, 1, 2]
+
+
+def test_a_model_that_fails_in_a_sweep_is_a_row_with_an_error(data: Path, tmp_path: Path) -> None:
+    (data / "3" / "broken.png").unlink()
+    table = tmp_path / "r.csv"
+    beitzoo.save_pretrained(beitzoo.create_model("test_beit", num_classes=5), tmp_path / "other")
+    asked = ("evaluate", str(tmp_path / "other"), MODEL, "--data", str(data), "--results-file", str(table))
+    result = run(*asked)
+    assert (result.exit_code, "float32: failed: " in result.stderr) == (1, True)
+    failed, measured = rows_of(table)
+    assert "tells 5 classes apart and nobody named them, the data has 3" in failed["error"]
+    assert (measured["error"], measured["top1"]) == ("", "100.0")
+    assert run(*asked).exit_code == 1
+    assert rows_of(table) == [failed, measured]
+    assert run(*asked, "--retry-failed").exit_code == 1
+    assert rows_of(table) == [measured, failed]
+
+
+def test_a_glob_stands_for_classifiers() -> None:
+    assert names_with_weights(["beit_nano_patch4_32*"], None) == [MODEL]
+    names = names_with_weights(["beit_base_patch16_224.*"], None)
+    assert [name for name in names if "_ft_" in name] == names
+    assert names_with_weights(["*ade20k*"], None) == beitzoo.list_models("*ade20k*", pretrained=True)
+    result = run("evaluate", "--data", "digits")
+    assert (result.exit_code, "No model is named; give names, globs" in result.stderr) == (2, True)
+
+
+def test_the_confusion_of_a_classifier_is_drawn(data: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "c.svg"
+    (data / "3" / "broken.png").unlink()
+    (data / "7" / "b.png").write_bytes((SAMPLES / "digit_1.png").read_bytes())
+    asked = ("evaluate", MODEL, "--data", str(data), "--confusion", str(picture))
+    assert run(*asked, "--flip").exit_code == 0
+    drawn = picture.read_text()
+    assert f"{MODEL}: top-1 " in drawn
+    assert ">1<" in drawn and ">7<" in drawn
+    refused = run(*asked, "--dtype", "float32,bfloat16")
+    assert (refused.exit_code, "is of one model in one --dtype" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "float16"], "--dtype float16: there are float32, bfloat16, int8"),
+        (["--sizes", "big"], "--sizes big: these are no numbers"),
+        (["--stride", "3"], "is no segmentation model: --mode"),
+        (["--confusion", "x.png", "--real-labels", "timm"], "With --real-labels an image has several classes"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_measured(options: list[str], message: str, data: Path) -> None:
+    result = run("evaluate", MODEL, "--data", str(data), *options)
+    assert (result.exit_code, message in result.stderr) == (2, True)

@@ -14,7 +14,7 @@ from PIL import Image
 import beitzoo
 from beitzoo import Beit
 from beitzoo.errors import InvalidValueError
-from beitzoo.evaluation.evaluate import COLUMNS, Subject, evaluate, load_data, summarise
+from beitzoo.evaluation.evaluate import COLUMNS, Judging, Subject, evaluate, load_data, summarise
 from beitzoo.images.datasets import digits, labelled_folder
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, write_split
@@ -66,7 +66,7 @@ def test_a_model_is_not_measured_on_images_it_was_trained_on(
     (tmp_path / "recipe.toml").write_text("[data]\nsplit_seed = 7\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidValueError, match="trained on images that split_seed 7 holds out; leave --split-seed"):
-        evaluate(Subject(shipped, name), images, "digits", split_seed=7)
+        evaluate(Subject(shipped, name), images, "digits", Judging(split_seed=7))
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_run_that_saw_all_images_is_refused(run: tuple[Subject, ImageSet], tmp
 
 def test_a_seed_splits_the_digits_only(run: tuple[Subject, ImageSet]) -> None:
     with pytest.raises(InvalidValueError, match="--split-seed draws a part of the digits, and this is a folder"):
-        evaluate(*run, "data", split_seed=0)
+        evaluate(*run, "data", Judging(split_seed=0))
 
 
 def test_a_masked_image_model_is_not_measured(run: tuple[Subject, ImageSet]) -> None:
