@@ -23,7 +23,6 @@ from beitzoo.evaluation.truth import Labelling, truth_of
 from beitzoo.images.image_set import ImageSet
 from beitzoo.inference.pipeline import Failure, Loading, run_jobs
 from beitzoo.zoo.checkpoints import Classify
-from beitzoo.zoo.labels import real_labels
 
 SYNSETS = timm.data.ImageNetInfo("imagenet-1k").label_names()
 INFO = Path(timm.data.__file__).parent / "_info"
@@ -87,26 +86,32 @@ def write_validation_images(root: Path, numbers: Sequence[int]) -> None:
         image.save(root / f"ILSVRC2012_val_{number:08d}.png")
 
 
-def test_real_labels_are_those_of_timm(model: Beit, tmp_path: Path) -> None:
-    """Against `RealLabelsImagenet`; one image has no label, and of others several are right."""
-    numbers = [place + 1 for place, labels in enumerate(real_labels()[:400]) if len(labels) > 1][:12]
-    numbers.append(1 + next(place for place, labels in enumerate(real_labels()) if not labels))
-    write_validation_images(tmp_path, numbers)
-    data = load_data(str(tmp_path), "timm")
-    logits = logits_of(model, [Image.open(path).convert("RGB") for path in sorted(tmp_path.iterdir())])
-    for place, number in enumerate(sorted(numbers)[:6]):  # some must be right
-        for label in real_labels()[number - 1][-1:]:
-            model.head.bias.data[label] += logits[place].max() - logits[place, label]
-    logits = logits_of(model, [Image.open(path).convert("RGB") for path in sorted(tmp_path.iterdir())])
-    theirs = RealLabelsImagenet([f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(50_000)])
-    theirs.filenames = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in sorted(numbers)]
+def test_accuracy_on_real_labels_is_timms(model: Beit, tmp_path: Path) -> None:
+    """Against `RealLabelsImagenet`: an image without label, several labels, the likeliest, the third, a wrong one."""
+    (tmp_path / "images").mkdir()
+    write_validation_images(tmp_path / "images", range(1, 11))
+    logits = logits_of(model, [Image.open(path).convert("RGB") for path in sorted((tmp_path / "images").iterdir())])
+    ranked = logits.argsort(1, descending=True).tolist()
+    labels = [[], *([row[900], row[0]] for row in ranked[1:4]), *([row[2]] for row in ranked[4:8])]
+    labels += [[row[500]] for row in ranked[8:]]
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps(labels))
+    theirs = RealLabelsImagenet([f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 11)], str(file))
     theirs.add_result(logits)
-    found = evaluate(Subject(model, "test_beit"), data, "val", Judging(labelling=Labelling(real_labels="timm")))
+    data = load_data(str(tmp_path / "images"), str(file))
+    found = evaluate(Subject(model, "test_beit"), data, "val", Judging(labelling=Labelling(real_labels=str(file))))
     row = found.row
-    assert (row["top1"], row["top5"]) == tuple(round(theirs.get_accuracy(k), 3) for k in (1, 5))
-    assert 0 < theirs.get_accuracy(1) < 100
-    assert (row["count"], row["real_labels"], found.answers) == (12, "timm", [])
-    assert "1 of 13 images have no ReaL label, and do not count." in found.notes
+    assert (row["top1"], row["top5"]) == tuple(round(theirs.get_accuracy(k), 3) for k in (1, 5)) == (33.333, 77.778)
+    assert (row["count"], row["real_labels"], found.answers) == (9, str(file), [])
+    assert "1 of 10 images have no ReaL label, and do not count." in found.notes
+
+
+def test_the_list_of_timm_is_there(model: Beit, tmp_path: Path) -> None:
+    write_validation_images(tmp_path, [4, 50_000])
+    data, theirs = load_data(str(tmp_path), "timm"), RealLabelsImagenet([""] * 50_000).real_labels
+    right = truth_of(model, "test_beit", data, [0, 1], Labelling(real_labels="timm")).right
+    names = ("ILSVRC2012_val_00000004.JPEG", "ILSVRC2012_val_00050000.JPEG")
+    assert right == {place: tuple(theirs[name]) for place, name in enumerate(names) if theirs[name]}
 
 
 def test_real_labels_of_a_file(model: Beit, tmp_path: Path) -> None:
