@@ -4,7 +4,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,7 +181,12 @@ def make_plan(model: str | Path, data: DataSection, settings: Sequence[str] = ()
     recipe, rules = choose(str(model), data, at)
     rules = [rule for rule in rules if rule.name != "train.precision"]
     recipe = change_recipe(recipe, settings)
-    if not any(setting.strip().startswith("train.precision") for setting in settings):
+    names = [setting.partition("=")[0].strip() for setting in settings]
+    if "train.epochs" in names and recipe.train.epochs and not any("warmup" in name for name in names):
+        warmup = round(recipe.train.epochs / 10, 2)
+        recipe = change_recipe(recipe, [f"train.warmup_epochs={warmup}"])
+        rules = [replace(rule, value=warmup) if rule.name == "train.warmup_epochs" else rule for rule in rules]
+    if "train.precision" not in names:
         precision, reason = _faster_precision(recipe, processes)
         recipe = change_recipe(recipe, [f"train.precision={precision}"])
         rules.append(Rule("train.precision", precision, reason))

@@ -36,7 +36,7 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_without_a_recipe_writes_the_one_that_was_chosen(run: Path, colours: Path) -> None:
     plan = make_plan("test_beit", data_at(colours), SHORT)
     assert load_recipe(run / "recipe.toml") == plan.recipe
-    assert (plan.recipe.train.epochs, plan.recipe.data.test_fraction) == (3, 0.2)
+    assert (plan.recipe.train.epochs, plan.recipe.train.warmup_epochs, plan.recipe.data.test_fraction) == (3, 0.3, 0.2)
     assert beitzoo.create_model(str(run / "best"), pretrained=True).class_names == COLOURS
     lines = plan.describe()
     assert lines[:2] == [
