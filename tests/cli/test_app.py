@@ -242,7 +242,7 @@ def test_the_options_are_frozen() -> None:
         "download": ["cache_dir", "models"],
         "verify": ["as_json", "cache_dir", "models"],
         "convert-tokenizer": ["cache_dir", "decoder", "encoder", "name", "out"],
-        "finetune": ["checkpoint", "out", "recipe", "settings"],
+        "finetune": ["checkpoint", "data", "dry_run", "model", "out", "recipe", "resume", "settings"],
         "pretrain": ["out", "recipe", "settings"],
         "train-tokenizer": ["out", "recipe", "settings"],
         "replay": ["run"],
@@ -300,7 +300,7 @@ def test_the_options_are_frozen() -> None:
         ],
         "collect": ["as_json", "results_file", "runs"],
         "benchmark": [],
-        "report": ["out", "results"],
+        "report": ["out", "results", "run"],
         "reconstruct": ["device", "images", "masked", "model", "out", "seed", "tokenizer"],
         "tokenize": ["batch_size", "device", "out", "recipe", "settings", "views"],
     }
