@@ -93,6 +93,7 @@ def test_kills_of_pretraining_change_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "whole").rglob("*.png")) == ["epoch-0002.png", "epoch-0003.png"]
 
 
+@pytest.mark.slow  # the loop is that of the others
 def test_kills_of_tokenizer_training_change_nothing(tmp_path: Path) -> None:
     """The codebook, how often codes were used, and which restart, are those of a run without kills.
 
@@ -102,7 +103,7 @@ def test_kills_of_tokenizer_training_change_nothing(tmp_path: Path) -> None:
     length = {"epochs": None, "updates": 8, "val_epochs": 2}
     recipe = tokenizer_recipe(data, {"restart_codes": 2}, accumulation=2, batch_size=4, **length)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"save_updates": 2})})
-    check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 1)
+    check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 3)
 
 
 def test_kills_of_segmentation_change_nothing(tmp_path: Path) -> None:
