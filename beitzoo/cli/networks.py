@@ -42,7 +42,8 @@ def load_segmenter(name: str | None, checkpoint: Path | None, device: "torch.dev
     if name is None and checkpoint is None:
         raise InvalidValueError(f"No model is named. {_HOW_TO_SEGMENT}")
     wanted = str(checkpoint) if name is None else name
-    pretrained = look_up(wanted, head=Segment).pretrained
+    # An architecture alone stands for its first checkpoint, but may also be that of a file.
+    pretrained = look_up(wanted, head=None if checkpoint is None else Segment).pretrained
     if pretrained is not None and not isinstance(pretrained.head, Segment):  # known before anything is downloaded
         raise InvalidValueError(_names_no_pixels(wanted))
     model: object = _create(wanted, None if name is None else checkpoint, device)

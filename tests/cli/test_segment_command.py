@@ -115,6 +115,7 @@ def test_segment_says_how_to_get_a_model(tmp_path: Path) -> None:
     for arguments, told in (
         ([], "No model is named. Name a segmentation model"),
         (["-m", "beit_nano_patch4_32.digits"], "beit_nano_patch4_32.digits is no segmentation model"),
+        (["-m", "beit_base_patch16_224"], "beit_base_patch16_224 is no segmentation model"),
         (["-m", "beit_base_patch16_640.in22k_ft_in22k_ade"], "it has in22k_ft_in22k_ade20k"),
     ):
         result = run("segment", digit, *arguments, "--out", str(out))
