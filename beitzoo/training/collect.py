@@ -1,6 +1,7 @@
 """Finished runs as rows of a table: what was trained, from what, at what cost, and how well it does."""
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -15,11 +16,12 @@ from beitzoo.files import full_path, read_text
 from beitzoo.results import ENVIRONMENT, Row, Value
 from beitzoo.training.folder import LOG, METRICS, RECIPE
 from beitzoo.training.recipe import Recipe, read_resolved
-from beitzoo.training.sections import Pretrain, TrainTokenizer
+from beitzoo.training.sections import Finetune, Pretrain, TrainTokenizer
 
 # What makes two runs draws of the same experiment: all that was asked for but the seeds.
-_WHAT = ("task", "model", "start", "tokenizer", "teacher", "data", "train_per_class", "train_images")
-_SAME = (*_WHAT, "epochs", "updates", "batch_size", "precision")
+_WHAT = ("task", "model", "overrides", "start", "tokenizer", "teacher", "data", "train_per_class", "train_images")
+_HOW = ("trained", "mixup", "cutmix", "ema_decay", "epochs", "updates", "batch_size", "precision", "settings")
+_SAME = (*_WHAT, *_HOW)
 _SEEDS = ("seed", "split_seed", "label_seed", "start_seed", "tokenizer_seed")
 _COST = ("train_seconds", "earlier_seconds", "images_per_sec", "wait_share", "processes")
 _RIGHT = ("top1", "top5", "count", "failures", "val_top1")
@@ -31,6 +33,18 @@ KEY = ("run",)
 
 # What `start` says of random weights.
 SCRATCH = "random"
+
+# What `trained` says of a network no part of which is frozen.
+_WHOLE = "all"
+
+# What `settings` does not count: seeds, where things are, and how the work is done.
+_NOT_SETTINGS: dict[str, set[str] | bool] = {
+    "model": {"name", "checkpoint"},
+    "data": {"path", "test_path", "split_seed", "label_seed"},
+    "train": {"seed"},
+    "run": True,
+    "task": {"tokenizer", "tokens", "teacher"},
+}
 
 
 class UnfinishedError(MissingFileError):
@@ -93,6 +107,7 @@ def row_of(run: FinishedRun, name: str) -> Row:
         "run": name,
         "task": recipe.task.kind,
         "model": metrics.get("model") or _network(recipe),  # a baseline says what it trained in its place
+        "overrides": " ".join(f"{name}={value}" for name, value in sorted(_overrides(recipe).items())) or None,
         "start": _start_name(recipe, start),
         "tokenizer": _tokenizer_name(run, tokenizer),
         "teacher": _teacher(run, tokenizer),
@@ -102,6 +117,7 @@ def row_of(run: FinishedRun, name: str) -> Row:
         "start_seed": None if start is None else start.recipe.train.seed,
         "tokenizer_seed": None if tokenizer is None else tokenizer.recipe.train.seed,
         "earlier_seconds": round(sum(earlier), 3),
+        **_how(recipe),
         **{name: getattr(recipe.train, name) for name in ("epochs", "batch_size", "precision", "seed")},
         **{name: run.median(name) for name in ("images_per_sec", "wait_share")},
         **{name: run.last(name) for name in ("loss", "codes_used", "probe_linear", "probe_knn")},
@@ -138,10 +154,18 @@ def summarise(rows: Sequence[Row]) -> list[str]:
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         origin = f"{facts['start']}" + f" ({facts['tokenizer']})" * bool(facts["tokenizer"])
         lines.append(
-            f"{facts['data']}, {labels}, {facts['updates']} updates from {origin}: "
+            f"{facts['data']}, {labels}, {facts['updates']} updates from {origin}{_methods(facts)}: "
             f"{measure} {statistics.fmean(values):.2f}{spread} (n={len(values)})"
         )
     return lines
+
+
+def _methods(facts: Row) -> str:
+    """Say what a run did beyond training the whole network on single images."""
+    parts = [f"{name} {facts[name]}" for name in ("mixup", "cutmix", "ema_decay") if facts[name]]
+    if facts["trained"] not in (None, "", _WHOLE):
+        parts.insert(0, f"{facts['trained']} trained")
+    return "".join(f", {part}" for part in parts)
 
 
 def _run_at(name: str | Path) -> FinishedRun | None:
@@ -157,6 +181,24 @@ def _network(recipe: Recipe) -> str:
     """Name the network of a recipe; of one that names a run, with or without its weights, that of the run."""
     named = _run_at(recipe.model.name)
     return recipe.model.name if named is None else _network(named.recipe)
+
+
+def _overrides(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields in which a network differs from its architecture, those of the run that it is of among them."""
+    named = _run_at(recipe.model.name)
+    return {**({} if named is None else _overrides(named.recipe)), **recipe.model.overrides}
+
+
+def _how(recipe: Recipe) -> Row:
+    """Say how a network was trained: by the settings that are methods of their own, and a checksum of all."""
+    asked = recipe.model_dump(mode="json", exclude=_NOT_SETTINGS, exclude_defaults=True)
+    row: Row = {"ema_decay": recipe.train.ema_decay or None}
+    row["settings"] = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:7]
+    if isinstance(recipe.task, Finetune):
+        frozen = recipe.task.freeze_blocks
+        row["trained"] = _WHOLE if frozen is None else "head" if frozen == "all" else f"from block {frozen}"
+        row |= {name: getattr(recipe.task, name) or None for name in ("mixup", "cutmix")}
+    return row
 
 
 def _start_of(run: FinishedRun) -> FinishedRun | None:

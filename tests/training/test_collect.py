@@ -65,6 +65,7 @@ def chain(tmp_path: Path) -> Path:
 def test_a_row_says_what_a_run_came_from_and_what_it_cost(chain: Path) -> None:
     row = row_of(read_run(chain / "fine-2"), "fine-2")
     assert tuple(row) == COLUMNS
+    assert row.pop("settings") == row_of(read_run(chain / "fine-1"), "fine-1")["settings"]
     assert {name: value for name, value in row.items() if value is not None} == {
         "run": "fine-2",
         "task": "finetune",
@@ -75,6 +76,7 @@ def test_a_row_says_what_a_run_came_from_and_what_it_cost(chain: Path) -> None:
         "data": "digits",
         "train_per_class": 5,
         "train_images": 50,
+        "trained": "all",
         "epochs": 2,
         "updates": 10,
         "batch_size": 8,
@@ -168,3 +170,47 @@ def test_what_is_no_finished_run_is_said(chain: Path) -> None:
     (chain / "mim" / "recipe.toml").write_text("")
     with pytest.raises(UserError, match="is not the recipe of a run"):
         read_run(chain / "mim")
+
+
+def test_methods_are_told_apart_and_not_averaged(chain: Path) -> None:
+    methods: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "mixed": {"task": {"kind": "finetune", "mixup": 0.2}},
+        "averaged": {"train": {"epochs": 2, "batch_size": 8, "lr": 1e-3, "ema_decay": 0.99}},
+        "frozen": {"task": {"kind": "finetune", "freeze_blocks": "all"}},
+        "faster": {"train": {"epochs": 2, "batch_size": 8, "lr": 2e-3}},
+    }
+    rows = []
+    for name, method in methods.items():
+        for seed in (0, 1):
+            recipe = {"model": {"name": "beit_nano_patch4_32"}, "run": {"workers": seed}, **method}
+            recipe["train"] = {"epochs": 2, "batch_size": 8, "lr": 1e-3, **recipe.get("train", {}), "seed": seed}
+            folder = write_run(
+                chain / f"{name}-{seed}", recipe, "line,loss\n", seed=seed, train_seconds=1, test_top1=50.0
+            )
+            rows.append(row_of(read_run(folder), name))
+    shown = {row["run"]: [row[name] for name in ("trained", "mixup", "ema_decay")] for row in rows}
+    assert shown == {
+        "plain": ["all", None, None],
+        "mixed": ["all", 0.2, None],
+        "averaged": ["all", None, 0.99],
+        "frozen": ["head", None, None],
+        "faster": ["all", None, None],
+    }
+    start = "digits, all labels, 10 updates from random"
+    assert summarise(rows) == [
+        f"{start}: top1 50.00 ± 0.00 (n=2)",
+        f"{start}, mixup 0.2: top1 50.00 ± 0.00 (n=2)",
+        f"{start}, ema_decay 0.99: top1 50.00 ± 0.00 (n=2)",
+        f"{start}, head trained: top1 50.00 ± 0.00 (n=2)",
+        f"{start}: top1 50.00 ± 0.00 (n=2)",
+    ]
+
+
+def test_a_row_says_in_which_fields_a_network_differs_from_its_architecture(chain: Path) -> None:
+    model = {"name": "beit_nano_patch4_32", "overrides": {"patch_size": 8, "in_chans": 3}}
+    folder = write_run(chain / "coarse", {"model": model}, "line,loss\n", seed=0, train_seconds=1)
+    assert row_of(read_run(folder), "coarse")["overrides"] == "in_chans=3 patch_size=8"
+    model = {"name": str(folder), "pretrained": True, "overrides": {"img_size": 48}}
+    folder = write_run(chain / "larger", {"model": model}, "line,loss\n", seed=0, train_seconds=1)
+    assert row_of(read_run(folder), "larger")["overrides"] == "img_size=48 in_chans=3 patch_size=8"
