@@ -1,7 +1,9 @@
 """Steps of a transform that differ from torchvision's. Imported late, as torchvision takes more than a second."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
 from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import crop, get_dimensions
@@ -29,6 +31,28 @@ class ImageSteps(Compose):
             "beitzoo.open_image(path), turn an array of uint8 into an image with PIL.Image.fromarray(array) and a "
             "tensor with torchvision's to_pil_image(tensor)."
         )
+
+
+def allow_no_bits(step: Any) -> None:
+    """Let timm's policies keep none of the bits of a colour, as at their strongest they do: the image is black then.
+
+    Pillow did that up to version 12, and refuses it since.
+    """
+    operations: Sequence[AugmentOp] = ()
+    if isinstance(step, RandAugment | AugMixAugment):
+        operations = step.ops
+    elif isinstance(step, AutoAugment):
+        operations = [operation for pair in step.policy for operation in pair]
+    for operation in operations:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: "Image", bits_to_keep: int, **options: Any) -> "Image":
+    if bits_to_keep < 1:
+        return image.point(lambda _: 0)
+    posterized: Image = posterize(image, bits_to_keep, **options)
+    return posterized
 
 
 class FloorCrop:

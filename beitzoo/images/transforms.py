@@ -66,12 +66,14 @@ def create_transform(is_training: bool = False, *, fast: bool = False, **options
     from timm.data import create_transform as create_timm_transform
     from torchvision.transforms import Compose
 
-    from beitzoo.images.steps import BoundedResize, FloorCrop, ImageSteps
+    from beitzoo.images.steps import BoundedResize, FloorCrop, ImageSteps, allow_no_bits
 
     transform = create_timm_transform(is_training=is_training, **options)
     if not isinstance(transform, Compose):  # several, or one that a user of timm asked for by an option
         return transform
     steps = list(transform.transforms)
+    for step in steps:
+        allow_no_bits(step)
     for place, step in enumerate(() if is_training else steps):
         if type(step).__name__ in ("Resize", "ResizeKeepRatio"):
             steps[place] = BoundedResize(step)

@@ -54,6 +54,23 @@ def test_training_transform_is_random() -> None:
     assert not torch.equal(transform(image), transform(image))
 
 
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0", "augmix-m10"])
+def test_augmentation_at_its_strongest_keeps_no_bits_of_a_colour(policy: str) -> None:
+    """Pillow 12 made such images black, and Pillow 13 an error, which is no fault of the image."""
+    config = beitzoo.resolve_data_config(beitzoo.create_model("test_beit", device="meta"))
+    transform = beitzoo.create_transform(is_training=True, **config, auto_augment=policy)
+    (step,) = [step for step in transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")]
+    operations = step.ops if hasattr(step, "ops") else [each for pair in step.policy for each in pair]
+    (posterize, *_) = [operation for operation in operations if operation.name.startswith("Posterize")]
+    photo = open_image(PHOTO)
+    posterize.prob = 1.0
+    blackest = 10 if "Increasing" in posterize.name else 0
+    posterize.magnitude, posterize.magnitude_std = blackest, 0
+    assert posterize(photo).getextrema() == ((0, 0),) * 3
+    posterize.magnitude = abs(blackest - 5)  # 2 bits
+    assert np.array_equal(np.asarray(posterize(photo)), np.asarray(photo) & 0b11000000)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"])
 def test_every_mode_opens_as_grey_or_rgb(mode: str, tmp_path: Path) -> None:
     value = {"I;16": 128 * 256, "I;16B": 128 * 256, "1": 255}.get(mode, 128)
