@@ -72,7 +72,7 @@ class Data:
             label_seed=self.label_seed,
         )
         images = load_images(section)
-        check(images.labels is not None, f"The images of {self.data} have no classes, which a probe tells apart.")
+        images.one_label_each("a probe")
         split = split_images(images, section, test_fraction=_TEST_FRACTION, val_fraction=_VAL_FRACTION)
         return LabelledData(images, self._few(split), self._asked())
 

@@ -222,13 +222,13 @@ def probe_blocks(model: Beit, images: ImageSet, split: Split, probing: Probing |
         probing: What is probed, and how.
 
     Raises:
-        InvalidValueError: The images have no classes, a part has no readable image, or there is no such block.
+        InvalidValueError: Images have no class or several, a part has no readable image, or there is no such block.
     """
-    check(images.labels is not None, "The images have no classes, which a probe tells apart; give labelled ones.")
+    labels = images.one_label_each("a probe")
     probing = probing or Probing()
     used = [*split.train, *split.val, *split.test]
     features = extract_features(model, images, used, probing.blocks, probing.loading)
-    return probe_features(features, np.asarray(images.labels), split, probing)
+    return probe_features(features, np.asarray(labels), split, probing)
 
 
 def probe_features(features: Features, labels: Array, split: Split, probing: Probing) -> Findings:

@@ -46,6 +46,12 @@ def read_rows(path: Path, columns: Sequence[Sequence[str]]) -> Iterator[tuple[in
         raise InvalidValueError(f"{path}, line {reader.reader.line_num}: {error}. Save it as CSV again.") from error
 
 
+def header_of(path: Path) -> tuple[str, ...]:
+    """Return the names of the columns of a CSV; what is wrong with it is said when its rows are read."""
+    lines = io.StringIO(read_text(path).removeprefix("\ufeff"), newline="")
+    return tuple(next(csv.reader(lines, skipinitialspace=True), ()))
+
+
 def text_in(row: Mapping[str, str], column: str, place: str) -> str:
     """Return what a row has in a column.
 

@@ -22,13 +22,14 @@ class ImageSet:
 
     Attributes:
         images: The images themselves, the files they are in, or files within files; the same type throughout.
-        labels: Class of each; None where the images have no classes.
+        labels: Class of each; None where the images have no classes, or several each.
         names: Names of the classes; none where there are no labels.
         root: The folder that all files are in; None where the images are not files.
         left_out: What else was found there, and why it was not taken.
         parts: Where the data set comes in parts of its own, the indices of each: `train`, and `validation`, `test` or
             both. Only `train` is for training. Images in no part are not used.
         test_root: The folder of the part `test`, where it is another than `root`.
+        label_sets: Where an image may have several classes or none, those of each, in order; then `labels` is None.
     """
 
     images: Sequence[Image.Image | Path | Encoded]
@@ -38,6 +39,36 @@ class ImageSet:
     left_out: LeftOut = field(default_factory=LeftOut, compare=False)
     parts: Mapping[str, range] = field(default_factory=dict)
     test_root: Path | None = None
+    label_sets: Sequence[tuple[int, ...]] | None = None
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether images have classes: one each, or several or none each."""
+        return self.labels is not None or self.label_sets is not None
+
+    def classes_of(self, index: int) -> tuple[int, ...]:
+        """Return the classes of an image; none where images have no classes."""
+        if self.label_sets is not None:
+            return self.label_sets[index]
+        return () if self.labels is None else (self.labels[index],)
+
+    def one_label_each(self, purpose: str) -> Sequence[int]:
+        """Return the class of each image, for what needs exactly one.
+
+        Args:
+            purpose: What needs it, such as "a probe".
+
+        Raises:
+            InvalidValueError: The images have no classes, or may have several.
+        """
+        if self.labels is not None:
+            return self.labels
+        have = "have no classes" if self.label_sets is None else "may have several labels each"
+        where = "" if self.root is None else f" in {self.root}"
+        raise InvalidValueError(
+            f"The images{where} {have}, and {purpose} needs one class of each. Give class folders, or a CSV with a "
+            "column `label`" + ("." if self.label_sets is None else "; finetune and evaluate take several labels.")
+        )
 
     @property
     def held_out(self) -> Sequence[int]:
@@ -56,12 +87,16 @@ class ImageSet:
         ]
 
     def _classes(self, where: str) -> str:
-        if self.labels is None:
+        if not self.has_classes:
             return f"without classes{where}"
-        sizes = Counter(self.labels)
+        sizes = Counter(label for index in range(len(self.images)) for label in self.classes_of(index))
         fewest, most = (min(sizes, key=lambda c: (sizes[c], c)), max(sizes.values())) if sizes else (0, 0)
         even = f"{most:,} of each" if sizes[fewest] == most else f"{sizes[fewest]:,} ({self.names[fewest]}) to {most:,}"
-        return f"of {len(self.names):,} classes{where}: {even}"
+        if self.label_sets is None:
+            return f"of {len(self.names):,} classes{where}: {even}"
+        several = Counter(map(len, self.label_sets))
+        without = f", {several[0]:,} without any" if several[0] else ""
+        return f"with up to {max(several)} of {len(self.names):,} labels each{where}: {even}{without}"
 
     def identity(self, index: int) -> tuple[str, str]:
         """Say which image it is wherever the data set lies, and how many bytes its file has.
@@ -95,8 +130,14 @@ def with_held_out(images: ImageSet, held_out: ImageSet) -> ImageSet:
     """
     if "train" in held_out.parts:
         raise InvalidValueError(f"{held_out.root} has a part to train on as well; give the files that are held out.")
-    if (images.labels is None) != (held_out.labels is None):
+    if images.has_classes != held_out.has_classes:
         raise InvalidValueError(f"Only one of {images.root} and {held_out.root} has classes; give two of a kind.")
+    if (images.label_sets is None) != (held_out.label_sets is None):
+        one, several = (images, held_out) if images.label_sets is None else (held_out, images)
+        raise InvalidValueError(
+            f"The images of {one.root} have one class each, and those of {several.root} may have several labels; give "
+            "two of a kind."
+        )
     foreign = [name for name in held_out.names if name not in images.names]
     if foreign:
         raise InvalidValueError(
@@ -107,15 +148,18 @@ def with_held_out(images: ImageSet, held_out: ImageSet) -> ImageSet:
         raise InvalidValueError(f"{min(twice)} would be both trained on and held out; give other files.")
     count = len(images.images)
     parts = {**(images.parts or {"train": range(count)}), "test": range(count, count + len(held_out.images))}
-    labels = None
+    labels, label_sets = None, None
+    number = [images.names.index(name) for name in held_out.names]
     if images.labels is not None and held_out.labels is not None:
-        number = [images.names.index(name) for name in held_out.names]
         labels = [*images.labels, *(number[label] for label in held_out.labels)]
+    elif images.label_sets is not None and held_out.label_sets is not None:
+        renumbered = (tuple(sorted(number[label] for label in own)) for own in held_out.label_sets)
+        label_sets = [*images.label_sets, *renumbered]
     left_out = LeftOut()
     for found in (images.left_out, held_out.left_out):
         left_out.take(found)
     both = Joined(images.images, held_out.images)
-    return ImageSet(both, labels, images.names, images.root, left_out, parts, held_out.root)
+    return ImageSet(both, labels, images.names, images.root, left_out, parts, held_out.root, label_sets)
 
 
 class Joined(Sequence[Any]):

@@ -37,6 +37,8 @@ def draw_split(
 ) -> Split:
     """Draw the held-out images, then the validation images from the rest, evenly from all classes if there are any.
 
+    Images that may have several labels are drawn without a look at these.
+
     Args:
         images: All images.
         val_fraction: Share of the images that are not held out.
@@ -94,11 +96,9 @@ def choose_per_class(images: ImageSet, indices: Sequence[int], count: int, seed:
     """Choose the same number of images of each class; a larger number chooses those of a smaller one and more.
 
     Raises:
-        InvalidValueError: A class has fewer, or there are no classes.
+        InvalidValueError: A class has fewer, or images have no class or several.
     """
-    labels = images.labels
-    if labels is None:
-        raise InvalidValueError(f"{count} images of each class cannot be chosen from images without classes.")
+    labels = images.one_label_each(f"a choice of {count} images of each class")
     shuffled = random.Random(seed).sample(list(indices), len(indices))
     seen: Counter[int] = Counter()
     chosen = set()
@@ -117,8 +117,8 @@ def choose_per_class(images: ImageSet, indices: Sequence[int], count: int, seed:
 def write_split(path: Path, images: ImageSet, split: Split) -> None:
     """Write which image is in which part, a row for each, in the order of the split.
 
-    An image is identified by `ImageSet.identity`: its place within the data set, and the size of its file. Images
-    without classes have an empty class.
+    An image is identified by `ImageSet.identity`: its place within the data set, and the size of its file. Several
+    classes are joined by `;`; images without one have an empty class.
     """
     text = io.StringIO()
     # All fields are quoted: a file name may hold any character, line ends too.
@@ -126,7 +126,7 @@ def write_split(path: Path, images: ImageSet, split: Split) -> None:
     writer.writerow(_COLUMNS)
     for part in fields(split):
         for index in getattr(split, part.name):
-            name = "" if images.labels is None else images.names[images.labels[index]]
+            name = ";".join(images.names[label] for label in images.classes_of(index))
             writer.writerow((*images.identity(index), name, part.name))
     write_text(path, text.getvalue())
 

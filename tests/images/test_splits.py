@@ -108,7 +108,9 @@ def test_the_same_number_is_chosen_of_each_class() -> None:
     assert set(choose_per_class(images, range(1000), 5, seed=4)) != set(few)
     with pytest.raises(InvalidValueError, match=r"not 3 images of each class to train on: \d has [0-2]"):
         choose_per_class(images, range(20), 3, seed=0)
-    with pytest.raises(InvalidValueError, match="cannot be chosen from images without classes"):
+    with pytest.raises(
+        InvalidValueError, match="have no classes, and a choice of 3 images of each class needs one class of each"
+    ):
         choose_per_class(ImageSet(images.images, None, ()), range(20), 3, seed=0)
 
 

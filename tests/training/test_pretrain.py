@@ -431,7 +431,7 @@ def test_a_folder_without_images_is_refused(tokenizer: Path, tmp_path: Path) -> 
 
 def test_a_probe_needs_classes(colours: Path, tokenizer: Path) -> None:
     probe = {"data": {"source": "images", "path": colours}}
-    with pytest.raises(RecipeError, match=r"The images of task\.probe\.data have no classes"):
+    with pytest.raises(RecipeError, match=r"have no classes, and task\.probe needs one class of each"):
         prepare(mim_recipe(colours, tokenizer, task={"probe": probe}), ALONE)
 
 

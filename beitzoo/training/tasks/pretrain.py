@@ -326,8 +326,10 @@ def _load_probe(section: ProbeSection | None) -> tuple[ImageSet, Split] | None:
     if section is None:
         return None
     images = load_images(section.data)
-    if images.labels is None:
-        raise RecipeError("The images of task.probe.data have no classes; give images in class folders or with labels.")
+    try:
+        images.one_label_each("task.probe")
+    except InvalidValueError as error:
+        raise RecipeError(str(error)) from error
     split = split_images(images, section.data, test_fraction=1 / 3, val_fraction=0.0)
     if not split.train or not split.test:
         raise RecipeError("task.probe.data needs images to fit the probes on and others to measure them.")
