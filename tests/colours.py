@@ -22,6 +22,32 @@ def write_colours(root: Path, per_class: int = 12) -> Path:
     return root
 
 
+def write_mixtures(root: Path, rounds: int = 5) -> Path:
+    """Write images of all mixtures of the three colours, and a CSV of which are in each; black has none of them.
+
+    The file of the first is broken.
+    """
+    root.mkdir(parents=True)
+    lines = ["path,labels"]
+    for number in range(8 * rounds):
+        has = [bool(number >> place & 1) for place in range(3)]
+        shade = 5 * (number // 8)
+        blue, green, red = (255 - shade if on else shade for on in has)
+        Image.new("RGB", (40, 40), (red, green, blue)).save(root / f"{number}.png")
+        lines.append(f"{number}.png,{';'.join(name for name, on in zip(COLOURS, has, strict=True) if on)}")
+    (root / "0.png").write_bytes(b"broken")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    return root / "labels.csv"
+
+
+def mixture_recipe(labels: Path, **train: object) -> Recipe:
+    """A run on such a CSV; keywords change its `train` section."""
+    document = colour_recipe(labels, **{"batch_size": 8, "lr": 4e-3, **train}).model_dump()
+    document["data"]["source"] = "csv"
+    document["task"]["labels"] = "many"
+    return Recipe.model_validate(document)
+
+
 def colour_recipe(data: Path, run: dict[str, Any] | None = None, **train: object) -> Recipe:
     """A run on such a folder; keywords change its `train` section."""
     return Recipe.model_validate(

@@ -60,9 +60,18 @@ class Answers:
         cells = torch.bincount(self.labels * num_classes + self.answers, minlength=num_classes**2)
         return cells.view(num_classes, num_classes).numpy()
 
+    def wrong(self) -> Tensor:
+        """Tell which answers are wrong, (N,) bool."""
+        return self.labels != self.answers
+
+    def captions(self, place: int, names: Sequence[str]) -> tuple[str, str, float]:
+        """Say of an image what it is, what was answered, and how probable that is."""
+        truth, answer = (names[int(column[place])] for column in (self.labels, self.answers))
+        return truth, answer, float(self.probabilities[place])
+
     def mistakes(self, most: int) -> list[int]:
         """Return the places of wrong answers, the most confident first, so many at most."""
-        wrong = (self.labels != self.answers).nonzero().flatten()
+        wrong = self.wrong().nonzero().flatten()
         order = self.probabilities[wrong].nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
         return wrong[order][:most].tolist()
 

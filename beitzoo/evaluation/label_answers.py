@@ -59,13 +59,17 @@ class LabelAnswers:
         return cls(torch.tensor(images, dtype=torch.int64), labels.bool().cpu(), logits.float().cpu())
 
     @classmethod
-    def joined(cls, parts: Sequence["LabelAnswers"]) -> "LabelAnswers":
-        """Put the answers of several batches or processes together, in order of the images."""
-        images, labels, logits = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels", "logits")
-        )
+    def joined(cls, parts: Sequence["LabelAnswers"], failures: int = 0) -> "LabelAnswers":
+        """Put the answers of several batches or processes together, in order of the images.
+
+        Raises:
+            InvalidValueError: There is no image.
+        """
+        check(bool(parts), f"There is no readable image to measure on ({failures} could not be read).")
+        columns = [[part.images, part.labels, part.logits] for part in parts]
+        images, labels, logits = (torch.cat(column) for column in zip(*columns, strict=True))
         order = images.argsort()
-        return cls(images[order], labels[order], logits[order], sum(part.failures for part in parts))
+        return cls(images[order], labels[order], logits[order], failures)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -84,9 +88,8 @@ class LabelAnswers:
         """Return the scores over all images.
 
         Raises:
-            InvalidValueError: There is no image, or none with a label.
+            InvalidValueError: No image has a label.
         """
-        check(len(self) > 0, f"There is no readable image to measure on ({self.failures} could not be read).")
         check(
             bool(self.labels.any()),
             f"None of the {len(self):,} readable images to measure on has a label, so there is no average precision.",

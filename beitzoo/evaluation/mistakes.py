@@ -1,11 +1,13 @@
 """A contact sheet of a classifier's most confident wrong answers: each image with its class and what was answered."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
+from torch import Tensor
 
-from beitzoo.evaluation.answers import Answers
 from beitzoo.files import write_atomically
 from beitzoo.images import pictures
 from beitzoo.images.files import ImageError, as_image
@@ -18,16 +20,35 @@ _GAP = 16
 _WRONG: pictures.Colour = (176, 38, 30)  # dark enough to be read where red is not seen
 
 
-def write_mistakes(path: Path, answers: Answers, images: ImageSet) -> None:
+class Judged(Protocol):
+    """What a classifier answered on images, one class of each or several labels, and what would be right."""
+
+    @property
+    def images(self) -> Tensor:
+        """Index of each image in its set, (N,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def wrong(self) -> Tensor:
+        """Tell which answers are wrong, (N,) bool."""
+
+    def mistakes(self, most: int) -> list[int]:
+        """Return the places of wrong answers, the most confident first, so many at most."""
+
+    def captions(self, place: int, names: Sequence[str]) -> tuple[str, str, float]:
+        """Say of an image what it is, what was answered, and how probable that is."""
+
+
+def write_mistakes(path: Path, answers: Judged, images: ImageSet) -> None:
     """Draw the sheet as a PNG; of answers that are all right it says that."""
     sheet = draw_mistakes(answers, images)
     write_atomically(path, functools.partial(sheet.save, format="PNG"))
 
 
-def draw_mistakes(answers: Answers, images: ImageSet, most: int = MOST) -> Image.Image:
+def draw_mistakes(answers: Judged, images: ImageSet, most: int = MOST) -> Image.Image:
     """Draw the sheet: the most confident mistake first, line by line; see `write_mistakes`."""
     places = answers.mistakes(most)
-    wrong = int((answers.labels != answers.answers).sum())
+    wrong = int(answers.wrong().sum())
     width = _COLUMNS * _SIDE + (_COLUMNS - 1) * _GAP
     share = f"{wrong:,} of {len(answers):,} answers are wrong"
     shown = "" if wrong <= most else f"; the {len(places)} most confident of them"
@@ -37,11 +58,10 @@ def draw_mistakes(answers: Answers, images: ImageSet, most: int = MOST) -> Image
     return pictures.framed(pictures.stack([title, *lines], _GAP))
 
 
-def _tile(answers: Answers, place: int, images: ImageSet) -> Image.Image:
+def _tile(answers: Judged, place: int, images: ImageSet) -> Image.Image:
     """Show one image above what it is, what was answered, and which file it is."""
     index = int(answers.images[place])
-    truth, answer = (images.names[int(column[place])] for column in (answers.labels, answers.answers))
-    probability = float(answers.probabilities[place])
+    truth, answer, probability = answers.captions(place, images.names)
     words = [
         pictures.text(f"is {truth}", _SIDE, 14),
         pictures.text(f"answer {answer}, {_per_cent(probability)}", _SIDE, 14, _WRONG),

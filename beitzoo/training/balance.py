@@ -16,6 +16,18 @@ def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
     return torch.where(counts > 0, weights, 0.0)
 
 
+def positive_weights(targets: Tensor) -> Tensor:
+    """Return for each class how many images lack it for each that has it, (classes,); 1 where none has it.
+
+    So both weigh the same in binary cross-entropy, as `pos_weight` of PyTorch's documentation.
+
+    Args:
+        targets: 1 where an image has a class, else 0, (images, classes).
+    """
+    positive = targets.sum(0)
+    return torch.where(positive > 0, (len(targets) - positive) / positive, 1.0)
+
+
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     """Draw as many places as there are labels, (N,), of each class equally many, or one more, in a random order.
 

@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) with labels (B,); and which could not be read, with the reason. B may be 0.
+    """Images (B, C, H, W) with targets, see `targets_of`; and which could not be read, with the reason. B may be 0.
 
     What is drawn for all of a batch together is a pure function of `seed`.
     """
@@ -157,13 +157,21 @@ class Order:
         return torch.randperm(len(self.indices), generator=generator)
 
 
+def targets_of(images: ImageSet, indices: Sequence[int]) -> Tensor:
+    """Return the class of images, (N,) int64; of such that may have several, 1 for each, (N, classes) float32."""
+    if images.labels is not None:
+        return torch.tensor([images.labels[index] for index in indices], dtype=torch.int64)
+    targets = torch.zeros(len(indices), len(images.names))
+    for row, index in zip(targets, indices, strict=True):
+        row[list(images.classes_of(index))] = 1
+    return targets
+
+
 class LoadedImages:
     """The images of a set, opened and transformed, a batch at a time."""
 
     def __init__(self, images: ImageSet, transform: Transform, shape: tuple[int, int, int], seed: int) -> None:
-        assert images.labels is not None
         self.images = images
-        self.labels = images.labels
         self.transform = transform
         self.shape = shape
         self.seed = seed
@@ -173,8 +181,7 @@ class LoadedImages:
             loaded, unreadable = load_each(self.images, samples, self._load)
         images = [image for _, image in loaded]
         stacked = torch.stack(images) if images else torch.empty(0, *self.shape)
-        labels = torch.tensor([self.labels[sample.image] for sample, _ in loaded], dtype=torch.int64)
-        return Batch(stacked, labels, unreadable)
+        return Batch(stacked, targets_of(self.images, [sample.image for sample, _ in loaded]), unreadable)
 
     def _load(self, sample: Sample) -> Tensor:
         image = as_image(self.images.images[sample.image], self.shape[0])

@@ -23,6 +23,7 @@ def make_mixup(section: Finetune, num_classes: int) -> Mixup | None:
         switch_prob=section.mixup_switch_prob,
         label_smoothing=0.0,
         num_classes=num_classes,
+        multi_label=section.labels == "many",
     )
 
 
@@ -34,13 +35,13 @@ def mix(mixup: Mixup, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor
     Args:
         mixup: From `make_mixup`.
         images: (B, C, height, width); changed in place.
-        labels: (B,), classes.
+        labels: Classes, (B,); or 1 for each that an image has, else 0, (B, num_classes).
         seed: All that is drawn is a pure function of it; the global generators are left as they were.
 
     Returns:
         The images, and the share of each class in them, (B, num_classes).
     """
-    shares = F.one_hot(labels, mixup.num_classes).float()
+    shares = (labels if labels.ndim == 2 else F.one_hot(labels, mixup.num_classes)).float()
     paired = len(images) // 2 * 2
     if paired:
         with generators_kept():

@@ -13,12 +13,14 @@ from beitzoo.evaluation.answers import (
     write_answers,
     write_class_rows,
 )
+from beitzoo.evaluation.label_answers import LabelAnswers, write_label_answers, write_label_rows
 from beitzoo.evaluation.mistakes import write_mistakes
 from beitzoo.files import full_path, read_text
 from beitzoo.images.duplicates import near_duplicates
 from beitzoo.images.image_set import ImageSet
 from beitzoo.training.folder import LOG, METRICS, RECIPE
 from beitzoo.training.recipe import read_resolved
+from beitzoo.training.sections import Finetune
 
 CURVES, CONFUSION, MISTAKES = "curves.png", "confusion.png", "mistakes.png"
 ANSWERS, PER_CLASS = "answers.csv", "per_class.csv"
@@ -60,21 +62,27 @@ def describe_duplicates(images: ImageSet, train: Sequence[int], test: Sequence[i
     ]
 
 
-def write_findings(directory: Path, answers: Answers, images: ImageSet) -> None:
+def write_findings(directory: Path, answers: Answers | LabelAnswers, images: ImageSet) -> None:
     """Write what a classifier answered on the held-out images: `answers.csv`, `per_class.csv` and `mistakes.png`.
 
     Args:
         directory: The folder of the run.
-        answers: All of them.
+        answers: All of them, one class of each image or several labels.
         images: The set that they are of.
     """
-    write_answers(directory / ANSWERS, answers, images)
-    write_class_rows(directory / PER_CLASS, answers, images.names)
+    if isinstance(answers, LabelAnswers):
+        write_label_answers(directory / ANSWERS, answers, images)
+        write_label_rows(directory / PER_CLASS, answers, images.names)
+    else:
+        write_answers(directory / ANSWERS, answers, images)
+        write_class_rows(directory / PER_CLASS, answers, images.names)
     write_mistakes(directory / MISTAKES, answers, images)
 
 
 def draw_run(directory: Path, metrics: Mapping[str, object] | None = None) -> list[Path]:
-    """Draw `curves.png` of a run's log and, if it classifies, `confusion.png`; return what was drawn.
+    """Draw `curves.png` of a run's log and, if it tells one class, `confusion.png`; return what was drawn.
+
+    Several labels of an image are confused with nothing: `per_class.csv` says how well each is found.
 
     Args:
         directory: The folder of a run of any task, finished or not.
@@ -96,7 +104,8 @@ def draw_run(directory: Path, metrics: Mapping[str, object] | None = None) -> li
     title = f"{directory.absolute().name}: {recipe.task.kind}, {Path(recipe.model.name).name}"
     write_curves(directory / LOG, directory / CURVES, metrics, title)
     drawn = [directory / CURVES]
-    if (directory / ANSWERS).is_file():
+    several = isinstance(recipe.task, Finetune) and recipe.task.labels == "many"
+    if (directory / ANSWERS).is_file() and not several:
         names = read_class_names(directory / PER_CLASS)
         counts = read_confusion(directory / ANSWERS, len(names)) if len(names) <= _MOST_CLASSES else None
         if counts is not None:

@@ -263,14 +263,18 @@ class Finetune(Section):
 
     Attributes:
         kind: Names this task.
+        labels: How many classes an image has: one, learned by cross-entropy and judged by top-1; or any number of them,
+            `many`, learned by binary cross-entropy and judged by mean average precision.
         augment: What is done to training images.
-        label_smoothing: Share of the target that is spread over all classes.
+        label_smoothing: Share of the target that is spread over all classes; of many labels each target moves by half
+            of it towards 0.5, as timm's `BinaryCrossEntropy` does it.
         mixup: Mix pairs of images with a share from a beta distribution of this parameter; 0 for no mixup.
         cutmix: Cut a rectangle of one image into the other, whose area is drawn likewise; 0 for no CutMix.
         mixup_prob: Share of the batches that are mixed, one way or the other.
         mixup_switch_prob: Share of these that are mixed by CutMix, if both are on.
         balance: What is done for rare classes. `loss` weights each image by the inverse of how many its class has, 1 on
-            average; `sampling` shows as many images of each class in an epoch, those of rare ones several times.
+            average; of many labels the loss of images that have one, by how many have it not for each that has it.
+            `sampling` shows as many images of each class in an epoch, those of rare ones several times.
         freeze_blocks: Train neither the patch embedding, tokens and positions nor the first so many blocks, or `all`
             of them; in these nothing is dropped. Everything is trained if None.
         crop_pct: Share of the shorter side that a network sees when it is measured; the trained model keeps it. That of
@@ -279,6 +283,7 @@ class Finetune(Section):
     """
 
     kind: Literal["finetune"] = "finetune"
+    labels: Literal["one", "many"] = "one"
     augment: Annotated[AffineAugment | CropAugment, Field(discriminator="kind")] = CropAugment()
     label_smoothing: Fraction = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0
@@ -289,6 +294,15 @@ class Finetune(Section):
     freeze_blocks: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
     crop_pct: PartOfOne | None = None
     bias_init_std: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _check_balance(self) -> Self:
+        if self.labels == "many" and self.balance == "sampling":
+            raise ValueError(
+                "an image with several labels cannot be shown more often for one of them alone; with labels = 'many' "
+                "balance can be 'loss' or 'none'"
+            )
+        return self
 
 
 class ViewSection(Section):

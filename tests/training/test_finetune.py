@@ -240,7 +240,7 @@ def test_weights_and_order_are_those_of_the_classes(tmp_path: Path) -> None:
         return prepare(changed(recipe, "task", label_smoothing=0.1, **values), ALONE)
 
     weighted, model = prepared_with(balance="loss")
-    found = Counter(weighted._train_labels())
+    found = Counter(weighted.images.classes_of(index)[0] for index in weighted.split.train)
     weights = torch.tensor([20 / (3 * found[label]) for label in range(3)])
     images, labels = torch.randn(10, 3, 64, 64), torch.tensor([0] * 6 + [1] * 3 + [2] * 1)
     with torch.no_grad():
@@ -353,10 +353,13 @@ def test_a_head_of_imagenet_stays_for_folders_named_by_synset() -> None:
     with resources.files("timm.data").joinpath("_info/imagenet_synsets.txt").open() as file:
         synsets = tuple(file.read().split())
     head = Classify(labels="imagenet-1k")
-    assert _labels_of_same_classes(head, synsets) == "imagenet-1k"
-    assert _labels_of_same_classes(head, synsets[::-1]) is None
-    assert _labels_of_same_classes(Classify(), synsets) is None
-    assert _labels_of_same_classes(replace(head, activation="sigmoid"), synsets) is None
+    assert _labels_of_same_classes(head, synsets, "softmax") == "imagenet-1k"
+    assert _labels_of_same_classes(head, synsets[::-1], "softmax") is None
+    assert _labels_of_same_classes(Classify(), synsets, "softmax") is None
+    assert _labels_of_same_classes(head, synsets, "sigmoid") is None
+    several = replace(head, activation="sigmoid")
+    assert _labels_of_same_classes(several, synsets, "softmax") is None
+    assert _labels_of_same_classes(several, synsets, "sigmoid") == "imagenet-1k"
 
 
 def prepared(recipe: Recipe) -> Beit:

@@ -13,10 +13,11 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import beitzoo
-from beitzoo.training.balance import balanced_order, class_weights
+from beitzoo.training.balance import balanced_order, class_weights, positive_weights
 from beitzoo.training.data import Order, training_transform
 from beitzoo.training.generators import seed_generators
 from beitzoo.training.mixing import make_mixup, mix
+from beitzoo.training.objectives import ManyLabels
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import CropAugment, Finetune, TrainSection
 
@@ -55,6 +56,32 @@ def test_plain_smoothing_is_that_of_timm() -> None:
     logits, labels = torch.randn(6, CLASSES, dtype=torch.float64), batch(6)[1]
     loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     assert loss.item() == pytest.approx(LabelSmoothingCrossEntropy(0.1)(logits, labels).item(), rel=1e-12)
+
+
+def test_mixed_and_weighted_labels_are_those_of_timm() -> None:
+    """Several of an image: smoothed here by the loss after mixing, and there in the targets before it."""
+    section = Finetune(labels="many", mixup=0.8, cutmix=1.0, label_smoothing=0.1, balance="loss")
+    images, _ = batch(6)
+    several = (torch.rand(6, CLASSES, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    several[0] = 1
+    weights = torch.tensor([(6 - count) / count for count in several.sum(0).tolist()], dtype=torch.float64)
+    logits = torch.randn(6, CLASSES, dtype=torch.float64)
+    mixup = make_mixup(section, CLASSES)
+    assert mixup is not None
+    for seed in range(5):
+        ours, targets = mix(mixup, images.clone(), several, seed)
+        theirs = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES, multi_label=True)
+        seed_generators(seed)
+        expected, smoothed = theirs(images.clone(), several)
+        assert torch.equal(ours, expected)
+        loss = ManyLabels(section, several).loss(logits, targets)
+        positive, negative = logits.sigmoid().log() * weights, (-logits).sigmoid().log()
+        plain = -(smoothed * positive + (1 - smoothed) * negative).mean()
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_a_class_that_no_image_has_weighs_one() -> None:
+    assert positive_weights(torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 0, 0]])).tolist() == [0, 1, 2]
 
 
 def test_mixing_draws_from_nothing_but_its_seed() -> None:

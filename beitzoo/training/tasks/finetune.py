@@ -1,18 +1,15 @@
 """Fine-tuning: training a classifier on labelled images, from a recipe to its measured accuracy."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from beitzoo.errors import InvalidValueError
-from beitzoo.evaluation.answers import Answers
-from beitzoo.evaluation.metrics import Accuracy, AccuracySum
 from beitzoo.factory import create_model
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.loading import Sample, load_batches
@@ -20,7 +17,6 @@ from beitzoo.images.splits import Split
 from beitzoo.images.transforms import create_transform, resolve_data_config
 from beitzoo.models.beit import Beit
 from beitzoo.saving import save_pretrained
-from beitzoo.training.balance import class_weights
 from beitzoo.training.data import (
     Batch,
     LoadedImages,
@@ -28,10 +24,13 @@ from beitzoo.training.data import (
     UnreadableImages,
     load_images,
     split_images,
+    targets_of,
     training_transform,
 )
 from beitzoo.training.generators import derive_seed, seed_generators
+from beitzoo.training.label_checks import check_labels, check_parts, describe_rare_labels
 from beitzoo.training.mixing import make_mixup, mix
+from beitzoo.training.objectives import ManyLabels, Measurement, Objective, OneClass
 from beitzoo.training.optim import freeze_up_to, parameter_groups, spread_bias_tables
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
@@ -39,7 +38,7 @@ from beitzoo.training.report import describe_duplicates, write_findings
 from beitzoo.training.run import run
 from beitzoo.training.sections import Finetune
 from beitzoo.training.task import Metrics
-from beitzoo.zoo.checkpoints import Classify, Head, Labels
+from beitzoo.zoo.checkpoints import Activation, Classify, Head, Labels
 from beitzoo.zoo.labels import accepts
 
 
@@ -54,11 +53,9 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]
     Raises:
         RecipeError: Says what cannot be done, and what to do.
     """
+    assert isinstance(recipe.task, Finetune)
     images = load_images(recipe.data)
-    if images.labels is None:
-        raise RecipeError("The images have no classes; a classifier needs images of at least two.")
-    if len(images.names) < 2:
-        raise RecipeError(f"There is one class only, {images.names[0]}; a classifier needs at least two class folders.")
+    check_labels(images, recipe.task.labels)
     odd = [name for name in images.names if not _is_text(name)]
     if odd:
         raise RecipeError(f"The name of the class folder {odd[0]!r} is not UTF-8, so no file could hold it; rename it.")
@@ -68,6 +65,8 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]
             f"There are {len(split.val)} images to choose the best model by and {len(split.test)} held out to measure "
             "it; raise data.val_fraction and data.test_fraction, or name held-out images with data.test_path."
         )
+    if images.label_sets is not None:
+        check_parts(images, split)
     seed_generators(derive_seed(recipe.train.seed, "weights"))
     model = _make_model(recipe, images.names)
     task = FinetuneTask(recipe, images, split, model, processes)
@@ -81,7 +80,7 @@ def _is_text(name: str) -> bool:
 
 @dataclass
 class FinetuneTask:
-    """Cross-entropy on labelled images; the better of two models is the more accurate on the validation images.
+    """A loss on labelled images, and the better of two models by the validation images; see `training.objectives`.
 
     Attributes:
         recipe: The run.
@@ -99,13 +98,16 @@ class FinetuneTask:
 
     def __post_init__(self) -> None:
         self.log_names: tuple[str, ...] = ()
-        # Of five classes, the right one is always among the five likeliest.
-        top5 = ("val_top5",) * (len(self.images.names) > 5)
         assert isinstance(self.recipe.task, Finetune)
         self.section = self.recipe.task
-        self.metric_names: tuple[str, ...] = ("val_top1", *top5, "val_loss")
-        classes = self._train_labels()
-        balanced = classes if self.section.balance == "sampling" else None
+        targets = targets_of(self.images, self.split.train)
+        self.objective: Objective
+        if self.images.label_sets is None:
+            self.objective = OneClass(self.section, targets, len(self.images.names))
+        else:
+            self.objective = ManyLabels(self.section, targets)
+        self.metric_names: tuple[str, ...] = self.objective.metric_names
+        balanced = targets.tolist() if self.section.balance == "sampling" else None
         self.order = Order(self.split.train, self.recipe.train, self.processes, balanced)
         self.updates_per_epoch = self.order.updates_per_epoch
         self._shape = (self.model.config.in_chans, *self.model.config.img_size)
@@ -113,13 +115,6 @@ class FinetuneTask:
         self._prepare = create_transform(**resolve_data_config(self.model))
         self._unreadable = UnreadableImages(self.processes)
         self._mixup = make_mixup(self.section, len(self.images.names))
-        self._weights: Tensor | None = None
-        if self.section.balance == "loss":
-            self._weights = class_weights(classes, len(self.images.names)).to(self.processes.device)
-
-    def _train_labels(self) -> list[int]:
-        assert self.images.labels is not None
-        return [self.images.labels[index] for index in self.split.train]
 
     def check(self, model: Beit) -> None:
         """Take one made-up image through augmentation and network, so that what cannot work fails before the run."""
@@ -159,6 +154,7 @@ class FinetuneTask:
         return [
             *self.images.describe(),
             f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
+            *describe_rare_labels(self.images, split),
             *describe_duplicates(self.images, split.train, split.test),
         ]
 
@@ -175,7 +171,7 @@ class FinetuneTask:
             yield batch._replace(seed=seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Return the mean cross-entropy of a batch: mixed, smoothed and weighted as the recipe says."""
+        """Return the mean loss of a batch: mixed, smoothed and weighted as the recipe says."""
         images, targets = self._on_device(batch)
         if self._mixup is not None:
             images, targets = mix(self._mixup, images, targets, batch.seed)
@@ -183,32 +179,21 @@ class FinetuneTask:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not len(images):
             return logits.sum(), 0, {}
-        return self._cross_entropy(logits, targets), len(images), {}
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean over images; targets are classes (B,), or the share of each in an image (B, classes)."""
-        smoothing, weights = self.section.label_smoothing, self._weights
-        if targets.ndim == 2:
-            targets = targets.to(logits.dtype)
-        if weights is None:
-            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
-        return (losses * (weights[targets] if targets.ndim == 1 else targets @ weights.to(targets.dtype))).mean()
+        return self.objective.loss(logits, targets), len(images), {}
 
     def count_images(self, batch: Batch) -> int:
         """Tell how many images a batch has."""
         return len(batch.images)
 
     def validate(self, model: nn.Module) -> Metrics:
-        """Measure top-1, top-5 and loss on the validation images."""
-        accuracy = self.measure(model, self.split.val)
+        """Measure the model on the validation images."""
+        metrics = self.measure(model, self.split.val).metrics()
         self._unreadable.report()
-        values = {name: getattr(accuracy, name.removeprefix("val_")) for name in self.metric_names}
-        return {name: float(value) for name, value in values.items()}
+        return {name: float(metrics[name.removeprefix("val_")]) for name in self.metric_names}
 
     def better(self, metrics: Metrics, best: Metrics) -> bool:
-        """Tell whether more images are right; of equally accurate models the one with the lower loss is better."""
-        return (metrics["val_top1"], -metrics["val_loss"]) > (best["val_top1"], -best["val_loss"])
+        """Tell whether a model of these metrics is better than the best so far."""
+        return self.objective.better(metrics, best)
 
     def save(self, model: nn.Module, directory: Path) -> None:
         """Write a folder that `create_model('local-dir:...')` reads."""
@@ -216,45 +201,40 @@ class FinetuneTask:
         save_pretrained(model, directory)
 
     def measure_best(self, directory: Path) -> Metrics:
-        """Measure top-1, top-5 and loss on the held-out images."""
+        """Measure the best model on the held-out images."""
         best = create_model(f"local-dir:{directory.absolute()}", pretrained=True, device=self.processes.device)
-        mine: list[Answers] = []
-        test = self.measure(best.eval(), self.split.test, mine)
-        self._answers = Answers.joined([part for parts in self.processes.gather(mine) for part in parts])
-        return {f"test_{name}": value for name, value in asdict(test).items()}
+        test = self.measure(best.eval(), self.split.test)
+        metrics = test.metrics()
+        self._answers = test.answers
+        return {f"test_{name}": value for name, value in metrics.items()}
 
     def write_answers(self, directory: Path) -> None:
         """Write what the best model answered on the held-out images."""
         write_findings(directory, self._answers, self.images)
 
-    def measure(self, model: nn.Module, indices: Sequence[int], answers: list[Answers] | None = None) -> Accuracy:
-        """Measure a model on some images; each process takes its share, and all get the same values.
+    def measure(self, model: nn.Module, indices: Sequence[int]) -> Measurement:
+        """Measure a model on some images; each process takes its share, and all get the same measurement.
 
         Args:
             model: In evaluation mode.
             indices: Of the images.
-            answers: Receives those of this process.
         """
-        sums = self._measure_share(model, indices[self.processes.rank :: self.processes.count], answers)
-        sums.sums = torch.stack(self.processes.gather(sums.sums)).sum(0)
-        return sums.accuracy()
+        mine = self._measure_share(model, indices[self.processes.rank :: self.processes.count])
+        return mine.join(self.processes.gather(mine))
 
     @torch.inference_mode()
-    def _measure_share(self, model: nn.Module, indices: Sequence[int], answers: list[Answers] | None) -> AccuracySum:
+    def _measure_share(self, model: nn.Module, indices: Sequence[int]) -> Measurement:
         size = max(self.recipe.train.batch_size // self.processes.count, 1)
         parts = [[Sample(None, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
         dataset = LoadedImages(self.images, self._prepare, self._shape, seed=0)
-        sums = AccuracySum(len(self.images.names))
+        measurement = self.objective.measurement()
         for part, batch in zip(parts, load_batches(dataset, parts, self.recipe.run.workers), strict=True):
             self._unreadable.add(batch.unreadable)
-            sums.add_failures(len(batch.unreadable))
+            measurement.add_failures(len(batch.unreadable))
             if len(batch.labels):
-                images, labels = self._on_device(batch)
-                logits = model(images)
-                sums.add(logits, labels)
-                if answers is not None:
-                    answers.append(Answers.of(self._readable(part, batch), labels, logits))
-        return sums
+                images, targets = self._on_device(batch)
+                measurement.add(self._readable(part, batch), targets, model(images))
+        return measurement
 
     def _readable(self, part: Sequence[Sample], batch: Batch) -> list[int]:
         """Return which images of a part are in the batch that was made of it."""
@@ -276,12 +256,13 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
             f"{section.name} is a segmentation model, and this task trains a classifier of images. Save its backbone, "
             "create_model(..., num_classes=0), with save_pretrained and name that folder."
         )
-    labels = _labels_of_same_classes(model.pretrained.head, names)
-    if labels is None:
-        model.reset_classifier(len(names))
     task = recipe.task
     assert isinstance(task, Finetune)
-    head = Classify(num_classes=len(names), labels=labels or names)
+    activation: Activation = "sigmoid" if task.labels == "many" else "softmax"
+    labels = _labels_of_same_classes(model.pretrained.head, names, activation)
+    if labels is None:
+        model.reset_classifier(len(names))
+    head = Classify(num_classes=len(names), labels=labels or names, activation=activation)
     data = model.pretrained.data
     data = data if task.crop_pct is None else replace(data, crop_pct=task.crop_pct)
     model.pretrained = replace(model.pretrained, sources=(), tag=None, head=head, data=data)
@@ -301,8 +282,8 @@ def _freeze(model: Beit, blocks: int | Literal["all"]) -> None:
     freeze_up_to(model, depth if blocks == "all" else blocks)
 
 
-def _labels_of_same_classes(head: Head, names: tuple[str, ...]) -> Labels | None:
+def _labels_of_same_classes(head: Head, names: tuple[str, ...], activation: Activation) -> Labels | None:
     """Return the labels of a head that tells these classes apart; of one that nobody named that is not known."""
-    if not isinstance(head, Classify) or head.activation != "softmax" or head.num_classes != len(names):
+    if not isinstance(head, Classify) or head.activation != activation or head.num_classes != len(names):
         return None
     return head.labels if accepts(head, names) else None
