@@ -10,7 +10,7 @@ import typer
 
 from beitzoo.cli.evaluate_pixels import list_failures
 from beitzoo.cli.inputs import find_listed
-from beitzoo.cli.networks import load_backbone
+from beitzoo.cli.networks import fastest, load_backbone
 from beitzoo.cli.records import Running, takes_records
 from beitzoo.errors import InvalidValueError, check
 from beitzoo.zoo.registry import DEFAULT_MODEL
@@ -70,9 +70,6 @@ def embed(
         typer.Option(help="Read these blocks: 2,5,-1 from 0, negative from the end, or 'all'; else the network's end."),
     ] = None,
     dtype: Annotated[Precision, typer.Option(help="Of the numbers in the file.")] = Precision.FLOAT32,
-    optimized: Annotated[
-        bool, typer.Option("--optimize/--no-optimize", help="On a CPU, let the optimized copy compute many images.")
-    ] = True,
     running: Running = Running(),  # noqa: B008 - a frozen record
 ) -> None:
     """Write the features of images: a row for each, in their order, with its path and status.
@@ -84,7 +81,6 @@ def embed(
     from beitzoo.images.folder_classes import classes_by_folder
     from beitzoo.images.folders import LeftOut
     from beitzoo.inference.embed import Reading, embed_each
-    from beitzoo.inference.fastest import for_many_images
     from beitzoo.inference.feature_files import Description, check_name, feature_rows, write_features
     from beitzoo.measure.options import usable_device
     from beitzoo.progress import watch
@@ -109,10 +105,7 @@ def embed(
         img_size=network.config.img_size,
         dtype=dtype.value,
     )
-    if optimized:
-        network, note = for_many_images(network, len(listed))
-        if note:
-            print(note, file=sys.stderr)
+    (network,) = fastest([network], len(listed), running)
     embeddings = embed_each(network, (path for _, path in listed), reading, loading=running.loading)
     outcomes = ((one.features, one.error) for one in watch(embeddings, "image", len(listed)))
     rows = feature_rows(outcomes, (str(path) for _, path in listed), classes)

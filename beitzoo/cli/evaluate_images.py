@@ -115,12 +115,13 @@ def evaluate_classifiers(
 
     running, judging, dtypes = output.running, judged.judging(flip), judged.dtypes()
     _check_confusion(confusion, len(models) * len(dtypes), judged)
+    check(running.optimized or "int8" not in dtypes, "int8 is of the optimized copy alone; leave --no-optimize out.")
     kept = results.Table(output.results_file, tuple(COLUMNS), KEY)
     kept.check()
     where = usable_device(running.device)
     images = load_data(data, judging.labelling.real_labels)
     print("\n".join(images.describe()), file=sys.stderr)
-    sweep = Sweep(models, dtypes, images, data, judging, running.checkpoint, where, running.loading)
+    sweep = Sweep(models, dtypes, images, data, judging, running.checkpoint, where, running.loading, running.optimized)
 
     def load(name: str) -> "Beit":
         return load_networks([name], running.checkpoint, where)[name]

@@ -1,9 +1,11 @@
 """From the options --model, --checkpoint and --device to networks with weights."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from beitzoo.cli.records import Running
 from beitzoo.errors import InvalidValueError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -57,6 +59,22 @@ def load_backbone(name: str, checkpoint: Path | None, device: "torch.device") ->
     from beitzoo.inference.embed import backbone_of
 
     return backbone_of(_create(name, checkpoint, device))
+
+
+def fastest(networks: "Iterable[Beit]", count: int, running: Running) -> "list[Beit]":
+    """Return what computes so many images fastest in the place of each network, and say so on stderr.
+
+    It is the network itself where --no-optimize was given. The networks are not to be used again.
+    """
+    from beitzoo.inference.fastest import OPTIMIZED, for_many_images
+    from beitzoo.models.optimize import InferenceBeit
+
+    if not running.optimized:
+        return list(networks)
+    chosen = [for_many_images(network, count, inplace=True) for network in networks]
+    if any(isinstance(network, InferenceBeit) for network in chosen):
+        print(OPTIMIZED, file=sys.stderr)
+    return chosen
 
 
 def names_with_weights(given: Sequence[str], list_file: Path | None) -> list[str]:

@@ -2,13 +2,14 @@
 
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from beitzoo.cli.inputs import count_listed, find_listed
-from beitzoo.cli.networks import load_networks
+from beitzoo.cli.networks import fastest, load_networks
 from beitzoo.cli.records import Running, takes_records
 from beitzoo.inference.rows import Form, choose_form
 from beitzoo.zoo.registry import DEFAULT_MODEL
@@ -48,6 +49,7 @@ def predict_(
     """Classify images. An unreadable one is a row with the reason, and exit code 1 at the end."""
     from beitzoo.images.folders import LeftOut
     from beitzoo.inference.classify import Tally, predict_each
+    from beitzoo.inference.fastest import HANDFUL, count_ahead
     from beitzoo.inference.rows import open_output, write_rows
     from beitzoo.measure.options import usable_device
     from beitzoo.progress import watch
@@ -56,10 +58,11 @@ def predict_(
     names = models or ([] if running.checkpoint else [DEFAULT_MODEL])
     networks = load_networks(names, running.checkpoint, usable_device(running.device))
     left_out = LeftOut()
-    predictions = predict_each(
-        networks, (path for _, path in find_listed(images, left_out)), topk=topk, loading=running.loading
-    )
-    tally = Tally(predictions)
+    paths: Iterable[Path] = (path for _, path in find_listed(images, left_out))
+    # What is listed on stdin may come slowly, so nobody waits to count it.
+    count, paths = (HANDFUL + 1, paths) if "-" in images else count_ahead(paths)
+    faster = dict(zip(networks, fastest(networks.values(), count, running), strict=True))
+    tally = Tally(predict_each(faster, paths, topk=topk, loading=running.loading))
     unit = "image" if len(networks) == 1 else "row"
     rows_on_terminal = output is None and sys.stdout.isatty()
     with warnings.catch_warnings(), open_output(output) as file:

@@ -17,7 +17,7 @@ from beitzoo.cli import extras
 from beitzoo.cli.embed import block_numbers
 from beitzoo.cli.evaluate_pixels import list_failures
 from beitzoo.cli.models import AsJson
-from beitzoo.cli.networks import load_networks
+from beitzoo.cli.networks import fastest, load_networks
 from beitzoo.cli.probe_data import Data
 from beitzoo.cli.records import Running, takes_records
 from beitzoo.errors import InvalidValueError, check, closest
@@ -113,9 +113,6 @@ def probe(
     data: Data,
     models: Annotated[list[str] | None, typer.Argument(help="Model names, or folders of models.")] = None,
     asked: Asked = Asked(),
-    optimized: Annotated[
-        bool, typer.Option("--optimize/--no-optimize", help="On a CPU, let the optimized copy compute many images.")
-    ] = True,
     output: Output = Output(),
     running: Running = Running(),  # noqa: B008 - a frozen record
 ) -> None:
@@ -150,7 +147,7 @@ def probe(
             print("\n".join(labelled.describe()), file=sys.stderr)
             rows, failures = probe_rows(of_table(table, probing), labelled, probing, kept)
         else:
-            for probed, labelled in _networks(named, data, probing, _Making(running, optimized, output.keep_features)):
+            for probed, labelled in _networks(named, data, probing, running, output.keep_features):
                 found, failed = probe_rows(probed, labelled, probing, kept)
                 rows += found
                 failures += failed
@@ -165,26 +162,16 @@ def probe(
         raise typer.Exit(1)
 
 
-@dataclass(frozen=True)
-class _Making:
-    """How features of networks are made: where, by the optimized copy or not, and in which file they are kept."""
-
-    running: Running
-    optimized: bool
-    keep: Path | None
-
-
 def _networks(
-    names: Sequence[str], data: Data, probing: "Probing", making: _Making
+    names: Sequence[str], data: Data, probing: "Probing", running: Running, keep: Path | None
 ) -> "Iterator[tuple[Probed, LabelledData]]":
     """Load one network after the other."""
     from beitzoo.evaluation.evaluate import Subject
     from beitzoo.evaluation.probe_rows import of_network, seen_in_training
     from beitzoo.factory import look_up
-    from beitzoo.inference.fastest import for_many_images
     from beitzoo.measure.options import usable_device
 
-    checkpoint, where = making.running.checkpoint, usable_device(making.running.device)
+    checkpoint, where = running.checkpoint, usable_device(running.device)
     for name in names:
         look_up(name)  # what is misspelt is said before anything is measured
     labelled = data.load()
@@ -196,11 +183,8 @@ def _networks(
         network = model.backbone
         if note := seen_in_training(Subject(network, name, checkpoint), labelled):
             print(note, file=sys.stderr)
-        if making.optimized:
-            network, note = for_many_images(network, len(split.train) + len(split.val) + len(split.test))
-            if note:
-                print(note, file=sys.stderr)
-        yield of_network(network, shown, labelled, probing, making.keep), labelled
+        (network,) = fastest([network], len(split.train) + len(split.val) + len(split.test), running)
+        yield of_network(network, shown, labelled, probing, keep), labelled
 
 
 def _chosen(option: str, given: str, known: Sequence[Choice]) -> tuple[Choice, ...]:

@@ -22,6 +22,7 @@ class Running:
         batch_size: Images per forward pass.
         workers: Threads that decode images.
         device: Where the networks run.
+        optimized: Let the inference copy compute where that is faster.
     """
 
     checkpoint: Annotated[
@@ -31,6 +32,9 @@ class Running:
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")] = 16
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 2
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu"
+    optimized: Annotated[
+        bool, typer.Option("--optimize/--no-optimize", help="On a CPU, let the optimized copy compute many images.")
+    ] = True
 
     @property
     def loading(self) -> "Loading":

@@ -10,10 +10,10 @@ from beitzoo.errors import UserError
 from beitzoo.evaluation.evaluate import COLUMNS, Dtype, Evaluation, Judging, Subject, asked, evaluate, images_for
 from beitzoo.evaluation.truth import real_labels_of
 from beitzoo.images.image_set import ImageSet
-from beitzoo.inference.fastest import for_many_images
+from beitzoo.inference.fastest import OPTIMIZED, for_many_images
 from beitzoo.inference.pipeline import Loading
 from beitzoo.models.beit import Beit
-from beitzoo.models.optimize import optimize
+from beitzoo.models.optimize import InferenceBeit, optimize
 from beitzoo.results import Row, Table, environment
 
 
@@ -30,6 +30,7 @@ class Sweep:
         checkpoint: The file of the weights of the only model, where they are not those of its name.
         device: Where models run.
         loading: Batch size and threads.
+        optimized: Let the inference copy compute where that is faster; int8 is always its own.
     """
 
     models: Sequence[str]
@@ -40,6 +41,7 @@ class Sweep:
     checkpoint: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     loading: Loading = field(default_factory=Loading)
+    optimized: bool = True
 
     @property
     def rows(self) -> list[tuple[str, Dtype]]:
@@ -95,11 +97,16 @@ def run_sweep(
 
 def _measure(sweep: Sweep, name: str, dtype: Dtype, model: Beit, count: int) -> Evaluation:
     if dtype == "float32":
-        model, _ = for_many_images(model, count)
-    else:
+        model = for_many_images(model, count, inplace=True) if sweep.optimized else model
+    elif dtype == "int8" or sweep.optimized:
         model = optimize(model, "int8" if dtype == "int8" else getattr(torch, dtype), inplace=True)
+    else:
+        model = model.to(getattr(torch, dtype))
     subject = Subject(model, name, sweep.checkpoint, dtype)
-    return evaluate(subject, sweep.images, sweep.data, sweep.judging, sweep.loading)
+    evaluation = evaluate(subject, sweep.images, sweep.data, sweep.judging, sweep.loading)
+    if isinstance(model, InferenceBeit):
+        evaluation.notes.append(OPTIMIZED)
+    return evaluation
 
 
 def _facts_of_failure(sweep: Sweep, name: str, dtype: Dtype) -> Row:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from beitzoo.errors import check
 from beitzoo.images.transforms import resolve_data_config
+from beitzoo.inference.fastest import count_ahead, for_many_images
 from beitzoo.inference.pipeline import Failure, Job, Loading, View, one_or_many, run_jobs
 from beitzoo.models.beit import Beit
 from beitzoo.zoo.checkpoints import Classify
@@ -71,7 +72,13 @@ class Tally:
 
 
 def predict(
-    models: Beit | Mapping[str, Beit], images: Any, *, topk: int = 3, batch_size: int = 16, workers: int = 2
+    models: Beit | Mapping[str, Beit],
+    images: Any,
+    *,
+    topk: int = 3,
+    batch_size: int = 16,
+    workers: int = 2,
+    optimize: bool = True,
 ) -> list[Prediction]:
     """Classify images; return one prediction by each model for each image, in the order of both.
 
@@ -81,17 +88,24 @@ def predict(
     Args:
         models: A classifier, or several by name. Their training mode is as before when this returns.
         images: Paths (str or Path), PIL images, arrays (height, width, channels) of uint8 or tensors (channels, height,
-            width) of uint8, or one of these. They are prepared as each model expects.
+            width) of uint8, or one of these; or an array or tensor of several. They are prepared as each model expects:
+            what is normalised already goes to the model itself.
         topk: Classes per image, likeliest first; no more than there are.
         batch_size: Images per forward pass.
         workers: Threads that decode images.
+        optimize: On a CPU, let an inference copy compute more than a handful of images, as `for_many_images` chooses;
+            the models stay as they are.
 
     Raises:
         InvalidValueError: There is no model, one has no head or takes images that are not in files, or a number is not
             positive.
         InvalidOptionError: An image is none of these.
     """
-    return list(predict_each(models, one_or_many(images), topk=topk, loading=Loading(batch_size, workers)))
+    named, images, loading = _classifiers(models), one_or_many(images), Loading(batch_size, workers)
+    if optimize:
+        count, images = count_ahead(images)
+        named = {name: for_many_images(model, count) for name, model in named.items()}
+    return list(_predictions(named, images, topk, loading))
 
 
 def predict_each(
@@ -105,20 +119,29 @@ def predict_each(
         topk: Classes per image.
         loading: Batch size and threads.
     """
-    check(topk >= 1, f"topk is {topk}; it can be 1 or more. Leave it out for the default.")
+    return _predictions(_classifiers(models), images, topk, loading or Loading())
+
+
+def _classifiers(models: Beit | Mapping[str, Beit]) -> dict[str | None, Beit]:
+    """Return models by name, each of which can tell classes apart; a single one has none."""
     named: dict[str | None, Beit] = {None: models} if isinstance(models, nn.Module) else dict(models.items())
     check(bool(named), "There are no models; one or more can look at the images. Give a model, or some by name.")
     for name, model in named.items():
         check_classifier(model, name or "This model")
-    jobs = [classification(model, _answers(model, topk), name or "This model") for name, model in named.items()]
-    return _predictions(named, jobs, images, loading or Loading())
+    return named
 
 
 def _predictions(
-    models: Mapping[str | None, Beit],
-    jobs: Sequence[Job[tuple[Answer, ...]]],
-    images: Iterable[Any],
-    loading: Loading,
+    models: Mapping[str | None, Beit], images: Iterable[Any], topk: int, loading: Loading
+) -> Iterator[Prediction]:
+    """Make the jobs at once, so that what is wrong is said before the first image is asked for."""
+    check(topk >= 1, f"topk is {topk}; it can be 1 or more. Leave it out for the default.")
+    jobs = [classification(model, _answers(model, topk), name or "This model") for name, model in models.items()]
+    return _run(models, jobs, images, loading)
+
+
+def _run(
+    models: Mapping[str | None, Beit], jobs: Sequence[Job[tuple[Answer, ...]]], images: Iterable[Any], loading: Loading
 ) -> Iterator[Prediction]:
     with eval_mode(models.values()):
         for image, outcomes in run_jobs(images, jobs, loading):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from beitzoo.errors import InvalidOptionError, check
 from beitzoo.images.transforms import resolve_data_config
 from beitzoo.inference.classify import NOT_FINITE, eval_mode
+from beitzoo.inference.fastest import count_ahead, for_many_images
 from beitzoo.inference.pipeline import Failure, Job, Loading, View, one_or_many, run_jobs
 from beitzoo.models.beit import Beit
 from beitzoo.models.inputs import take_indices
@@ -108,21 +109,24 @@ def embed(
     blocks: Sequence[int] | None = None,
     batch_size: int = 16,
     workers: int = 2,
+    optimize: bool = True,
 ) -> Array:
     """Return the features of images as an array, a row for each in their order.
 
     A row of an image that cannot be read is NaN, and a warning names such images. `embed_each` gives rows one by one
-    with their reasons. What `beitzoo.optimize(model)` returns is embedded with faster, to rounding the same.
+    with their reasons.
 
     Args:
         model: A `Beit` with or without a head, or what holds one: a `MaskedImageModel` (it sees images unmasked), a
             `Segmenter`. Its training mode is as before when this returns.
         images: As `predict` takes them: paths, PIL images, arrays or tensors of uint8, or one of these. They are
-            prepared as the model expects.
+            prepared as the model expects, and must not be normalised.
         pooling: What a feature is: `pooled` (what the head reads), `mean`, `class`, `both` or `patches`; see `Reading`.
         blocks: Read these blocks instead of the network's output, negative from the end.
         batch_size: Images per forward pass.
         workers: Threads that decode images.
+        optimize: On a CPU, let an inference copy compute more than a handful of images, as `for_many_images` chooses;
+            the model stays as it is.
 
     Returns:
         Float32 (images, C). `both` has 2 C, `patches` (images, h w, C); with `blocks` there is an axis for them behind
@@ -132,8 +136,12 @@ def embed(
         InvalidValueError: There is no such block or pooling, or the model takes images that are not in files.
         InvalidOptionError: There is no `Beit` in the model, or an image is none of what is taken.
     """
-    backbone, reading = backbone_of(model), Reading(pooling, blocks)
-    rows = list(embed_each(backbone, one_or_many(images), reading, loading=Loading(batch_size, workers)))
+    backbone, reading, loading = backbone_of(model), Reading(pooling, blocks), Loading(batch_size, workers)
+    images = one_or_many(images)
+    if optimize:
+        count, images = count_ahead(images)
+        backbone = for_many_images(backbone, count)
+    rows = list(embed_each(backbone, images, reading, loading=loading))
     features = np.full((len(rows), *reading.shape(backbone)), np.nan, dtype=np.float32)
     failed = []
     for place, row in enumerate(rows):

@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from beitzoo.errors import OutOfMemoryError, check, is_out_of_memory
+from beitzoo.errors import InvalidOptionError, OutOfMemoryError, check, is_out_of_memory
 from beitzoo.images.files import ImageError, as_image
 from beitzoo.images.transforms import Transform, create_transform, prepare
 
@@ -119,8 +119,19 @@ class Loading:
 
 
 def one_or_many(images: Any) -> Iterable[Any]:
-    """Return images as they are, or a list of the one that was given alone."""
-    return [images] if isinstance(images, str | Path | Image) or hasattr(images, "dtype") else images
+    """Return images as they are, or a list of the one that was given alone; of an array of several, each.
+
+    Raises:
+        InvalidOptionError: They are neither one nor many.
+    """
+    if isinstance(images, str | bytes | Path | Image) or getattr(images, "ndim", None) in (0, 2, 3):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise InvalidOptionError(
+            f"Got a {type(images).__name__}; images are a list of paths, PIL images, arrays or tensors, or one of "
+            "these."
+        )
+    return images
 
 
 def run_jobs(

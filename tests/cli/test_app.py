@@ -100,7 +100,7 @@ def test_the_user_is_told_what_the_user_can_correct(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "arguments", [["list", "--pretrained"], ["predict", "-mbeit_nano_patch4_32", *[str(SAMPLES)] * 20]]
+    "arguments", [["list", "--pretrained"], ["predict", "--no-optimize", "-mbeit_nano_patch4_32", *[str(SAMPLES)] * 20]]
 )
 def test_a_closed_pipe_is_quiet(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "beitzoo", *arguments]
@@ -211,7 +211,18 @@ def test_the_options_are_frozen() -> None:
     assert options == {
         "list": ["markdown", "pattern", "pretrained", "tokenizers"],
         "info": ["as_json", "name"],
-        "predict": ["batch_size", "checkpoint", "device", "form", "images", "models", "output", "topk", "workers"],
+        "predict": [
+            "batch_size",
+            "checkpoint",
+            "device",
+            "form",
+            "images",
+            "models",
+            "optimized",
+            "output",
+            "topk",
+            "workers",
+        ],
         "segment": [
             "checkpoint",
             "device",
@@ -261,6 +272,7 @@ def test_the_options_are_frozen() -> None:
             "mode",
             "model_list",
             "models",
+            "optimized",
             "outputs",
             "per_class",
             "real_labels",

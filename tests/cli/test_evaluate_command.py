@@ -10,6 +10,7 @@ from commands import SAMPLES, run
 
 import beitzoo
 from beitzoo.cli.networks import names_with_weights
+from beitzoo.inference.fastest import HANDFUL, OPTIMIZED
 
 MODEL = "beit_nano_patch4_32.digits"
 
@@ -91,6 +92,19 @@ def test_a_sweep_goes_on_where_it_was_and_measures_changed_data_anew(data: Path,
     ]
 
 
+def test_many_images_are_measured_by_the_optimized_copy(data: Path) -> None:
+    for place in range(HANDFUL):
+        (data / "1" / f"{place}.png").write_bytes((SAMPLES / "digit_1.png").read_bytes())
+    (data / "3" / "broken.png").unlink()
+    asked = ("evaluate", MODEL, "--data", str(data), "--json")
+    copied, plain = run(*asked), run(*asked, "--no-optimize")
+    assert (copied.stderr.count(OPTIMIZED), plain.stderr.count(OPTIMIZED)) == (1, 0)
+    assert json.loads(copied.stdout) == json.loads(plain.stdout)
+    half = run(*asked, "--dtype", "bfloat16", "--no-optimize")
+    (row,) = json.loads(half.stdout)
+    assert (row["dtype"], row["top1"], OPTIMIZED in half.stderr) == ("bfloat16", 100.0, False)
+
+
 def test_weights_that_were_trained_since_are_measured_anew(data: Path, tmp_path: Path) -> None:
     model = beitzoo.create_model("beit_nano_patch4_32", pretrained=True, num_classes=3)
     (data / "3" / "broken.png").unlink()
@@ -145,6 +159,7 @@ def test_the_confusion_of_a_classifier_is_drawn(data: Path, tmp_path: Path) -> N
     ("options", "message"),
     [
         (["--dtype", "float16"], "--dtype float16: there are float32, bfloat16, int8"),
+        (["--dtype", "int8", "--no-optimize"], "int8 is of the optimized copy alone; leave --no-optimize out"),
         (["--sizes", "big"], "--sizes big: these are no numbers"),
         (["--stride", "3"], "is no segmentation model: --mode"),
         (["--confusion", "x.png", "--real-labels", "timm"], "With --real-labels an image has several classes"),

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import beitzoo
 from beitzoo.cli import app
+from beitzoo.inference.fastest import HANDFUL, OPTIMIZED
 
 
 def test_predict_as_json() -> None:
@@ -23,6 +24,22 @@ def test_predict_as_json() -> None:
     assert result.exit_code == 0
     assert [row["answers"][0]["label"] for row in rows] == list("0123456789")
     assert all(len(row["answers"]) == 2 and row["error"] is None for row in rows)
+
+
+def test_many_images_are_classified_by_the_optimized_copy() -> None:
+    """Of two models, which is said once; --no-optimize leaves it out."""
+    asked = (
+        "predict",
+        *[str(SAMPLES / "digit_*.png")] * (HANDFUL // 10 + 1),
+        "-mbeit_nano_patch4_32.digits",
+        "-mbeit_nano_patch4_32",
+    )
+    copied, plain = run(*asked), run(*asked, "--no-optimize")
+    assert (copied.exit_code, copied.stdout) == (0, plain.stdout)
+    assert copied.stderr == f"{OPTIMIZED}\n"
+    assert plain.stderr == ""
+    listed = run("predict", "-", "-mbeit_nano_patch4_32", input=f"{SAMPLES / 'digit_3.png'}\n")
+    assert listed.stderr == f"{OPTIMIZED}\n"
 
 
 def test_predict_names_a_failure_and_exits_with_one(tmp_path: Path) -> None:

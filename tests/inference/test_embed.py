@@ -15,9 +15,7 @@ import beitzoo
 from beitzoo.errors import FileAccessError, InvalidOptionError, InvalidValueError, MissingFileError
 from beitzoo.images.folder_classes import ImageClasses, classes_by_folder
 from beitzoo.inference.embed import Array, Reading, backbone_of, embed_each
-from beitzoo.inference.fastest import HANDFUL, for_many_images
 from beitzoo.inference.feature_files import Description, feature_rows, read_features, write_features
-from beitzoo.models.optimize import InferenceBeit
 
 
 def photos(root: Path, count: int = 3) -> list[Path]:
@@ -55,10 +53,7 @@ def test_features_are_what_the_head_reads_of_images_as_timm_prepares_them(
     assert (features.shape, features.dtype) == ((3, model.num_features), np.float32)
     assert np.abs(features - expected).max() < 1e-5 * np.abs(expected).max()
     assert np.abs(expected[0] - expected[1]).max() > 1e-2
-    fast, note = for_many_images(model, HANDFUL + 1)
-    assert isinstance(fast, InferenceBeit)
-    assert note is not None
-    assert np.abs(beitzoo.embed(fast, paths) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(beitzoo.embed(beitzoo.optimize(model), paths) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_other_poolings_are_of_the_same_tokens(tmp_path: Path) -> None:
@@ -113,13 +108,6 @@ def test_an_image_that_cannot_be_read_is_a_row_of_nan_and_a_warning(tmp_path: Pa
         beitzoo.embed(model, paths, pooling="max")  # type: ignore[arg-type]
     with pytest.raises(InvalidValueError, match=r"indices=\[9\]; there are"):
         beitzoo.embed(model, paths, blocks=[9])
-
-
-def test_the_optimized_copy_is_for_many_images_on_a_cpu() -> None:
-    model = random_model()
-    assert for_many_images(model, HANDFUL) == (model, None)
-    fast, _ = for_many_images(model, HANDFUL + 1)
-    assert for_many_images(fast, 100) == (fast, None)
 
 
 @pytest.fixture

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from beitzoo.errors import InvalidValueError, OutOfMemoryError
-from beitzoo.inference.pipeline import Failure, Job, Loading, View, run_jobs
+from beitzoo.errors import InvalidOptionError, InvalidValueError, OutOfMemoryError
+from beitzoo.inference.pipeline import Failure, Job, Loading, View, one_or_many, run_jobs
 
 EVAL: dict[str, Any] = {
     "input_size": (1, 4, 4),
@@ -84,3 +86,16 @@ def test_no_inputs_have_no_outcomes() -> None:
 def test_numbers_are_checked(name: str, number: int) -> None:
     with pytest.raises(InvalidValueError, match=f"{name} is {number}; it can be 1 or more. Leave it out"):
         Loading(**{name: number})
+
+
+def test_one_image_is_a_list_of_it_and_an_array_of_several_is_each_of_them() -> None:
+    pixels = np.zeros((5, 8, 9, 3), np.uint8)
+    tensors = torch.zeros(5, 3, 8, 9, dtype=torch.uint8)
+    for one in ("a.png", Path("a.png"), grey(1), pixels[0], pixels[0, :, :, 0], tensors[0], b"bytes"):
+        assert one_or_many(one) == [one] or one_or_many(one)[0] is one  # type: ignore[index]
+    for many in (pixels, tensors, ["a.png"], (grey(1),), {"a.png": 1}, np.array(["a.png", "b.png"])):
+        assert one_or_many(many) is many
+    assert [tuple(one.shape) for one in one_or_many(tensors)] == [(3, 8, 9)] * 5
+    for wrong in (None, 3):
+        with pytest.raises(InvalidOptionError, match="images are a list of paths, PIL images, arrays or tensors"):
+            one_or_many(wrong)
