@@ -65,14 +65,19 @@ def describe_invalid(error: "ValidationError", document: Any = None) -> str:
         document: What it was given, if it is one with unions told apart by `kind`: pydantic names the kind in the
             place too, as if it were a key.
     """
-    first = error.errors(include_input=False, include_url=False)[0]
-    return f"{'.'.join(_place(first['loc'], document)) or 'the document'}: {first['msg']}"
+    errors = error.errors(include_input=False, include_url=False)
+    places = [".".join(_place(each["loc"], document)) or "the document" for each in errors]
+    # Of a value that may be one of several kinds, pydantic says of each why it is not.
+    reasons = [each["msg"] for each, place in zip(errors, places, strict=True) if place == places[0]]
+    return f"{places[0]}: {' or '.join(reason.removeprefix('Value error, ') for reason in reasons)}"
 
 
 def _place(parts: Iterable[int | str], document: Any) -> Iterator[str]:
     for part in parts:
         if isinstance(document, dict) and part not in document and document.get("kind") == part:
             continue
+        if isinstance(document, bool | int | float | str):
+            return  # what follows is a kind that the value might have been
         yield str(part)
         try:
             document = document[part]

@@ -57,7 +57,7 @@ def classes_of(shards: Shards, found: Sequence[Sequence[int | str | None] | Numb
         noted: Names of the classes that the files themselves state.
 
     Raises:
-        InvalidValueError: A number is beyond all bounds.
+        InvalidValueError: A number is that of no class.
     """
     if any(isinstance(label, str) for labels in found if not isinstance(labels, np.ndarray) for label in labels):
         words = [[None if label is None else str(label) for label in labels] for labels in found]
@@ -75,7 +75,13 @@ def classes_of(shards: Shards, found: Sequence[Sequence[int | str | None] | Numb
     )
     if most < 0:
         return Classes(numbers, None)
-    return Classes(numbers, tuple(noted) or _names_of_file(shards) or tuple(map(str, range(most + 1))))
+    names = tuple(noted) or _names_of_file(shards) or tuple(map(str, range(most + 1)))
+    check(
+        most < len(names),
+        f"An image at {shards.root} has the class number {most}, but only {len(names)} classes are named, which are "
+        f"numbered from 0. Correct the number, or name all classes in a {CLASSES_FILE}.",
+    )
+    return Classes(numbers, names)
 
 
 def _array(numbers: list[int]) -> Numbers:
@@ -110,10 +116,7 @@ def images_of(shards: Shards, containers: Sequence[Container], classes: Classes,
         MissingFileError: There are no images.
     """
     names = classes.names
-    keep = [
-        np.ones(len(numbers), bool) if names is None else (numbers >= 0) & (numbers < len(names))
-        for numbers in classes.numbers
-    ]
+    keep = [np.ones(len(numbers), bool) if names is None else numbers >= 0 for numbers in classes.numbers]
     for container, kept in zip(containers, keep, strict=True):
         list_left_out(shards, container, ~kept, WITHOUT_CLASS, left_out)
     labels = [numbers[kept] for numbers, kept in zip(classes.numbers, keep, strict=True)]

@@ -1,6 +1,9 @@
 """Data sets of images in their forms: the digits, folders, and, from rooms of their own, lists, tables and tars."""
 
+import os
+import re
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +25,9 @@ _SUFFIXES: dict[str, Source] = {".parquet": "parquet", ".tar": "webdataset"}
 # Names of folders that are parts of a data set.
 _TRAIN = set(PARTS["train"])
 _HELD_OUT = {*PARTS["validation"], *PARTS["test"]}
+# What a person may write who means a data set on the hub, by its page or its name.
+_HUB_NAME = re.compile(r"(?:hf:|https?:/+huggingface\.co/datasets/)?([\w.-]+(?:/[\w.-]+)?)")
+_LOOKED_AT = 20
 
 
 def find_images(source: Source, path: Path | None = None) -> ImageSet:
@@ -64,10 +70,22 @@ def guess_source(path: Path) -> Source:
     if is_saved(path):
         return "arrow"
     for suffix, source in _SUFFIXES.items():
-        # In the hub's repositories tables are in a folder `data`; whole trees of images are not searched for them.
-        if path.suffix.lower() == suffix or any(any(path.glob(f"{place}*{suffix}")) for place in ("", "data/")):
+        if path.suffix.lower() == suffix or _holds(path, suffix):
             return source
     return "folder"
+
+
+def _holds(path: Path, suffix: str) -> bool:
+    """Tell whether a folder, or one in it as in the hub's repositories, holds such a file.
+
+    Of the folders in it the first entries are looked at only: they may be classes of thousands of images.
+    """
+    try:
+        inside = [*path.iterdir()]
+        below = (entry for folder in inside if folder.is_dir() for entry in islice(folder.iterdir(), _LOOKED_AT))
+        return any(entry.name.endswith(suffix) for entry in chain(inside, below))
+    except OSError:  # it is said when the images are looked for
+        return False
 
 
 def digits() -> ImageSet:
@@ -158,9 +176,27 @@ def _entries(root: Path, form: str) -> list[tuple[str, bool]]:
     try:
         return sorted((path.name, path.is_dir()) for path in root.iterdir())
     except FileNotFoundError as error:
-        raise MissingFileError(f"There is no folder {root}; expected one with images in {form}.") from error
+        raise MissingFileError(
+            f"There is no folder {root}; expected one with images in {form}.{_how_to_download(root)}"
+        ) from error
+    except NotADirectoryError as error:
+        raise FileAccessError(
+            f"{root} is a file, and no CSV, Parquet or tar file; expected a folder with images in CLASS/IMAGE."
+        ) from error
     except OSError as error:
         raise FileAccessError(f"The folder {root} cannot be listed: {error.strerror}. Give another one.") from error
+
+
+def _how_to_download(root: Path) -> str:
+    """Say how to get a data set of the hub, if a place that is not there is called like one."""
+    name = _HUB_NAME.fullmatch(os.path.relpath(root))
+    if name is None or name[1].startswith("."):
+        return ""
+    folder = name[1].rpartition("/")[2]
+    return (
+        f" If you mean {name[1]} of the Hugging Face hub, get it first with `hf download {name[1]} --repo-type dataset "
+        f"--local-dir {folder}`, and give that folder."
+    )
 
 
 def _class_folders(folder: Path, root: Path, left_out: LeftOut) -> list[str]:

@@ -39,6 +39,8 @@ def draw_split(
 
     Images that may have several labels are drawn without a look at these.
 
+    A class of which there is one image to draw from, as some of ImageNet-22k, keeps it for training.
+
     Args:
         images: All images.
         val_fraction: Share of the images that are not held out.
@@ -63,33 +65,26 @@ def _draw(indices: Sequence[int], images: ImageSet, fraction: float, seed: int) 
         raise UnsupportedError(
             "Drawing a split needs scikit-learn; install it with: pip install 'beitzoo[train]'"
         ) from error
-    classes = None if images.labels is None else [images.labels[index] for index in indices]
-    _check_no_single(classes or (), images.names)
+    several, alone = _without_single(indices, images.labels)
+    classes = None if images.labels is None else [images.labels[index] for index in several]
+    least = 1 if classes is None else len(set(classes))
     count = round(len(indices) * fraction)
     check(
-        0 < count < len(indices),
-        f"A fraction of {fraction} of {len(indices)} images is {count}, and both parts of a split need some. Give "
-        "another fraction, 0 for none, or more images.",
+        0 < least <= count <= len(several) - least,
+        f"A fraction of {fraction} of {len(indices)} images is {count}, and both parts of a split need at least "
+        f"{max(least, 1)}{', one of each class' * (least > 1)}. Give another fraction, 0 for none, or more images.",
     )
-    try:
-        kept, drawn = train_test_split(list(indices), test_size=count, stratify=classes, random_state=seed)
-    except ValueError as error:
-        raise InvalidValueError(
-            f"{len(indices)} images cannot be split with a fraction of {fraction}: {error} Give another fraction, or "
-            "more images per class."
-        ) from error
-    return kept, drawn
+    kept, drawn = train_test_split(several, test_size=count, stratify=classes, random_state=seed)
+    return [*kept, *alone], drawn
 
 
-def _check_no_single(classes: Sequence[int], names: Sequence[str]) -> None:
-    """Refuse classes of one image, which cannot be in both parts of a split."""
-    single = [names[label] for label, count in sorted(Counter(classes).items()) if count == 1]
-    check(
-        not single,
-        f"{len(single)} of {len(names)} classes have only one image to be split ({', '.join(single[:3])}"
-        f"{', ...' * (len(single) > 3)}), and both parts need one of each. Add images to these, leave them out, or say "
-        "which images are held out, with parts of the data or data.test_path.",
-    )
+def _without_single(indices: Sequence[int], labels: Sequence[int] | None) -> tuple[list[int], list[int]]:
+    """Return the images that are not the only one of their class, and those that are."""
+    if labels is None:
+        return list(indices), []
+    sizes = Counter(labels[index] for index in indices)
+    several = [index for index in indices if sizes[labels[index]] > 1]
+    return several, [index for index in indices if sizes[labels[index]] == 1]
 
 
 def choose_per_class(images: ImageSet, indices: Sequence[int], count: int, seed: int) -> list[int]:

@@ -3,7 +3,7 @@
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,8 @@ _COMMANDS = {
     "pretrain": "`beitzoo pretrain`",
     "tokenizer": "`beitzoo train-tokenizer`",
 }
+
+_EPOCHS, _UPDATES = "epochs", "updates"  # of `train`: a recipe gives one of them
 
 
 class RecipeError(UserError, ValueError):
@@ -74,8 +76,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = (), kind: str = "fin
     path = find_recipe(name, kind)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-        for setting in settings:
-            _set(document, setting)
+        _set_all(document, settings)
         task = document.setdefault("task", {})
         if isinstance(task, dict) and task.setdefault("kind", kind) not in _kinds_beside(kind):
             raise RecipeError(
@@ -116,8 +117,7 @@ def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """
     document = _document(recipe)
     try:
-        for setting in settings:
-            _set(document, setting)
+        _set_all(document, settings)
         return Recipe.model_validate(document)
     except ValidationError as error:
         raise RecipeError(f"{describe_invalid(error, document)}.") from error
@@ -191,6 +191,22 @@ def _values(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in section.items():
         values |= _values(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return values
+
+
+def set_names(settings: Iterable[str]) -> list[str]:
+    """Return the dotted names of the values that settings change."""
+    return [setting.partition("=")[0].strip() for setting in settings]
+
+
+def _set_all(document: dict[str, Any], settings: Sequence[str]) -> None:
+    """Change a document; of two values that exclude each other, the one that is set replaces the other."""
+    names = set_names(settings)
+    train = document.get("train")
+    for name, other in ((_EPOCHS, _UPDATES), (_UPDATES, _EPOCHS)):
+        if f"train.{name}" in names and f"train.{other}" not in names and isinstance(train, dict):
+            train.pop(other, None)
+    for setting in settings:
+        _set(document, setting)
 
 
 def _set(document: dict[str, Any], setting: str) -> None:

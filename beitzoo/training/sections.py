@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from beitzoo.errors import closest
 from beitzoo.files import full_path
 from beitzoo.images.masks import MaskKind
 from beitzoo.zoo.checkpoints import HALF
@@ -14,6 +15,17 @@ from beitzoo.zoo.tokenizers import is_tokenizer
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PartOfOne = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def _in_order(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"{list(limits)} is no range; write the smaller number first")
+    return limits
+
+
+ShareRange = Annotated[tuple[PartOfOne, PartOfOne], AfterValidator(_in_order)]
+RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
 # `~` is the home folder, and a run that goes on elsewhere means the same files.
 FullPath = Annotated[Path, AfterValidator(lambda path: full_path(path).absolute())]
 _FOLDER = "local-dir:"  # before the path of a folder, in names
@@ -46,6 +58,14 @@ class Section(BaseModel):
     """A closed table of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_keys(cls, values: Any) -> Any:
+        unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
+        if unknown:
+            raise ValueError(f"there is no key {unknown[0]!r}; {closest(unknown[0], cls.model_fields)}")
+        return values
 
 
 class ModelSection(Section):
@@ -143,7 +163,7 @@ class CropAugment(Section):
     """
 
     kind: Literal["crop"] = "crop"
-    scale: tuple[PartOfOne, PartOfOne] = (0.08, 1.0)
+    scale: ShareRange = (0.08, 1.0)
     hflip: Fraction = 0.5
     color_jitter: Annotated[float, Field(ge=0)] = 0.4
     auto_augment: str = ""
@@ -304,6 +324,11 @@ class Finetune(Section):
             )
         return self
 
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _crop_by_default(cls, augment: Any) -> Any:
+        return {"kind": "crop", **augment} if isinstance(augment, dict) else augment
+
 
 class ViewSection(Section):
     """How the one view of an image that a tokenizer learns from is drawn; it has no mean and std, but is in [0, 1].
@@ -316,8 +341,8 @@ class ViewSection(Section):
         interpolation: Filter by which the crop is resized.
     """
 
-    scale: tuple[PartOfOne, PartOfOne] = (0.08, 1.0)
-    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
+    scale: ShareRange = (0.08, 1.0)
+    ratio: RatioRange = (3 / 4, 4 / 3)
     jitter: Annotated[float, Field(ge=0)] = 0.0
     hflip: Fraction = 0.5
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
@@ -447,7 +472,7 @@ class PixelAugment(Section):
     """
 
     fit: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
-    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    ratio: RatioRange = (0.5, 2.0)
     max_share: PartOfOne = 0.75
     hflip: Fraction = 0.5
     distort: bool = True

@@ -1,6 +1,7 @@
 """Folders: which files are images, which subfolders are classes, and what is said of the others."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError
 from beitzoo.images.datasets import find_images as find_image_set
-from beitzoo.images.datasets import labelled_folder
+from beitzoo.images.datasets import guess_source, labelled_folder
 from beitzoo.images.folders import LeftOut, find_images, images_below
 from beitzoo.images.image_set import ImageSet
 
@@ -125,7 +126,7 @@ def test_a_folder_without_images_says_what_it_has(tmp_path: Path, monkeypatch: p
     fill(tmp_path, "cat/1.heic")
     with pytest.raises(MissingFileError, match=r"expected .*CLASS/IMAGE. Left out 1, HEIC"):
         labelled_folder(tmp_path)
-    with pytest.raises(FileAccessError, match="cannot be listed: Not a directory"):
+    with pytest.raises(FileAccessError, match=r"1\.heic is a file, and no CSV"):
         labelled_folder(tmp_path / "cat" / "1.heic")
     monkeypatch.setenv("HOME", str(fill(tmp_path / "home", "data/cat/1.png").parent / "home"))
     assert labelled_folder(Path("~/data")).names == ("cat",)
@@ -164,3 +165,33 @@ def test_a_folder_without_any_image_is_refused(tmp_path: Path) -> None:
         find_image_set("images", tmp_path / "absent")
     with pytest.raises(InvalidValueError, match="The source 'images' needs a path"):
         find_image_set("images")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("ethz/food101", "ethz/food101"),
+        ("hf:ethz/food101", "ethz/food101"),
+        ("https://huggingface.co/datasets/ethz/food101", "ethz/food101"),
+        ("food101", "food101"),
+    ],
+)
+def test_who_names_a_data_set_of_the_hub_is_told_how_to_get_it(
+    place: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = f"`hf download {name} --repo-type dataset --local-dir food101`"
+    with pytest.raises(MissingFileError, match=re.escape(command)):
+        find_image_set(guess_source(Path(place)), Path(place))
+    with pytest.raises(MissingFileError, match=r"CLASS/IMAGE\.$"):
+        find_image_set("folder", Path("my/own/photos"))
+
+
+def test_what_was_downloaded_from_the_hub_is_known_by_its_files(tmp_path: Path) -> None:
+    """Its tables are in a folder `data`, or one called like the configuration."""
+    (tmp_path / "set" / "plain_text").mkdir(parents=True)
+    (tmp_path / "set" / "README.md").touch()
+    (tmp_path / "set" / "plain_text" / "train-00000-of-00001.parquet").touch()
+    assert guess_source(tmp_path / "set") == "parquet"
+    assert guess_source(tmp_path / "set" / "plain_text") == "parquet"
+    assert guess_source(tmp_path) == "folder"

@@ -33,16 +33,21 @@ def test_splits_are_even_disjoint_and_drawn_by_the_seed() -> None:
     assert set(draw_split(images, 0.1, 1 / 3, seed=7).test) != set(split.test)
 
 
-def test_classes_of_one_image_are_named() -> None:
-    labels = [0, 0, 1, 2, 2, 2, 3]
-    images = ImageSet([Image.new("L", (1, 1))] * 7, labels, ("a", "b", "c", "d"))
-    with pytest.raises(InvalidValueError, match=r"2 of 4 classes have only one image to be split \(b, d\), and both"):
-        draw_split(images, val_fraction=0, test_fraction=0.4, seed=0)
-    assert draw_split(images, 0, 0, seed=0).train == list(range(7))
+def test_classes_of_one_image_are_trained_on() -> None:
+    """Of two images one is left when the other is held out, and none is then drawn to choose by."""
+    labels = [0] * 4 + [1] + [2] * 2 + [3] + [0] * 4
+    images = ImageSet([Image.new("L", (1, 1))] * 12, labels, ("a", "b", "c", "d"))
+    split = draw_split(images, val_fraction=0.25, test_fraction=0.25, seed=0)
+    assert Counter(labels[i] for i in split.test) == {0: 2, 2: 1}
+    assert Counter(labels[i] for i in split.val) == {0: 2}
+    assert Counter(labels[i] for i in split.train) == {0: 4, 1: 1, 2: 1, 3: 1}
+    assert draw_split(images, 0, 0, seed=0).train == list(range(12))
 
 
 def test_a_fraction_that_leaves_a_class_out_is_refused() -> None:
-    with pytest.raises(InvalidValueError, match=r"1797 images cannot be split with a fraction of 0.001.*more images"):
+    with pytest.raises(
+        InvalidValueError, match=r"A fraction of 0.001 of 1797 images is 2.*least 10, one of each class"
+    ):
         draw_split(digits(), val_fraction=0.1, test_fraction=0.001, seed=0)
 
 
@@ -116,5 +121,5 @@ def test_the_same_number_is_chosen_of_each_class() -> None:
 
 def test_a_part_without_an_image_is_refused() -> None:
     few = ImageSet([Image.new("L", (1, 1))] * 3, None, ())
-    with pytest.raises(InvalidValueError, match="of 3 images is 0, and both parts of a split need some"):
+    with pytest.raises(InvalidValueError, match="of 3 images is 0, and both parts of a split need at least 1"):
         draw_split(few, val_fraction=0.1, test_fraction=0.0, seed=0)

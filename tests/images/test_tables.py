@@ -81,10 +81,16 @@ def test_classes_have_names_of_a_file_or_numbers_or_are_words(tmp_path: Path) ->
 
 def test_rows_without_one_of_the_classes_are_left_out_and_counted(tmp_path: Path) -> None:
     shown = [png(shade) for shade in range(5)]
-    images = find_images("parquet", write_table(tmp_path / "t.parquet", shown, [0, None, 2, -1, 1], ["cat", "dog"]))
+    images = find_images("parquet", write_table(tmp_path / "t.parquet", shown, [0, None, None, -1, 1], ["cat", "dog"]))
     assert (images.labels, shades(images)) == ([0, 1], [0, 4])
     assert [images.identity(index)[0] for index in (0, 1)] == ["t.parquet:0", "t.parquet:4"]
     assert images.describe()[1:] == ["Left out 3, without one of the classes: t.parquet:1, t.parquet:2, t.parquet:3"]
+
+
+def test_numbers_without_a_name_are_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.parquet", [png(0)] * 3, [0, 2, 1], ["cat", "dog"])
+    with pytest.raises(InvalidValueError, match=r"the class number 2, but only 2 classes are named.*classes\.txt"):
+        find_images("parquet", path)
 
 
 @pytest.mark.parametrize("labels", [None, [-1, -1], [None, None]])

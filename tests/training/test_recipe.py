@@ -87,14 +87,31 @@ def test_settings_change_a_recipe() -> None:
     assert load_recipe(DIGITS, ["data.source=folder"]).data.source == "folder"
 
 
+def test_a_setting_replaces_what_it_excludes() -> None:
+    assert load_recipe(DIGITS, ["train.updates=7"]).train.epochs is None
+    assert change_recipe(load_recipe(DIGITS, ["train.updates=7"]), ["train.epochs=2"]).train.updates is None
+    with pytest.raises(RecipeError, match="train: give either epochs or updates"):
+        load_recipe(DIGITS, ["train.updates=7", "train.epochs=2"])
+
+
+def test_crops_are_what_augments_where_nothing_is_said() -> None:
+    recipe = load_recipe("beit_base_in22k_ft_in1k")
+    augment = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
+    assert recipe.task == Finetune.model_validate({**recipe.task.model_dump(), "augment": augment})
+    with pytest.raises(RecipeError, match=r"task\.augment\.scale: \[1\.0, 0\.5\] is no range; write the smaller"):
+        change_recipe(recipe, ["task.augment.scale=[1.0, 0.5]"])
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.leraning_rate=1", "train.leraning_rate: Extra inputs are not permitted"),
+        ("train.warmup_epoch=1", "train: there is no key 'warmup_epoch'; did you mean 'warmup_epochs' or"),
         ("train.lr=fast", "train.lr: Input should be a valid number"),
         ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1"),
         ("task.augment.kind=none", "task.augment: Input tag 'none'"),
         ("task.augment.rotate=far", "task.augment.rotate: Input should be a valid number"),
+        ("task.freeze_blocks=few", "task.freeze_blocks: Input should be a valid integer, unable to parse string as"),
+        ("task.freeze_blocks=few", " as an integer or Input should be 'all'"),
         ("train.lr", "'train.lr' sets nothing; write section.key=value"),
         ("lr=1", "'lr=1' sets nothing"),
         ("model.overrides.num_classes=3", "the number of classes comes from the data"),
