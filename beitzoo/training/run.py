@@ -155,8 +155,15 @@ def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processe
         *([slow] if train.compile else []),
         *(_describe_norms(recipe.train, processes) if has_batch_norms(state.model) else []),
         *([rare] if train.val_epochs > 1 and task.metric_names else []),
+        _describe_parameters(state.model),
         f"{length}, in {train.precision} on {processes.count} x {processes.device.type}. {start}",
     ]
+
+
+def _describe_parameters(model: nn.Module) -> str:
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return f"Trains {trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters."
 
 
 def _describe_norms(train: TrainSection, processes: Processes) -> list[str]:

@@ -278,6 +278,36 @@ class RunSection(Section):
     pictures: bool = True
 
 
+class Lora(Section):
+    """Low-rank adapters: a frozen matrix W of a linear becomes W + (alpha / rank) B A, of which A and B are trained.
+
+    Hu et al. 2021, "LoRA" (https://arxiv.org/abs/2106.09685). `beitzoo.training.lora` says what is saved.
+
+    Attributes:
+        rank: Rows of A and columns of B. That of peft's guide to image classification, whose ViT is as wide as a base
+            network.
+        alpha: Keep it when the rank changes, and the learning rate may stay (section 4.1 of the paper). As the guide.
+        dropout: Share of each adapter's inputs that is dropped in training. 0.1 in the guide; none unless asked for.
+        targets: The linears of each block that get an adapter. All of them: adapters on queries and values alone do not
+            reach what full fine-tuning does, whatever their rank (Dettmers et al. 2023, "QLoRA", section 4). Queries,
+            keys and values are one linear here, so they share one A.
+        besides: What else of the adapted blocks is trained: nothing, or `all` but the matrices of the linears. That is
+            biases (those of queries and values too), norms, layer scales and bias tables, 2 parameters in 1,000 of a
+            base network; worth it where the input size changed.
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[int, Field(ge=1)] = 16
+    dropout: Fraction = 0.0
+    targets: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2"], ...], Field(min_length=1)] = (
+        "qkv",
+        "proj",
+        "fc1",
+        "fc2",
+    )
+    besides: Literal["none", "all"] = "none"
+
+
 class Finetune(Section):
     """The task of training a classifier.
 
@@ -297,6 +327,8 @@ class Finetune(Section):
             `sampling` shows as many images of each class in an epoch, those of rare ones several times.
         freeze_blocks: Train neither the patch embedding, tokens and positions nor the first so many blocks, or `all`
             of them; in these nothing is dropped. Everything is trained if None.
+        lora: Train adapters in the blocks, the norm behind them and the head, and nothing else; blocks that
+            `freeze_blocks` names get none. Everything is trained if None.
         crop_pct: Share of the shorter side that a network sees when it is measured; the trained model keeps it. That of
             the model it starts from if None.
         bias_init_std: Spread of the relative position bias tables, if weights start random; 0 leaves them at zero.
@@ -312,6 +344,7 @@ class Finetune(Section):
     mixup_switch_prob: Probability = 0.5
     balance: Literal["none", "loss", "sampling"] = "none"
     freeze_blocks: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
+    lora: Lora | None = None
     crop_pct: PartOfOne | None = None
     bias_init_std: Annotated[float, Field(ge=0)] = 0.0
 

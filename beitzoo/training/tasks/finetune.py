@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,6 +29,7 @@ from beitzoo.training.data import (
 )
 from beitzoo.training.generators import derive_seed, seed_generators
 from beitzoo.training.label_checks import check_labels, check_parts, describe_rare_labels
+from beitzoo.training.lora import add_adapters, describe_adapters, merged
 from beitzoo.training.mixing import make_mixup, mix
 from beitzoo.training.objectives import ManyLabels, Measurement, Objective, OneClass
 from beitzoo.training.optim import freeze_up_to, parameter_groups, spread_bias_tables
@@ -156,7 +157,16 @@ class FinetuneTask:
             f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
             *describe_rare_labels(self.images, split),
             *describe_duplicates(self.images, split.train, split.test),
+            *self._describe_frozen(),
         ]
+
+    def _describe_frozen(self) -> list[str]:
+        section = self.section
+        if section.lora is None and section.freeze_blocks is None:
+            return []
+        random = "Frozen weights start random and stay so; set model.pretrained=true, or name a model.checkpoint."
+        adapters = [] if section.lora is None else [describe_adapters(self.model, section.lora)]
+        return [*adapters, *([random] * self.recipe.model.is_random)]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Group parameters by layer-wise learning rate and weight decay."""
@@ -196,9 +206,9 @@ class FinetuneTask:
         return self.objective.better(metrics, best)
 
     def save(self, model: nn.Module, directory: Path) -> None:
-        """Write a folder that `create_model('local-dir:...')` reads."""
+        """Write a folder that `create_model('local-dir:...')` reads; adapters are merged into the weights."""
         assert isinstance(model, Beit)
-        save_pretrained(model, directory)
+        save_pretrained(merged(model) if self.section.lora else model, directory)
 
     def measure_best(self, directory: Path) -> Metrics:
         """Measure the best model on the held-out images."""
@@ -268,18 +278,22 @@ def _make_model(recipe: Recipe, names: tuple[str, ...]) -> Beit:
     model.pretrained = replace(model.pretrained, sources=(), tag=None, head=head, data=data)
     if task.bias_init_std and section.is_random:
         spread_bias_tables(model, task.bias_init_std)
-    if task.freeze_blocks is not None:
-        _freeze(model, task.freeze_blocks)
+    _freeze(model, task)
     return model
 
 
-def _freeze(model: Beit, blocks: int | Literal["all"]) -> None:
+def _freeze(model: Beit, task: Finetune) -> None:
+    """Freeze what the recipe says, and add adapters to the other blocks if it wants them."""
     depth = model.config.depth
-    if blocks != "all" and blocks > depth:
+    blocks = depth if task.freeze_blocks == "all" else task.freeze_blocks
+    if blocks is not None and blocks > depth:
         raise RecipeError(
             f"task.freeze_blocks is {blocks}, but the network has {depth} blocks; give at most {depth}, or 'all'."
         )
-    freeze_up_to(model, depth if blocks == "all" else blocks)
+    if blocks is not None:
+        freeze_up_to(model, blocks)
+    if task.lora is not None:
+        add_adapters(model, task.lora, blocks or 0)
 
 
 def _labels_of_same_classes(head: Head, names: tuple[str, ...], activation: Activation) -> Labels | None:
