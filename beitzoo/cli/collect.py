@@ -56,7 +56,7 @@ def collect(
 def _print_table(rows: list["Row"]) -> None:
     """Print what differs between tasks where they have it; decimals as a reader compares them."""
     columns = {"run": "run", "start": "from", "train_seconds": "seconds", "loss": "loss", "val_loss": "val loss"}
-    columns |= {"token_accuracy": "tokens, %", "codes_used": "codes", "top1": "top1", "miou": "miou"}
+    columns |= {"token_accuracy": "tokens, %", "codes_used": "codes", "top1": "top1", "map": "mAP", "miou": "mIoU"}
     decimals = {"train_seconds": 0, "codes_used": 0, "loss": 4, "val_loss": 4}
     table = Table(*columns.values(), box=None, pad_edge=False)
     for row in rows:

@@ -24,7 +24,7 @@ _HOW = ("trained", "mixup", "cutmix", "ema_decay", "epochs", "updates", "batch_s
 _SAME = (*_WHAT, *_HOW)
 _SEEDS = ("seed", "split_seed", "label_seed", "start_seed", "tokenizer_seed")
 _COST = ("train_seconds", "earlier_seconds", "images_per_sec", "wait_share", "processes")
-_RIGHT = ("top1", "top5", "count", "failures", "val_top1")
+_RIGHT = ("top1", "top5", "map", "count", "failures", "val_top1", "val_map")
 _OF_PIXELS = ("miou", "macc", "aacc", "val_miou")
 _OF_TOKENS = ("loss", "val_loss", "token_accuracy", "codes_used", "perplexity", "explained")
 COLUMNS = ("run", *_SAME, *_SEEDS, *_RIGHT, *_OF_PIXELS, *_OF_TOKENS, "probe_linear", "probe_knn", *_COST, *ENVIRONMENT)
@@ -131,19 +131,20 @@ def row_of(run: FinishedRun, name: str) -> Row:
         "train_seconds",
         "processes",
         "val_top1",
+        "val_map",
         "val_miou",
         "val_loss",
     )
     row |= {name: metrics.get(name) for name in (*measured, *ENVIRONMENT)}
-    for name in ("top1", "top5", "count", "failures", "miou", "macc", "aacc", "token_accuracy", "explained"):
+    for name in ("top1", "top5", "map", "count", "failures", "miou", "macc", "aacc", "token_accuracy", "explained"):
         row[name] = metrics.get(f"test_{name}", metrics.get(f"val_{name}", run.last(name)))
     return {name: _rounded(row.get(name)) for name in COLUMNS}
 
 
 def summarise(rows: Sequence[Row]) -> list[str]:
-    """Say mean and sample standard deviation of top-1 or mIoU over the runs that differ in their seeds only."""
+    """Say mean and sample standard deviation of top-1, mAP or mIoU over runs that differ in their seeds only."""
     groups: dict[tuple[str, tuple[Value, ...]], list[float]] = {}
-    for row, measure in itertools.product(rows, ("top1", "miou")):
+    for row, measure in itertools.product(rows, ("top1", "map", "miou")):
         if row[measure] not in (None, ""):
             same = tuple(row[name] for name in _SAME)
             groups.setdefault((measure, same), []).append(float(row[measure] or 0))
@@ -195,10 +196,19 @@ def _how(recipe: Recipe) -> Row:
     row: Row = {"ema_decay": recipe.train.ema_decay or None}
     row["settings"] = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:7]
     if isinstance(recipe.task, Finetune):
-        frozen = recipe.task.freeze_blocks
-        row["trained"] = _WHOLE if frozen is None else "head" if frozen == "all" else f"from block {frozen}"
+        row["trained"] = _trained(recipe.task)
         row |= {name: getattr(recipe.task, name) or None for name in ("mixup", "cutmix")}
     return row
+
+
+def _trained(task: Finetune) -> str:
+    """Say which part of a network was trained."""
+    if task.freeze_blocks == "all":
+        return "head"
+    parts = [] if task.freeze_blocks is None else [f"from block {task.freeze_blocks}"]
+    if task.lora is not None:
+        parts.append(f"LoRA of rank {task.lora.rank}")
+    return ", ".join(parts) or _WHOLE
 
 
 def _start_of(run: FinishedRun) -> FinishedRun | None:

@@ -178,6 +178,7 @@ def test_methods_are_told_apart_and_not_averaged(chain: Path) -> None:
         "mixed": {"task": {"kind": "finetune", "mixup": 0.2}},
         "averaged": {"train": {"epochs": 2, "batch_size": 8, "lr": 1e-3, "ema_decay": 0.99}},
         "frozen": {"task": {"kind": "finetune", "freeze_blocks": "all"}},
+        "adapted": {"task": {"kind": "finetune", "freeze_blocks": 2, "lora": {"rank": 4}}},
         "faster": {"train": {"epochs": 2, "batch_size": 8, "lr": 2e-3}},
     }
     rows = []
@@ -195,6 +196,7 @@ def test_methods_are_told_apart_and_not_averaged(chain: Path) -> None:
         "mixed": ["all", 0.2, None],
         "averaged": ["all", None, 0.99],
         "frozen": ["head", None, None],
+        "adapted": ["from block 2, LoRA of rank 4", None, None],
         "faster": ["all", None, None],
     }
     start = "digits, all labels, 10 updates from random"
@@ -203,6 +205,7 @@ def test_methods_are_told_apart_and_not_averaged(chain: Path) -> None:
         f"{start}, mixup 0.2: top1 50.00 ± 0.00 (n=2)",
         f"{start}, ema_decay 0.99: top1 50.00 ± 0.00 (n=2)",
         f"{start}, head trained: top1 50.00 ± 0.00 (n=2)",
+        f"{start}, from block 2, LoRA of rank 4 trained: top1 50.00 ± 0.00 (n=2)",
         f"{start}: top1 50.00 ± 0.00 (n=2)",
     ]
 
@@ -214,3 +217,13 @@ def test_a_row_says_in_which_fields_a_network_differs_from_its_architecture(chai
     model = {"name": str(folder), "pretrained": True, "overrides": {"img_size": 48}}
     folder = write_run(chain / "larger", {"model": model}, "line,loss\n", seed=0, train_seconds=1)
     assert row_of(read_run(folder), "larger")["overrides"] == "img_size=48 in_chans=3 patch_size=8"
+
+
+def test_runs_of_several_labels_have_mean_average_precision(tmp_path: Path) -> None:
+    recipe = {"model": {"name": "beit_nano_patch4_32"}, "task": {"kind": "finetune", "labels": "many"}}
+    for seed, precision in ((0, 60.0), (1, 62.0)):
+        scores = {"train_seconds": 1, "test_map": precision, "val_map": 58.5}
+        write_run(tmp_path / f"run-{seed}", recipe, "line,loss\n", seed=seed, **scores)
+    rows = [row_of(read_run(tmp_path / f"run-{seed}"), f"run-{seed}") for seed in (0, 1)]
+    assert [(row["map"], row["val_map"], row["top1"]) for row in rows] == [(60.0, 58.5, None), (62.0, 58.5, None)]
+    assert summarise(rows) == ["digits, all labels, 10 updates from random: map 61.00 ± 1.41 (n=2)"]
