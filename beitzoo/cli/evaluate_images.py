@@ -120,6 +120,10 @@ def evaluate_classifiers(
     kept.check()
     where = usable_device(running.device)
     images = load_data(data, judging.labelling.real_labels)
+    check(
+        confusion is None or images.label_sets is None,
+        "The images may have several labels each, which are confused with nothing; leave --confusion out.",
+    )
     print("\n".join(images.describe()), file=sys.stderr)
     sweep = Sweep(models, dtypes, images, data, judging, running.checkpoint, where, running.loading, running.optimized)
 
@@ -171,7 +175,13 @@ def _draw(path: Path, evaluation: "Evaluation", checkpoint: Path | None) -> None
 def _line(row: "Row", addition: str) -> str:
     """Say in a line what a row is of, and what was found."""
     title = f"{row['model']} {row['dtype']}"
-    return f"{title}: failed: {row['error']}" if row.get("error") else f"{title}: top1 {row['top1']}{addition}"
+    name = _score(row)
+    return f"{title}: failed: {row['error']}" if row.get("error") else f"{title}: {name} {row[name]}{addition}"
+
+
+def _score(row: "Row") -> str:
+    """Return the column that says how well a model does: top-1, or mean average precision of several labels."""
+    return "top1" if row.get("map") in (None, "") else "map"
 
 
 def _print(rows: Sequence["Row"], as_json: bool, dtypes: int) -> None:
@@ -180,13 +190,10 @@ def _print(rows: Sequence["Row"], as_json: bool, dtypes: int) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    names = ("model", "dtype", "top1", "top5", "ece", "images", "failures")
-    table = Table(*names, box=None, pad_edge=False)
+    scored = ("map",) if any(_score(row) == "map" for row in rows) else ("top1", "top5", "ece")
+    table = Table("model", "dtype", *scored, "images", "failures", box=None, pad_edge=False)
     for row in rows:
-        scores = [
-            f"{float(value):.2f}" if (value := row.get(name)) not in (None, "") else ""
-            for name in ("top1", "top5", "ece")
-        ]
+        scores = [f"{float(value):.2f}" if (value := row.get(name)) not in (None, "") else "" for name in scored]
         counts = [str(row.get("count") or 0), str(row.get("error") or row["failures"])]
         table.add_row(str(row["model"]), str(row["dtype"]), *scores, *counts)
     Console().print(table)

@@ -32,7 +32,7 @@ class Start:
 
     data: Annotated[
         str | None,
-        typer.Option(help="Images: class folders, perhaps in train, val and test; a CSV of path and label; tables."),
+        typer.Option(help="Images: class folders, perhaps in train, val and test; a CSV of path and label(s); tables."),
     ] = None
     model: Annotated[str | None, typer.Option(help="Model that is trained on them; a recipe is chosen to fit.")] = None
     checkpoint: Annotated[

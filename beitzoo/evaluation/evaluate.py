@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from beitzoo.errors import check
+from beitzoo.evaluation.label_answers import LabelAnswers
 from beitzoo.evaluation.looks import Looks, answer
 from beitzoo.evaluation.metrics import AccuracySum, CalibrationSum
 from beitzoo.evaluation.truth import Labelling, Truth, truth_of
@@ -39,6 +40,7 @@ _OWN_COLUMNS = (
     "top1_err",
     "top5",
     "top5_err",
+    "map",
     "param_count",
     "crop_pct",
     "interpolation",
@@ -105,7 +107,8 @@ class Evaluation:
         row: In timm's columns and with its environment.
         failures: Images that were not counted, with the reason.
         notes: What a reader of the row must know.
-        answers: Of each image that was counted the right output and the one that the model gave; none with ReaL labels.
+        answers: Of each image that was counted the right output and the one that the model gave; none with ReaL labels
+            or several labels.
         names: Of all outputs.
     """
 
@@ -117,7 +120,7 @@ class Evaluation:
 
 
 def load_data(data: str, real_labels: str | None = None) -> ImageSet:
-    """Find the images that are measured on: `digits`, a folder of class folders, or Parquet files.
+    """Find the images that are measured on: `digits`, a folder of class folders, a CSV of labels, or Parquet files.
 
     Args:
         data: Where they are.
@@ -130,7 +133,7 @@ def load_data(data: str, real_labels: str | None = None) -> ImageSet:
     source = "digits" if path is None else guess_source(path)
     images = find_images("images" if source == "folder" and real_labels else source, path)
     check(
-        images.labels is not None or real_labels is not None,
+        images.has_classes or real_labels is not None,
         f"The images of {data} have no classes, so no answer is right; give others.",
     )
     return images
@@ -233,13 +236,33 @@ class _Measured:
         }
 
 
-def _measure(model: Beit, images: ImageSet, truth: Truth, jobs: Sequence[Job[Tensor]], loading: Loading) -> _Measured:
+@dataclass
+class _MeasuredLabels:
+    """What became of images with several labels: as `_Measured`, without answers that are one class."""
+
+    parts: list[LabelAnswers] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, logits: Tensor, _: Tensor, right: Tensor) -> None:
+        """Count a batch: logits and which outputs are right, both (B, outputs)."""
+        self.parts.append(LabelAnswers.of(range(len(right)), right, logits))
+
+    def scores(self) -> Row:
+        """Return the columns of what was measured."""
+        scores = LabelAnswers.joined(self.parts, len(self.failures)).scores()
+        return {"map": round(scores.map, 3), "count": scores.count, "failures": scores.failures}
+
+
+def _measure(
+    model: Beit, images: ImageSet, truth: Truth, jobs: Sequence[Job[Tensor]], loading: Loading
+) -> _Measured | _MeasuredLabels:
     """Classify the images of a truth; what could not be is among the failures."""
     count = model.num_classes if truth.competing is None else len(truth.competing)
     competing = None if truth.competing is None else torch.tensor(truth.competing)
     numbers = range(count) if truth.competing is None else truth.competing
     place = {output: place for place, output in enumerate(numbers)}
-    measured = _Measured(AccuracySum(count))
+    measured = _MeasuredLabels() if truth.all_labels else _Measured(AccuracySum(count))
     pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add() -> None:
@@ -364,6 +387,7 @@ def _split_of_digits(images: ImageSet, seed: int) -> Split:
 
 
 def summarise(rows: Sequence[Row]) -> str:
-    """Say mean and sample standard deviation of top-1 over several rows."""
-    values = [float(row["top1"]) for row in rows if row["top1"] not in (None, "")]
-    return f"top1 {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (mean ± sd of {len(values)})"
+    """Say mean and sample standard deviation of top-1, or else of mean average precision, over several rows."""
+    name = "top1" if any(row["top1"] not in (None, "") for row in rows) else "map"
+    values = [float(value) for value in (row[name] for row in rows) if value is not None and value != ""]
+    return f"{name} {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (mean ± sd of {len(values)})"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beitzoo.errors import check
 from beitzoo.images.transforms import resolve_data_config
-from beitzoo.inference.classify import classification, probabilities_of
+from beitzoo.inference.classify import classification, probabilities_of, tells_several
 from beitzoo.inference.pipeline import Job
 from beitzoo.models.beit import Beit
 from beitzoo.models.windows import backbone_of_any_size
@@ -78,7 +78,7 @@ def _unilm_crop(size: int) -> dict[str, Any]:
 def answer(model: Beit, looks: Sequence[Tensor], competing: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return logits and probabilities (outputs,) of an image from what each job says of it, (looks, all outputs).
 
-    Of several looks the probabilities are averaged, and the logits are the logarithm of that.
+    Of several looks the probabilities are averaged, and the logits are what gives that.
 
     Args:
         model: Says what turns logits into probabilities.
@@ -89,4 +89,6 @@ def answer(model: Beit, looks: Sequence[Tensor], competing: Tensor | None) -> tu
     if competing is not None:
         logits = logits[:, competing]
     probabilities = probabilities_of(model, logits).mean(0)
-    return (logits[0] if len(logits) == 1 else probabilities.log()), probabilities
+    if len(logits) == 1:
+        return logits[0], probabilities
+    return (probabilities.logit() if tells_several(model) else probabilities.log()), probabilities

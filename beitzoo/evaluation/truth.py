@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from beitzoo.errors import InvalidValueError, check
 from beitzoo.files import full_path, read_text
 from beitzoo.images.image_set import ImageSet
+from beitzoo.inference.classify import tells_several
 from beitzoo.models.beit import Beit
 from beitzoo.zoo.labels import imagenet_1k_synsets, imagenet_subset, outputs_of, real_labels
 
@@ -51,21 +52,24 @@ class Truth:
     """What a model is measured by.
 
     Attributes:
-        right: For each index of an image that is measured, the model's outputs that are right, one or several.
+        right: For each index of an image that is measured, the model's outputs that are right: one, several of which
+            one suffices, or, of images with several labels or none, all that are to be found.
         competing: The outputs that compete, in order; None if all do.
         notes: What a reader of the row must know.
+        all_labels: Whether all right outputs of an image are to be found.
     """
 
     right: dict[int, tuple[int, ...]]
     competing: tuple[int, ...] | None
     notes: list[str]
+    all_labels: bool = False
 
 
 def truth_of(model: Beit, name: str, images: ImageSet, indices: Sequence[int], labelling: Labelling) -> Truth:
     """Say which outputs of a model are right for the images of these indices, and which compete.
 
     Raises:
-        InvalidValueError: The data has classes that the model has not.
+        InvalidValueError: The data has classes that the model has not, or several labels of an image and the model one.
     """
     is_real = labelling.real_labels is not None
     classes = imagenet_1k_synsets() if is_real else images.names
@@ -74,22 +78,27 @@ def truth_of(model: Beit, name: str, images: ImageSet, indices: Sequence[int], l
         real = real_labels_of(images, indices, labelling)
         right = {index: tuple(outputs[label] for label in labels) for index, labels in real.items()}
     else:
-        assert images.labels is not None
-        right = {index: (outputs[images.labels[index]],) for index in indices}
+        check(
+            images.label_sets is None or tells_several(model),
+            f"{name} tells one class of each image (softmax), and the images may have several labels each. Evaluate a "
+            "model of several labels (finetune with task.labels = 'many'), or give images with one class each.",
+        )
+        right = {index: tuple(outputs[label] for label in images.classes_of(index)) for index in indices}
+    several = images.label_sets is not None and not is_real
     notes = []
     if left_out := len(indices) - len(right):
         notes.append(f"{left_out:,} of {len(indices):,} images have no ReaL label, and do not count.")
     competing = None
     if len(outputs) < model.num_classes:
-        if labelling.competing(images) == "data":
+        if several or labelling.competing(images) == "data":
             competing = tuple(sorted(set(outputs)))
-        which = imagenet_subset(images.names)
+        which, verb = imagenet_subset(images.names), "are measured" if several else "compete"
         notes.append(
             f"{name} tells {model.num_classes:,} classes apart, the data has {len(outputs):,} of them"
             + (f", those of {which}; " if which else "; ")
-            + ("all its outputs compete, as in timm." if competing is None else "only their outputs compete.")
+            + ("all its outputs compete, as in timm." if competing is None else f"only their outputs {verb}.")
         )
-    return Truth(right, competing, notes)
+    return Truth(right, competing, notes, several)
 
 
 def real_labels_of(images: ImageSet, indices: Sequence[int], labelling: Labelling) -> dict[int, tuple[int, ...]]:

@@ -215,9 +215,13 @@ def eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
 
 def probabilities_of(model: Beit, logits: Tensor) -> Tensor:
     """Turn logits (..., classes) into probabilities: by softmax, or sigmoid where an image can have several labels."""
+    return logits.sigmoid() if tells_several(model) else logits.softmax(dim=-1)
+
+
+def tells_several(model: Beit) -> bool:
+    """Tell whether a model gives an image any number of labels (sigmoid), or one class (softmax)."""
     head = model.pretrained.head
-    is_sigmoid = isinstance(head, Classify) and head.activation == "sigmoid"
-    return logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
+    return isinstance(head, Classify) and head.activation == "sigmoid"
 
 
 def _answers(model: Beit, topk: int) -> Callable[[Tensor], list[tuple[Answer, ...]]]:

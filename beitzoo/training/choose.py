@@ -37,6 +37,7 @@ class Situation:
         in_colour: Whether its images have colours.
         memory: Bytes that activations may take; None if that is not known.
         precision: The faster one that is precise enough, and how that is known.
+        several_labels: Whether an image may have several labels.
     """
 
     config: BeitConfig
@@ -46,6 +47,7 @@ class Situation:
     in_colour: bool
     memory: int | None
     precision: tuple[Literal["fp32", "bf16"], str]
+    several_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,11 @@ def choose(model: str, data: DataSection, situation: Situation) -> tuple[Recipe,
 def _data(at: Situation) -> Iterator[Rule]:
     if at.start == "random" and at.config.in_chans == 1 and at.in_colour:
         yield Rule("model.overrides.in_chans", 3, "the images have colours")
+    if at.several_labels:
+        yield Rule("task.labels", "many", "the images have any number of labels each: sigmoid, judged by mAP")
     if not at.in_parts:
-        yield Rule("data.test_fraction", 0.2, "of all images, drawn evenly from the classes; used once, at the end")
+        drawn = "drawn without a look at labels" if at.several_labels else "drawn evenly from the classes"
+        yield Rule("data.test_fraction", 0.2, f"of all images, {drawn}; used once, at the end")
         yield Rule("data.val_fraction", 0.2, "of the others; the best model is chosen by them")
 
 
@@ -127,7 +132,8 @@ def _rates(at: Situation) -> Iterator[Rule]:
 
 
 def _images(at: Situation) -> Iterator[Rule]:
-    yield Rule("task.label_smoothing", 0.1, "as unilm")
+    if not at.several_labels:  # most images lack a rare label; moving all targets towards 0.5 would drown it
+        yield Rule("task.label_smoothing", 0.1, "as unilm")
     if max(at.config.img_size) <= _SMALL:
         yield Rule("task.augment.scale", [0.5, 1.0], "small images lose too much by tighter crops")
         yield Rule("task.augment.color_jitter", 0.2, "mild, as for CIFAR-10")

@@ -24,6 +24,7 @@ from beitzoo.models.kernels import cpu_has
 from beitzoo.training.choose import Rule, Situation, Start, choose
 from beitzoo.training.data import load_images, split_images
 from beitzoo.training.folder import BEST, RECIPE, RunError, check_folder
+from beitzoo.training.label_checks import check_labels
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, change_recipe, read_resolved
 from beitzoo.training.rehearsal import Rehearsal, rehearse, update_seconds
@@ -88,7 +89,8 @@ def finetune(
     Args:
         model: As in `create_model`; its pretrained weights are used if it has some.
         train: The images: class folders (perhaps in folders `train`, `val` and `test`), a CSV with the columns `path`
-            and `label`, Parquet files, a folder of `save_to_disk`, tars; or `digits`.
+            and `label`, or `labels` for any number of labels of each image, Parquet files, a folder of `save_to_disk`,
+            tars; or `digits`.
         val: Held-out images of the same form, used once, at the end; the images by which the best model is chosen are
             drawn from `train`. Without it, both are parts of `train`, or drawn from it.
         out: Folder that receives the models `best` and `last`, the recipe with all its values, log and metrics.
@@ -177,6 +179,7 @@ def make_plan(model: str | Path, data: DataSection, settings: Sequence[str] = ()
         in_colour=_in_colour(images),
         memory=_memory_for_activations(processes.device),
         precision=("fp32", "not chosen yet"),
+        several_labels=images.label_sets is not None,
     )
     recipe, rules = choose(str(model), data, at)
     rules = [rule for rule in rules if rule.name != "train.precision"]
@@ -215,6 +218,8 @@ def first_probe(plan: Plan) -> str:
     section = plan.recipe.model
     if not section.pretrained:
         return "No probe: the weights start random, so their features say nothing yet."
+    if plan.images.label_sets is not None:
+        return "No probe: probes tell one class of each image, and these have any number of labels."
     network: object = create_model(section.name, True, checkpoint_path=section.checkpoint, num_classes=0)
     assert isinstance(network, Beit)
     network.to(Processes.join().device)
@@ -237,10 +242,7 @@ def first_probe(plan: Plan) -> str:
 
 
 def _check_classes(images: ImageSet) -> None:
-    if images.labels is None:
-        raise RecipeError("The images have no classes; a classifier needs images of at least two.")
-    if len(images.names) < 2:
-        raise RecipeError(f"There is one class only, {images.names[0]}; a classifier needs at least two class folders.")
+    check_labels(images, "one" if images.label_sets is None else "many")
     sizes = _sizes(images)
     few = [f"{name} ({sizes[name]})" for name in images.names if sizes[name] < (1 if images.parts else _FEWEST)]
     if few:
@@ -252,9 +254,8 @@ def _check_classes(images: ImageSet) -> None:
 
 def _sizes(images: ImageSet) -> Counter[str]:
     """Count the images of each class; where there are parts, of those to train on."""
-    assert images.labels is not None
-    indices: Iterable[int] = images.parts.get("train", range(len(images.labels)))
-    return Counter(images.names[images.labels[index]] for index in indices)
+    indices: Iterable[int] = images.parts.get("train", range(len(images.images)))
+    return Counter(images.names[label] for index in indices for label in images.classes_of(index))
 
 
 def _describe_classes(images: ImageSet) -> list[str]:
@@ -262,10 +263,12 @@ def _describe_classes(images: ImageSet) -> list[str]:
     listed = ", ".join(f"{name} {count:,}" for name, count in sizes[:_MOST_LISTED])
     lines = [f"Images per class: {listed}{', ...' * (len(sizes) > _MOST_LISTED)}"]
     (most, many), (fewest, few) = sizes[0], sizes[-1]
+    more = "task.balance=sampling shows rare classes more often"
+    if images.label_sets is not None:
+        more = "task.balance=loss weighs images that have a rare label more"
     if many >= _UNEVEN * few:
         lines.append(
-            f"The classes are uneven: {most} has {many / few:.0f} times as many images as {fewest}. --set "
-            "task.balance=sampling shows rare classes more often."
+            f"The classes are uneven: {most} has {many / few:.0f} times as many images as {fewest}. --set {more}."
         )
     return lines
 

@@ -6,16 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from colours import write_mixtures
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multilabel_average_precision
 
+import beitzoo
+from beitzoo import Beit
 from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation.average_precision import average_precision
+from beitzoo.evaluation.evaluate import Judging, Subject, evaluate, load_data, summarise
 from beitzoo.evaluation.label_answers import LabelAnswers, label_rows, write_label_answers, write_label_rows
+from beitzoo.evaluation.looks import Looks
 from beitzoo.evaluation.mistakes import draw_mistakes
+from beitzoo.images.files import open_image
 from beitzoo.images.image_set import ImageSet
+from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
 
 NAMES = ("cat", "dog", "owl", "emu", "yak")
 
@@ -101,3 +108,58 @@ def test_a_row_for_each_image_and_the_most_confident_mistakes(tmp_path: Path) ->
     assert missed == ("cat, dog", "not cat", pytest.approx(1 - torch.tensor(-5.0).sigmoid().item()))
     assert false == ("none of the labels", "cat", pytest.approx(torch.tensor(2.0).sigmoid().item()))
     assert draw_mistakes(answers, images).height > draw_mistakes(answers, images, most=0).height
+
+
+def several_labels_model(tmp_path: Path) -> tuple[str, Beit]:
+    """A model of four labels whose logits differ from image to image."""
+    torch.manual_seed(0)
+    model = beitzoo.create_model("test_beit", num_classes=4).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    labels = ("blue", "green", "pink", "red")
+    model.pretrained = PretrainedConfig(head=Classify(num_classes=4, labels=labels, activation="sigmoid"))
+    beitzoo.save_pretrained(model, tmp_path / "model")
+    return f"local-dir:{tmp_path / 'model'}", model
+
+
+def test_evaluate_measures_several_labels(tmp_path: Path) -> None:
+    """In one look and averaged over two; outputs that the data does not have are passed over."""
+    path = write_mixtures(tmp_path / "data", rounds=2)
+    name, model = several_labels_model(tmp_path)
+    images = load_data(str(path))
+    evaluation = evaluate(Subject(model, name), images, "mine")
+    readable = range(1, 16)
+    outputs = [0, 1, 3]
+    transform = beitzoo.create_transform(**beitzoo.resolve_data_config(model))
+    pixels = torch.stack([transform(open_image(images.images[index])) for index in readable])
+    with torch.inference_mode():
+        probabilities = [model(view).sigmoid()[:, outputs] for view in (pixels, pixels.flip(-1))]
+    truth = np.array([[label in images.classes_of(index) for label in range(3)] for index in readable])
+    for row, found in (
+        (evaluation.row, probabilities[0]),
+        (evaluate(Subject(model, name), images, "mine", Judging(Looks(flip=True))).row, sum(probabilities) / 2),
+    ):
+        assert row["map"] == pytest.approx(
+            100 * average_precision_score(truth, found.numpy(), average="macro"), abs=0.01
+        )
+        assert (row["count"], row["failures"], row["top1"], row["ece"]) == (15, 1, None, None)
+    assert evaluation.answers == []
+    assert evaluation.notes == [
+        f"{name} tells 4 classes apart, the data has 3 of them; only their outputs are measured."
+    ]
+    assert summarise([evaluation.row, evaluation.row]).startswith("map ")
+
+
+def test_evaluate_refuses_what_does_not_fit_several_labels(tmp_path: Path) -> None:
+    path = write_mixtures(tmp_path / "data", rounds=1)
+    name, model = several_labels_model(tmp_path)
+    one = beitzoo.create_model("test_beit", num_classes=3)
+    one.pretrained = PretrainedConfig(head=Classify(num_classes=3, labels=("blue", "green", "red")))
+    with pytest.raises(
+        InvalidValueError, match=r"test_beit tells one class of each image \(softmax\), and the images may have"
+    ):
+        evaluate(Subject(one, "test_beit"), load_data(str(path)), "mine")
+    (tmp_path / "data" / "other.csv").write_text("path,labels\n1.png,blue;beige\n2.png,\n")
+    with pytest.raises(InvalidValueError, match=r"was not trained on 1 of the 2 classes of the data \(beige\)"):
+        evaluate(Subject(model, name), load_data(str(tmp_path / "data" / "other.csv")), "mine")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import COLOURS, write_colours
+from colours import COLOURS, write_colours, write_mixtures
 
 import beitzoo
 from beitzoo.errors import FileAccessError, MissingFileError, OutOfMemoryError
@@ -15,6 +15,7 @@ from beitzoo.training.folder import RunError
 from beitzoo.training.own_images import Plan, _describe_classes, data_at, first_probe, going_on, make_plan, resumed
 from beitzoo.training.recipe import RecipeError, change_recipe, load_recipe
 from beitzoo.training.rehearsal import rehearse
+from beitzoo.training.sections import Finetune
 from beitzoo.training.tasks.finetune import prepare
 from beitzoo.zoo.registry import UnknownModelError
 
@@ -45,6 +46,24 @@ def test_a_run_without_a_recipe_writes_the_one_that_was_chosen(run: Path, colour
     ]
     assert "23 images to train on, 6 to choose by, 7 held out; drawn with data.split_seed 0." in lines
     assert "  train.epochs = 3: as set" in lines
+
+
+def test_a_csv_of_several_labels_is_recognised(tmp_path: Path) -> None:
+    labels = write_mixtures(tmp_path / "data")
+    plan = make_plan("test_beit", data_at(labels), SHORT)
+    assert isinstance(plan.recipe.task, Finetune)
+    assert (plan.recipe.task.labels, plan.recipe.task.label_smoothing) == ("many", 0.0)
+    lines = plan.describe()
+    assert lines[:2] == [
+        f"40 images with up to 3 of 3 labels each in {labels.parent}: 20 of each, 5 without any",
+        "Images per class: blue 20, green 20, red 20",
+    ]
+    expected = "  task.labels = many: the images have any number of labels each: sigmoid, judged by mAP"
+    assert expected in lines
+    pretrained = replace(plan, recipe=change_recipe(plan.recipe, ["model.pretrained=true"]))
+    assert first_probe(pretrained).startswith("No probe: probes tell one class of each image")
+    metrics = beitzoo.finetune("test_beit", labels, out=tmp_path / "run", settings=[*SHORT, "run.pictures=false"])
+    assert 0 < metrics["test_map"] <= 100
 
 
 def test_a_finished_run_and_one_of_something_else_are_kept(run: Path, colours: Path, tmp_path: Path) -> None:
