@@ -1,7 +1,7 @@
 """The record of a data set of images, whatever it was made of."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ class ImageSet:
             return self.label_sets[index]
         return () if self.labels is None else (self.labels[index],)
 
+    def class_sizes(self, indices: Iterable[int] | None = None) -> Counter[int]:
+        """Count the images of each class, among all images or some."""
+        if indices is None:
+            indices = range(len(self.labels or self.label_sets or ()))
+        return Counter(label for index in indices for label in self.classes_of(index))
+
     def one_label_each(self, purpose: str) -> Sequence[int]:
         """Return the class of each image, for what needs exactly one.
 
@@ -89,7 +95,7 @@ class ImageSet:
     def _classes(self, where: str) -> str:
         if not self.has_classes:
             return f"without classes{where}"
-        sizes = Counter(label for index in range(len(self.images)) for label in self.classes_of(index))
+        sizes = self.class_sizes()
         fewest, most = (min(sizes, key=lambda c: (sizes[c], c)), max(sizes.values())) if sizes else (0, 0)
         even = f"{most:,} of each" if sizes[fewest] == most else f"{sizes[fewest]:,} ({self.names[fewest]}) to {most:,}"
         if self.label_sets is None:

@@ -1,6 +1,5 @@
 """Whether labelled images fit what a recipe wants to learn of them: one class of each, or any number of labels."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -55,7 +54,7 @@ def check_parts(images: ImageSet, split: Split) -> None:
     Raises:
         RecipeError: Says of which class there is no image, and what to do.
     """
-    trained, advice = _counts(images, split.train), "or say which images are for what in a column `part`"
+    trained, advice = images.class_sizes(split.train), "or say which images are for what in a column `part`"
     unseen = [name for label, name in enumerate(images.names) if not trained[label]]
     if unseen:
         raise RecipeError(
@@ -63,7 +62,7 @@ def check_parts(images: ImageSet, split: Split) -> None:
             f"out, draw another split with data.split_seed, {advice}."
         )
     for part, purpose in ((split.val, "to choose by"), (split.test, "held out")):
-        if not _counts(images, part):
+        if not images.class_sizes(part):
             raise RecipeError(
                 f"None of {len(part):,} images {purpose} has a label, so nothing can be measured by them. Raise "
                 f"data.val_fraction and data.test_fraction, draw another split with data.split_seed, {advice}."
@@ -76,15 +75,11 @@ def describe_rare_labels(images: ImageSet, split: Split) -> list[str]:
         return []
     drawn = [] if images.parts else ["They are drawn evenly from all images, without a look at their labels."]
     for part, purpose in ((split.val, "to choose by"), (split.test, "held out")):
-        counts = _counts(images, part)
+        counts = images.class_sizes(part)
         absent = [name for label, name in enumerate(images.names) if not counts[label]]
         if absent:
             drawn.append(f"No image {purpose} has {_some(absent)}: the mean average precision there is of the others.")
     return drawn
-
-
-def _counts(images: ImageSet, indices: Sequence[int]) -> Counter[int]:
-    return Counter(label for index in indices for label in images.classes_of(index))
 
 
 def _some(names: Sequence[str]) -> str:

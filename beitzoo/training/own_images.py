@@ -3,7 +3,7 @@
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -254,8 +254,7 @@ def _check_classes(images: ImageSet) -> None:
 
 def _sizes(images: ImageSet) -> Counter[str]:
     """Count the images of each class; where there are parts, of those to train on."""
-    indices: Iterable[int] = images.parts.get("train", range(len(images.images)))
-    return Counter(images.names[label] for index in indices for label in images.classes_of(index))
+    return Counter({images.names[label]: size for label, size in images.class_sizes(images.parts.get("train")).items()})
 
 
 def _describe_classes(images: ImageSet) -> list[str]:
