@@ -220,7 +220,8 @@ def evaluate_segmenters(
 ) -> "Sequence[SegmenterEvaluation]":
     """Measure segmentation models; each row is written and printed when it is measured."""
     from beitzoo import results
-    from beitzoo.evaluation.segmentation import COLUMNS, SegmenterSubject, evaluate_segmenter
+    from beitzoo.evaluation.segmentation import COLUMNS, evaluate_segmenter
+    from beitzoo.evaluation.subjects import Subject
     from beitzoo.measure.options import usable_device
 
     running, options = output.running, looking.options
@@ -235,7 +236,7 @@ def evaluate_segmenters(
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
         for name in models:
             _, model = load_segmenter(name, running.checkpoint, where)
-            subject = SegmenterSubject(model, name, running.checkpoint)
+            subject = Subject(model, name, running.checkpoint)
             evaluations.append(evaluate_segmenter(subject, masked, data, options, running.workers))
             kept.append(evaluations[-1].row)
             masks.write(evaluations[-1])

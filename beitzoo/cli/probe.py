@@ -125,7 +125,7 @@ def probe(
     """
     extras.require("train", "accelerate", "sklearn")
     from beitzoo.evaluation.probe_picture import draw_probes
-    from beitzoo.evaluation.probe_rows import COLUMNS, KEY, of_table, probe_rows
+    from beitzoo.evaluation.probe_rows import COLUMNS, KEY, of_file, probe_rows
     from beitzoo.results import Table as Rows
 
     named = models or []
@@ -145,7 +145,7 @@ def probe(
         if data.features is not None:
             labelled, table = data.load_features(data.features)
             print("\n".join(labelled.describe()), file=sys.stderr)
-            rows, failures = probe_rows(of_table(table, probing), labelled, probing, kept)
+            rows, failures = probe_rows(of_file(data.features, table, probing), labelled, probing, kept)
         else:
             for probed, labelled in _networks(named, data, probing, running, output.keep_features):
                 found, failed = probe_rows(probed, labelled, probing, kept)
@@ -166,8 +166,8 @@ def _networks(
     names: Sequence[str], data: Data, probing: "Probing", running: Running, keep: Path | None
 ) -> "Iterator[tuple[Probed, LabelledData]]":
     """Load one network after the other."""
-    from beitzoo.evaluation.evaluate import Subject
     from beitzoo.evaluation.probe_rows import of_network, seen_in_training
+    from beitzoo.evaluation.subjects import Origin
     from beitzoo.factory import look_up
     from beitzoo.measure.options import usable_device
 
@@ -179,12 +179,11 @@ def _networks(
     print("\n".join(labelled.describe()), file=sys.stderr)
     for name in tqdm(names, unit="model", disable=None):
         ((_, model),) = load_networks([name], checkpoint, where).items()
-        shown = name if checkpoint is None else str(checkpoint)
-        network = model.backbone
-        if note := seen_in_training(Subject(network, name, checkpoint), labelled):
+        network, origin = model.backbone, Origin(name, checkpoint)
+        if note := seen_in_training(origin, labelled):
             print(note, file=sys.stderr)
         (network,) = fastest([network], len(split.train) + len(split.val) + len(split.test), running)
-        yield of_network(network, shown, labelled, probing, keep), labelled
+        yield of_network(network, origin, labelled, probing, keep), labelled
 
 
 def _chosen(option: str, given: str, known: Sequence[Choice]) -> tuple[Choice, ...]:

@@ -1,6 +1,7 @@
 """Which labelled images probes are fitted on and measured on: options, and what they find."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from beitzoo.errors import check
 
 if TYPE_CHECKING:
     from beitzoo.evaluation.probe_rows import LabelledData
+    from beitzoo.images.image_set import ImageSet
     from beitzoo.images.splits import Split
     from beitzoo.inference.feature_files import FeatureTable
     from beitzoo.results import Row
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
 # Where the data has no parts of its own: as of a recipe that says nothing else, so that fine-tuning and probes see the
 # same images.
 _TEST_FRACTION, _VAL_FRACTION = 1 / 3, 0.1
+
+
+def _val_fraction(images: "ImageSet", train: Sequence[int] | None, has_test: bool) -> float:
+    """Return the share of the images to fit on that choose a block: of few images, at least one of each class."""
+    rest = len(images.images if train is None else train)
+    rest -= 0 if has_test else round(rest * _TEST_FRACTION)
+    return min(max(_VAL_FRACTION, len(images.names) / max(rest, 1)), 0.5)
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,9 @@ class Data:
         )
         images = load_images(section)
         images.one_label_each("a probe")
-        split = split_images(images, section, test_fraction=_TEST_FRACTION, val_fraction=_VAL_FRACTION)
+        parts = images.parts
+        val_fraction = _val_fraction(images, parts.get("train"), has_test=len(parts) > ("train" in parts))
+        split = split_images(images, section, test_fraction=_TEST_FRACTION, val_fraction=val_fraction)
         return LabelledData(images, self._few(split), self._asked())
 
     def load_features(self, path: Path) -> "tuple[LabelledData, FeatureTable]":
@@ -87,11 +98,18 @@ class Data:
         table = read_features(path)
         names = table.description.names
         check(bool(names), f"The images of {path} have no classes; embed class folders, PLACE/CLASS/IMAGE.")
+        twice = [image for image, times in Counter(table.paths).items() if times > 1]
+        check(
+            not twice,
+            f"{path} has {len(twice):,} images more than once, such as {twice[:1]}: probes would be measured on what "
+            "they were fitted on. Embed each once.",
+        )
         images = ImageSet([Path(name) for name in table.paths], table.labels.tolist(), names)
         own = {part: [i for i, of in enumerate(table.parts) if of == part] for part in ("train", "validation", "test")}
         test, val = own["test"] or own["validation"], own["validation"] if own["test"] else []
         train = own["train"] if any(own.values()) else None
-        drawn = draw_split(images, 0 if val else _VAL_FRACTION, 0 if test else _TEST_FRACTION, self.split_seed, train)
+        val_fraction = 0 if val else _val_fraction(images, train, has_test=bool(test))
+        drawn = draw_split(images, val_fraction, 0 if test else _TEST_FRACTION, self.split_seed, train)
         seed = self.split_seed if self.label_seed is None else self.label_seed
         few = self.train_per_class
         chosen = choose_per_class(images, drawn.train, few, seed) if few else drawn.train

@@ -1,10 +1,8 @@
 """How right a classifier is: its accuracy on labelled images that it was not trained on, as a row."""
 
-import hashlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -14,21 +12,16 @@ from beitzoo.errors import check
 from beitzoo.evaluation.label_answers import LabelAnswers
 from beitzoo.evaluation.looks import Looks, answer
 from beitzoo.evaluation.metrics import AccuracySum, CalibrationSum
+from beitzoo.evaluation.subjects import Origin, Subject, images_for
 from beitzoo.evaluation.truth import Labelling, Truth, truth_of
-from beitzoo.factory import look_up
 from beitzoo.files import full_path
 from beitzoo.images.datasets import find_images, guess_source
 from beitzoo.images.image_set import ImageSet
-from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split
 from beitzoo.inference.classify import check_classifier, eval_mode
 from beitzoo.inference.pipeline import Failure, Job, Loading, run_jobs
 from beitzoo.models.beit import Beit
 from beitzoo.results import ENVIRONMENT, Row, environment
-from beitzoo.weights.names import find_weights
-from beitzoo.weights.shards import INDEX_SUFFIX, shards
 from beitzoo.zoo import costs
-from beitzoo.zoo.checkpoints import LocalFile
-from beitzoo.zoo.registry import DEFAULT_MODEL
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -64,23 +57,6 @@ KEY = (*_ASKED, *(name for name in ENVIRONMENT if name != "date"))
 
 # Images whose logits are added up at a time.
 _ADD_EVERY = 64
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is measured, and where its weights are from.
-
-    Attributes:
-        model: The classifier.
-        name: As in `create_model`; the row has it.
-        checkpoint: The file of its weights, where they are not those of the name.
-        dtype: What it computes in, where its parameters do not say so.
-    """
-
-    model: Beit
-    name: str
-    checkpoint: Path | None = None
-    dtype: Dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +116,7 @@ def load_data(data: str, real_labels: str | None = None) -> ImageSet:
 
 
 def evaluate(
-    subject: Subject, images: ImageSet, data: str, judging: Judging | None = None, loading: Loading | None = None
+    subject: Subject[Beit], images: ImageSet, data: str, judging: Judging | None = None, loading: Loading | None = None
 ) -> Evaluation:
     """Measure the accuracy of a classifier on all images that it was not trained on.
 
@@ -157,12 +133,12 @@ def evaluate(
     model, name = subject.model, subject.name
     judging = judging or Judging()
     check_classifier(model, name)
-    indices, notes = images_for(name, subject.checkpoint, images, judging)
+    indices, notes = images_for(subject.origin, images, judging.split_seed)
     truth = truth_of(model, name, images, indices, judging.labelling)
     measured = _measure(model, images, truth, judging.looks.jobs(model, name), loading or Loading())
     row = {
         **environment(model.cls_token.device),
-        **asked(name, subject.checkpoint, subject.dtype or _dtype_of(model), data, images, judging),
+        **asked(subject.origin, subject.dtype or _dtype_of(model), data, images, judging),
         **_facts(model, judging.looks),
         **measured.scores(),
     }
@@ -176,16 +152,15 @@ def evaluate(
     )
 
 
-def asked(name: str, checkpoint: Path | None, dtype: str, data: str, images: ImageSet, judging: Judging) -> Row:
+def asked(origin: Origin, dtype: str, data: str, images: ImageSet, judging: Judging) -> Row:
     """Return the columns that say what is measured, which are known before it is.
 
     `weights` is empty where they are those of a name, which do not change.
     """
-    files = _local_files(name, checkpoint)
     looks, labelling = judging.looks, judging.labelling
     return {
-        "model": name if checkpoint is None else str(checkpoint),
-        "weights": _fingerprint(files) if files else None,
+        "model": origin.shown,
+        "weights": origin.fingerprint(),
         "data": data,
         "split_seed": judging.split_seed,
         "dtype": dtype,
@@ -298,92 +273,6 @@ def _facts(model: Beit, looks: Looks) -> Row:
 
 def _dtype_of(model: Beit) -> str:
     return str(model.cls_token.dtype).removeprefix("torch.")
-
-
-def images_for(name: str, checkpoint: Path | None, images: ImageSet, judging: Judging) -> tuple[list[int], list[str]]:
-    """Choose the images that a model was not trained on, nor chosen by; and say what was left out.
-
-    Raises:
-        InvalidValueError: It was trained on all of them, or on some that the seed holds out.
-    """
-    own, split_seed = split_of(name, checkpoint, images), judging.split_seed
-    if split_seed is None and (own is not None or images.root is not None):
-        return unseen_images(name, images, own)
-    seen = set() if own is None else {*own.train, *own.val}
-    held_out = _split_of_digits(images, split_seed or 0).test
-    check(
-        not seen & set(held_out),
-        f"{name} was trained on images that split_seed {split_seed} holds out; leave --split-seed out to "
-        "measure it on those that its own run held out.",
-    )
-    return sorted(held_out), []
-
-
-def unseen_images(name: str, images: ImageSet, own: Split | None) -> tuple[list[int], list[str]]:
-    """Choose the images that are held out and that a model was not trained on; and say what was left out.
-
-    Args:
-        name: What notes and errors call the model.
-        images: All images.
-        own: How the model's own run split them, if that is known.
-
-    Raises:
-        InvalidValueError: It was trained on all of them.
-    """
-    seen = set() if own is None else {*own.train, *own.val}
-    shown = images.held_out
-    unseen = [index for index in shown if index not in seen]
-    check(bool(unseen), f"{name} was trained on all {len(shown):,} images; evaluate it on others.")
-    notes = []
-    if len(shown) < len(images.images):
-        notes.append(f"The data has parts; only the {len(shown):,} images that are held out by their names count.")
-    if left_out := len(shown) - len(unseen):
-        notes.append(f"Left out {left_out:,} of {len(shown):,} images, which {name} was trained on or chosen by.")
-    return unseen, notes
-
-
-def split_of_run(subject: Subject, images: ImageSet) -> Split | None:
-    """Find the split that a model was trained with: in the file that its run wrote; seed 0 for the shipped model."""
-    return split_of(subject.name, subject.checkpoint, images)
-
-
-def split_of(name: str, checkpoint: Path | None, images: ImageSet) -> Split | None:
-    """Find the split that the model of a name, or of a file of weights, was trained with; see `split_of_run`."""
-    if checkpoint is None and look_up(name).name == DEFAULT_MODEL:
-        return None if images.root is not None else _split_of_digits(images, 0)
-    files = _local_files(name, checkpoint)
-    splits = [
-        folder / SPLIT_FILE
-        for file in files
-        for place in (file.absolute(), file.resolve())
-        for folder in place.parents[:2]
-    ]
-    return next((read_split(path, images) for path in splits if path.is_file()), None)
-
-
-def _local_files(name: str, checkpoint: Path | None) -> list[Path]:
-    """Return the files of weights on this machine that a name or a checkpoint stands for; the first is what is read."""
-    if checkpoint is not None:
-        return [full_path(checkpoint)]
-    pretrained = look_up(name).pretrained
-    sources = () if pretrained is None else pretrained.sources
-    return [source.path for source in sources if isinstance(source, LocalFile)]
-
-
-def _fingerprint(files: Sequence[Path]) -> str:
-    """Return the first digits of the sha256 of the weights in a file, or in those that it names."""
-    weights = find_weights(files[0])
-    parts = [weights.with_name(name) for name in shards(weights)] if weights.name.endswith(INDEX_SUFFIX) else [weights]
-    digest = hashlib.sha256()
-    for part in parts:
-        with part.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]
-
-
-def _split_of_digits(images: ImageSet, seed: int) -> Split:
-    check(images.root is None, "--split-seed draws a part of the digits, and this is a folder. Leave it out.")
-    return draw_split(images, val_fraction=0.1, test_fraction=1 / 3, seed=seed)
 
 
 def summarise(rows: Sequence[Row]) -> str:

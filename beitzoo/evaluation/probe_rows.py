@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from beitzoo.errors import check
-from beitzoo.evaluation.evaluate import Subject, split_of_run
 from beitzoo.evaluation.features import POOLINGS, Features, extract_features, keep_features, kept_features
 from beitzoo.evaluation.probe import PROBES, Findings, Probing, probe_features
+from beitzoo.evaluation.subjects import Origin, fingerprint
+from beitzoo.files import full_path
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
 from beitzoo.images.transforms import resolve_data_config
@@ -21,7 +22,7 @@ from beitzoo.models.inputs import take_indices
 from beitzoo.results import ENVIRONMENT, Row, Table, environment
 
 _DATA = ("data", "test_data", "split_seed", "train_per_class", "train_images", "label_seed")
-_ASKED = ("model", *_DATA, "block", "pooling", "probe", "neighbours")
+_ASKED = ("model", "weights", *_DATA, "block", "pooling", "probe", "neighbours")
 _FOUND = ("img_size", "top1", "top1_err", "val_top1", "count", "train_count", "val_count", "failures")
 COLUMNS = (*_ASKED, *_FOUND, *ENVIRONMENT)
 # What was asked for, and where it was measured; not when.
@@ -56,6 +57,7 @@ class Probed:
 
     Attributes:
         name: What rows call the network.
+        weights: Fingerprint of its weights, or of the file of features; None for weights of a name.
         blocks: Whose output they are, in order; None is the network's own.
         poolings: What there is of each block.
         img_size: Of images in front of the network.
@@ -64,6 +66,7 @@ class Probed:
     """
 
     name: str
+    weights: str | None
     blocks: Sequence[int | None]
     poolings: tuple[Pooling, ...]
     img_size: int | None
@@ -71,12 +74,12 @@ class Probed:
     features: Callable[[], Features]
 
 
-def of_network(model: Beit, name: str, data: LabelledData, probing: Probing, keep: Path | None = None) -> Probed:
+def of_network(model: Beit, origin: Origin, data: LabelledData, probing: Probing, keep: Path | None = None) -> Probed:
     """Return the features of a network that are made when they are needed.
 
     Args:
         model: The network, or the backbone of a masked image model.
-        name: What rows call it.
+        origin: Where its weights are from.
         data: Its images.
         probing: Which blocks, and how images are loaded.
         keep: File that receives the features; they are then made at once.
@@ -89,7 +92,8 @@ def of_network(model: Beit, name: str, data: LabelledData, probing: Probing, kee
         used = [*split.train, *split.val, *split.test]
         return extract_features(model, data.images, used, blocks, probing.loading)
 
-    probed = Probed(name, blocks, (*POOLINGS, "both"), size, model.cls_token.device, make)
+    name = origin.shown
+    probed = Probed(name, origin.fingerprint(), blocks, (*POOLINGS, "both"), size, model.cls_token.device, make)
     if keep is None:
         return probed
     shape = (len(blocks), 2 * model.num_features)
@@ -98,8 +102,13 @@ def of_network(model: Beit, name: str, data: LabelledData, probing: Probing, kee
     return replace(probed, features=lambda: kept)
 
 
-def of_table(table: FeatureTable, probing: Probing) -> Probed:
-    """Return the features that are in a file.
+def of_file(path: Path, table: FeatureTable, probing: Probing) -> Probed:
+    """Return the features that were read from a file.
+
+    Args:
+        path: The file.
+        table: What is in it.
+        probing: Which blocks.
 
     Raises:
         InvalidValueError: Probes of single patches, or of blocks that the file has not, were asked for.
@@ -111,13 +120,17 @@ def of_table(table: FeatureTable, probing: Probing) -> Probed:
         check(not missing, f"The file has no features of block {missing[:1]}; it has {there}, counted from 0.")
         features = features.of_blocks(sorted(set(probing.blocks)))
     size = None if description.img_size is None else description.img_size[1]
-    return Probed(description.model, features.blocks, features.poolings, size, torch.device("cpu"), lambda: features)
+    kept = fingerprint([full_path(path)])
+    cpu = torch.device("cpu")
+    return Probed(description.model, kept, features.blocks, features.poolings, size, cpu, lambda: features)
 
 
 def probe_rows(
     probed: Probed, data: LabelledData, probing: Probing, kept: Table
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """Probe features and append a row for each block, pooling and probe; those that the table has are taken from it.
+
+    Rows that were measured when there were other images are measured anew.
 
     Args:
         probed: The features.
@@ -133,6 +146,7 @@ def probe_rows(
         {
             **stamp,
             "model": probed.name,
+            "weights": probed.weights,
             **data.asked,
             "block": block,
             "pooling": pooling,
@@ -142,14 +156,24 @@ def probe_rows(
         for block in probed.blocks
         for pooling, probe in probing.pairs(probed.poolings)
     ]
-    there = [kept.find(row) for row in asked]
+    there = [_of_as_many(kept.find(row), data.split) for row in asked]
     if all(there):
         return [row for row in there if row], []
     findings = probe_features(probed.features(), np.asarray(data.images.labels), data.split, probing)
     rows = []
     for old, row, scores in zip(there, asked, _scores(findings), strict=True):
-        rows.append(old or kept.append({**row, **scores, "img_size": probed.img_size}))
+        rows.append(old or kept.replace({**row, **scores, "img_size": probed.img_size}))
     return rows, findings.failures
+
+
+def _of_as_many(row: Row | None, split: Split) -> Row | None:
+    """Return a row that was found, if it is of as many images as there are now; some of them could not be read."""
+    if row is None:
+        return None
+    readable = sum(int(row[name] or 0) for name in ("count", "train_count", "val_count"))
+    images = len(split.train) + len(split.val) + len(split.test)
+    # A file of features may have failures that are in no part.
+    return row if readable <= images <= readable + int(row["failures"] or 0) else None
 
 
 def _scores(findings: Findings) -> list[Row]:
@@ -178,13 +202,13 @@ def best_rows(rows: Sequence[Row]) -> list[Row]:
     return [max(own, key=lambda row: float(row["val_top1"] or 0)) for own in of_probes if own]
 
 
-def seen_in_training(subject: Subject, data: LabelledData) -> str | None:
+def seen_in_training(origin: Origin, data: LabelledData) -> str | None:
     """Say so if a network's own run was trained on images that it is now measured on, or chosen by them."""
-    own = split_of_run(subject, data.images)
+    own = origin.split(data.images)
     seen = set(data.split.test) & (set() if own is None else {*own.train, *own.val})
     if not seen:
         return None
     return (
-        f"Note: {subject.name} was itself trained on {len(seen):,} of the {len(data.split.test):,} images that it is "
+        f"Note: {origin.name} was itself trained on {len(seen):,} of the {len(data.split.test):,} images that it is "
         "measured on, or chosen by them."
     )

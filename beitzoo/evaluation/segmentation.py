@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from beitzoo.errors import InvalidValueError, check
 from beitzoo.evaluation.confusion import ConfusionMatrix
-from beitzoo.evaluation.evaluate import split_of, unseen_images
+from beitzoo.evaluation.subjects import Subject, unseen_images
 from beitzoo.images.files import ImageError
 from beitzoo.images.label_maps import IGNORE, LabelMap
 from beitzoo.images.masked_sets import MaskedSet
@@ -42,21 +41,6 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class SegmenterSubject:
-    """A segmentation model that is measured, and where its weights are from.
-
-    Attributes:
-        model: The model.
-        name: As in `create_model`; the row has it.
-        checkpoint: The file of its weights, where they are not those of the name.
-    """
-
-    model: Segmenter
-    name: str
-    checkpoint: Path | None = None
-
-
-@dataclass(frozen=True)
 class SegmenterEvaluation:
     """One measurement.
 
@@ -76,7 +60,7 @@ class SegmenterEvaluation:
 
 
 def evaluate_segmenter(
-    subject: SegmenterSubject,
+    subject: Subject[Segmenter],
     masked: MaskedSet,
     data: str,
     options: SegmentOptions | None = None,
@@ -97,14 +81,13 @@ def evaluate_segmenter(
     options = options or SegmentOptions()
     model, images = subject.model, masked.images
     outputs = _outputs(subject, masked)
-    own = split_of(subject.name, subject.checkpoint, images)
-    indices, notes = unseen_images(subject.name, images, own)
+    indices, notes = unseen_images(subject.name, images, subject.origin.split(images))
     seen = watch(indices, "image", len(indices))
     matrix, failures = measure_segmenter(model, masked, seen, options, workers=workers, outputs=outputs)
     count = count_measured(len(indices), failures)
     scores = matrix.scores()
     row: Row = {
-        "model": subject.name if subject.checkpoint is None else str(subject.checkpoint),
+        "model": subject.origin.shown,
         "img_size": max(model.backbone.config.img_size),
         "mode": options.mode,
         "short_side": options.short_side,
@@ -222,7 +205,7 @@ def _to_output(outputs: Sequence[int] | None, device: torch.device) -> Tensor | 
     return table.to(device)
 
 
-def _outputs(subject: SegmenterSubject, masked: MaskedSet) -> list[int]:
+def _outputs(subject: Subject[Segmenter], masked: MaskedSet) -> list[int]:
     """Find the output of the model that stands for each class of the masks: by name, or where it has none by number."""
     name, model, names = subject.name, subject.model, masked.labels.names
     own = model.class_names

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from beitzoo.errors import UserError
-from beitzoo.evaluation.evaluate import COLUMNS, Dtype, Evaluation, Judging, Subject, asked, evaluate, images_for
+from beitzoo.evaluation.evaluate import COLUMNS, Dtype, Evaluation, Judging, asked, evaluate
+from beitzoo.evaluation.subjects import Origin, Subject, images_for
 from beitzoo.evaluation.truth import real_labels_of
 from beitzoo.images.image_set import ImageSet
 from beitzoo.inference.fastest import OPTIMIZED, for_many_images
@@ -50,12 +51,12 @@ class Sweep:
 
     def asked(self, name: str, dtype: Dtype) -> Row:
         """Return what is known of a row before it is measured."""
-        row = asked(name, self.checkpoint, dtype, self.data, self.images, self.judging)
+        row = asked(Origin(name, self.checkpoint), dtype, self.data, self.images, self.judging)
         return {**environment(self.device), **row}
 
     def count(self, name: str) -> int:
         """Return how many images a model is measured on."""
-        indices, _ = images_for(name, self.checkpoint, self.images, self.judging)
+        indices, _ = images_for(Origin(name, self.checkpoint), self.images, self.judging.split_seed)
         labelling = self.judging.labelling
         return len(real_labels_of(self.images, indices, labelling) if labelling.real_labels else indices)
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import SAMPLES, run
 from PIL import Image
 
@@ -140,6 +141,50 @@ def test_kept_features_are_probed_as_those_of_the_network(
     (tmp_path / "folder.npz").mkdir()
     failed = run("probe", MODEL, *data, "--keep-features", str(tmp_path / "folder.npz"))
     assert (failed.exit_code, "it is a folder" in failed.stderr) == (2, True)
+
+
+def test_rows_of_other_weights_or_images_are_measured_anew(data: list[str], tmp_path: Path) -> None:
+    """A run that was trained on, a folder that got another image, a file of features that was written again."""
+    model, table, kept = beitzoo.create_model(MODEL, pretrained=True), tmp_path / "r.csv", tmp_path / "f.npz"
+    own = str(tmp_path / "run")
+
+    def count(*arguments: str) -> int:
+        result = run("probe", *arguments, "--probes", "knn", "--pooling", "mean", "--results-file", str(table))
+        assert result.exit_code == 0, result.stderr
+        return len(table.read_text().splitlines()) - 1
+
+    beitzoo.save_pretrained(model, Path(own))
+    assert [count(own, *data, "--keep-features", str(kept)), count(own, *data), count("--features", str(kept))] == [
+        1, 1, 2,
+    ]  # fmt: skip
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias.add_(0.1)
+    beitzoo.save_pretrained(model, Path(own))
+    assert [count(own, *data, "--keep-features", str(kept)), count("--features", str(kept))] == [3, 4]
+    assert count("--features", str(kept)) == 4
+    digits().images[5].save(tmp_path / "measure" / "1" / "other.png")  # type: ignore[union-attr]
+    assert count(own, *data) == 4
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["count"] for row in rows] == ["30", "30", "30", "31"]
+    assert len({row["weights"] for row in rows}) == 4
+
+
+def test_few_images_are_enough_and_none_is_there_twice(tmp_path: Path) -> None:
+    """Six of each of five classes: a tenth of them would not be one of each."""
+    images = digits()
+    assert images.labels is not None
+    for label in range(5):
+        (tmp_path / str(label)).mkdir()
+        for index in [place for place, own in enumerate(images.labels) if own == label][:6]:
+            images.images[index].save(tmp_path / str(label) / f"{index}.png")  # type: ignore[union-attr]
+    out = str(tmp_path / "f.npz")
+    assert run("embed", str(tmp_path), "-m", MODEL, "--out", out).exit_code == 0
+    for arguments in ([MODEL, "--data", str(tmp_path), "--blocks", "3"], ["--features", out]):
+        result = run("probe", *arguments, "--probes", "knn")
+        assert "15 images to fit probes on, 5 to choose a block by, 10 to measure them on." in result.stderr
+    run("embed", *[str(tmp_path)] * 2, "-m", MODEL, "--out", out)
+    failed = run("probe", "--features", out)
+    assert (failed.exit_code, "f.npz has 30 images more than once" in failed.stderr) == (2, True)
 
 
 def test_features_that_embed_wrote_are_probed_by_their_folders(data: list[str], tmp_path: Path) -> None:

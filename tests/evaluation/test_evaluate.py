@@ -14,7 +14,8 @@ from PIL import Image
 import beitzoo
 from beitzoo import Beit
 from beitzoo.errors import InvalidValueError
-from beitzoo.evaluation.evaluate import COLUMNS, Judging, Subject, evaluate, load_data, summarise
+from beitzoo.evaluation.evaluate import COLUMNS, Judging, evaluate, load_data, summarise
+from beitzoo.evaluation.subjects import Subject
 from beitzoo.images.datasets import digits, labelled_folder
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, write_split

@@ -16,7 +16,8 @@ import beitzoo
 from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation.confusion import ConfusionMatrix
 from beitzoo.evaluation.confusion_picture import draw_confusion, most_confused, row_shares, write_confusion
-from beitzoo.evaluation.segmentation import SegmenterSubject, _outputs, evaluate_segmenter, measure_segmenter
+from beitzoo.evaluation.segmentation import _outputs, evaluate_segmenter, measure_segmenter
+from beitzoo.evaluation.subjects import Subject
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.label_maps import MaskLabels
 from beitzoo.images.masked_sets import MaskedSet, find_masked_images
@@ -84,13 +85,13 @@ def test_classes_are_matched_by_name(model: Segmenter, tmp_path: Path) -> None:
     # The same masks, of which number 0 is now called car: the third output of the model.
     other = replace(masked, labels=replace(masked.labels, names=reordered))
     outputs = [NAMES.index(name) for name in reordered]
-    evaluation = evaluate_segmenter(SegmenterSubject(model, "test_beit"), other, "data")
+    evaluation = evaluate_segmenter(Subject(model, "test_beit"), other, "data")
     expected = by_hand(model, masked, [0, 1, 2, 3], SegmentOptions()).counts
     assert torch.equal(evaluation.matrix.counts[outputs], expected)
     assert evaluation.names == NAMES
     foreign = replace(masked, labels=replace(masked.labels, names=("sky", "road", "boat")))
     with pytest.raises(InvalidValueError, match=r"none of its own \(boat\) and 1 of its 3 .* not in the masks \(car\)"):
-        evaluate_segmenter(SegmenterSubject(model, "test_beit"), foreign, "data")
+        evaluate_segmenter(Subject(model, "test_beit"), foreign, "data")
 
 
 def test_names_of_ade20k_may_be_those_of_elsewhere() -> None:
@@ -103,14 +104,14 @@ def test_names_of_ade20k_may_be_those_of_elsewhere() -> None:
     assert isinstance(head, Segment)
     model.backbone.pretrained = replace(model.pretrained, head=replace(head, labels=others))
     masked = MaskedSet(ImageSet([], None, ()), [], MaskLabels(names, reduce_zero_label=True))
-    assert _outputs(SegmenterSubject(model, "test_beit"), masked) == list(range(150))
+    assert _outputs(Subject(model, "test_beit"), masked) == list(range(150))
 
 
 def test_a_model_without_names_needs_as_many_classes(tmp_path: Path) -> None:
     model: object = beitzoo.create_model("test_beit", head="segment", num_classes=2, img_size=32, decoder="linear")
     assert isinstance(model, Segmenter)
     with pytest.raises(InvalidValueError, match="tells 2 classes apart and nobody named them, the masks have 3"):
-        evaluate_segmenter(SegmenterSubject(model, "test_beit"), write_pairs(tmp_path), "data")
+        evaluate_segmenter(Subject(model, "test_beit"), write_pairs(tmp_path), "data")
 
 
 @pytest.fixture

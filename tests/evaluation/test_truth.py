@@ -17,8 +17,9 @@ from torch import Tensor
 import beitzoo
 from beitzoo import Beit
 from beitzoo.errors import InvalidValueError
-from beitzoo.evaluation.evaluate import Judging, Subject, evaluate, load_data
+from beitzoo.evaluation.evaluate import Judging, evaluate, load_data
 from beitzoo.evaluation.looks import Looks, answer
+from beitzoo.evaluation.subjects import Subject
 from beitzoo.evaluation.truth import Labelling, truth_of
 from beitzoo.images.image_set import ImageSet
 from beitzoo.inference.pipeline import Failure, Loading, run_jobs
