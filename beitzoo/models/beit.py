@@ -93,22 +93,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
         bias = bias or kernels.position_bias(inputs.own_grid(x, self.config), self.config, like=x)
-        q, k, v = self._project(x)
+        qkv = self._project(x)
         dropout = self.attn_drop if self.training else 0.0
-        x = kernels.attend(q, k, v, bias.of(self.relative_position_bias_table, q), dropout)  # (B, H, N, D)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        x = kernels.attend(qkv, bias.of(self.relative_position_bias_table, qkv), dropout)  # (B, H, N, D)
+        return self.proj_drop(kernels.call_linear(self.proj, x.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor, bias: PositionBias) -> Tensor:
         """Return how much each token (query, rows) takes from each (key, columns), (B, H, N, N)."""
         q, k, _ = self._project(x)
         return kernels.attention_weights(q, k, bias.of(self.relative_position_bias_table, q))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor) -> Tensor:
+        """Map tokens (B, N, C) to queries, keys and values, (3, B, H, N, D)."""
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        parts = kernels.linear_with_bias(self.qkv, x, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
-        return parts.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, 3, H, D) -> 3 (B, H, N, D)
+        qkv = kernels.call_linear(self.qkv, x, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return qkv.permute(2, 0, 3, 1, 4)  # (B, N, 3, H, D) -> (3, B, H, N, D)
 
 
 class Mlp(nn.Module):
@@ -123,7 +124,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
-        return self.drop(self.fc2(self.act(self.fc1(x))))
+        hidden = self.act(kernels.call_linear(self.fc1, x))
+        return self.drop(kernels.call_linear(self.fc2, hidden))
 
 
 class DropPath(nn.Module):

@@ -217,8 +217,8 @@ class InferenceAttention(Attention):
 
     def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
         """Map tokens (B, N, C) to mixed values (B, N, C), not yet projected."""
-        q, k, v = self._project(x)
-        return kernels.attend(q, k, v, self._bias_of(bias, x, q)).transpose(1, 2).flatten(2)
+        qkv = self._project(x)
+        return kernels.attend(qkv, self._bias_of(bias, x, qkv)).transpose(1, 2).flatten(2)
 
     def weights(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
         """Return how much each token (query, rows) takes from each (key, columns), (B, H, N, N)."""

@@ -142,9 +142,9 @@ def test_attention_maps_are_what_the_fused_path_mixes_by() -> None:
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 4, 2, 17))
     tokens, bias = model.embed(x)
     for index, block in enumerate(model.blocks):
-        q, k, v = block.attn._project(block.norm1(tokens))
-        fused = attend(q, k, v, bias.of(block.attn.relative_position_bias_table, q))
-        assert relative_error(maps[:, index] @ v, fused) < 1e-5
+        qkv = block.attn._project(block.norm1(tokens))
+        fused = attend(qkv, bias.of(block.attn.relative_position_bias_table, qkv))
+        assert relative_error(maps[:, index] @ qkv[2], fused) < 1e-5
         tokens = block(tokens, bias)
     chosen = model.attention_maps(x, [-1, 0])
     torch.testing.assert_close(chosen, maps[:, [3, 0]])

@@ -1,6 +1,7 @@
 """Fast paths give the same numbers as the standard calls, and are taken in ordinary eager inference only."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -134,7 +135,7 @@ def test_blocked_attention_is_attention(block_bytes: int, monkeypatch: pytest.Mo
     q, k, v = torch.randn(3, 2, 5, 17, 8).unbind(0)
     bias = torch.randn(5, 17, 24)[..., :17]
     mixed = kernels.attend_blocked(q, k, v, bias)
-    assert relative_error(mixed, kernels.attend(q, k, v, bias)) <= 1e-6
+    assert relative_error(mixed, kernels.attend(torch.stack([q, k, v]), bias)) <= 1e-6
     assert mixed.transpose(1, 2).is_contiguous()
 
 
@@ -151,20 +152,49 @@ def test_blocked_attention_is_taken_for_bfloat16_without_amx(monkeypatch: pytest
     assert seen == [torch.bfloat16] * model.config.depth
 
 
-def test_attention_in_steps_has_the_gradients_of_the_fused_kernel() -> None:
-    q, k, v = torch.randn(3, 2, 2, 9, 4, dtype=torch.float64, requires_grad=True).unbind(0)
-    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
+def trained_attention(dtype: torch.dtype = torch.float64, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Make queries, keys and values as a linear leaves them, and a bias of padded rows, all trained."""
+    qkv = torch.randn(batch, 9, 3, 2, 4, dtype=dtype, requires_grad=True).permute(2, 0, 3, 1, 4)
+    return qkv, torch.randn(2, 9, 16, dtype=dtype, requires_grad=True)[..., :9]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_with_a_trained_bias_has_the_gradients_of_the_fused_kernel(dropout: float) -> None:
+    qkv, bias = trained_attention()
+    mixed = kernels.attend(qkv, bias, dropout)
+    if dropout:  # which elements are dropped depends on the kernel
+        assert mixed.shape == (2, 2, 9, 4)
+        return
+    q, k, v = qkv.unbind(0)
     fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    stepped = kernels.attend(q, k, v, bias)
-    assert relative_error(stepped, fused) <= 1e-12
+    assert type(mixed.grad_fn).__name__ == "_AttentionBackward"
+    assert relative_error(mixed, fused) <= 1e-12
     weights = torch.randn_like(fused)
+    ours = torch.autograd.grad(mixed, (qkv, bias), weights)
+    theirs = torch.autograd.grad(fused, (qkv, bias), weights)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) <= 1e-12
+    assert ours[0].permute(1, 3, 0, 2, 4).is_contiguous()  # as the output of the linear
+
+
+def test_attention_with_a_trained_bias_can_be_differentiated_twice_and_for_several_outputs_at_once() -> None:
+    qkv, bias = trained_attention(batch=1)
+    assert torch.autograd.gradcheck(kernels.attend, (qkv, bias), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(kernels.attend, (qkv, bias))
+
+
+def test_attention_with_a_trained_bias_in_bfloat16_is_as_exact_as_its_inputs() -> None:
+    qkv, bias = trained_attention(torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (qkv, bias)]
+    found, expected = kernels.attend(qkv, bias), kernels.attend(exact[0], exact[1])
+    assert relative_error(found, expected) < 0.01
+    weights = torch.randn_like(found)
     for a, b in zip(
-        torch.autograd.grad(stepped, (q, k, v, bias), weights),
-        torch.autograd.grad(fused, (q, k, v, bias), weights),
+        torch.autograd.grad(found, (qkv, bias), weights),
+        torch.autograd.grad(expected, exact, weights.double()),
         strict=True,
     ):
-        assert relative_error(a, b) <= 1e-12
-    assert torch.autograd.gradcheck(kernels.attend, (q, k, v, bias))
+        assert relative_error(a, b) < 0.02
 
 
 # ---- position -----------------------------------------------------------------------------------------------
@@ -217,11 +247,87 @@ def test_one_forward_pass_without_a_gradient_has_one_workspace() -> None:
 # ---- linears ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_has_onednn_products", lambda: False)
+
+
+needs_onednn = pytest.mark.skipif(
+    not (kernels.cpu_has("avx512") and torch.backends.mkldnn.is_available()), reason="oneDNN is not taken here"
+)
+
+
+@pytest.fixture
+def with_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_has_onednn_products", lambda: True)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("with_onednn")
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_onednn_have_the_gradients_of_a_linear(bias: bool) -> None:
+    layer, x = nn.Linear(24, 40, bias=bias), torch.randn(7, 2, 24).transpose(0, 1).requires_grad_()
+    ours = kernels.linear(x, layer.weight, layer.bias)
+    assert ours.shape == (2, 7, 40)
+    exact, twin = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    theirs = exact(twin)
+    assert relative_error(ours, theirs) < 1e-6
+    weights = torch.randn(2, 7, 40)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    assert relative_error(x.grad, twin.grad) < 1e-6
+    for a, b in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-6
+
+
+@needs_onednn
+@pytest.mark.usefixtures("with_onednn")
+def test_products_of_onednn_can_be_differentiated_twice_and_for_several_outputs_at_once() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+
+    def slope(product: Callable[..., Tensor]) -> Tensor:
+        """Return the gradient in the weight of the squared gradient in the inputs of a sum of squares."""
+        at = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(product(at, layer.weight, layer.bias).square().sum(), at, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), layer.weight)[0]
+
+    assert relative_error(slope(kernels.linear), slope(F.linear)) < 1e-5
+    at = x.clone().requires_grad_()
+    y = kernels.linear(at, layer.weight, layer.bias)[0]
+    (rows,) = torch.autograd.grad(y, at, torch.eye(3), is_grads_batched=True)
+    assert relative_error(rows[:, 0], layer.weight) < 1e-6
+
+
+def test_onednn_is_taken_for_plain_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_has_onednn_products", lambda: True)
+    layer, x = wide(8, 8), torch.randn(3, 8)
+    pays = kernels._onednn_pays
+    assert pays(x, layer.weight, layer.bias)
+    assert not pays(x.double(), layer.weight.double(), layer.bias.double())
+    assert not pays(x, layer.weight.double(), layer.bias)
+    assert not pays(x[:0], layer.weight, layer.bias)
+    assert not pays(x[0], layer.weight, layer.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not pays(x, layer.weight, layer.bias)
+        assert kernels.linear(x, layer.weight, layer.bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("missing", "taken"), [(set(), True), ({"avx512"}, False), ({"-amx_tile"}, False), ({"operator"}, False)]
+)
+def test_where_onednn_is_taken(missing: set[str], taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    has = {"avx512"} - missing | {name.removeprefix("-") for name in missing if name.startswith("-")}
+    monkeypatch.setattr(kernels, "cpu_has", lambda feature: feature in has)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: "operator" not in missing)
+    assert kernels._has_onednn_products.__wrapped__() == taken
+
+
 def wide(inputs: int = 768, outputs: int = 1024, bias: bool = True) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
 
 
 @needs_mkl
+@pytest.mark.usefixtures("without_onednn")
 @pytest.mark.parametrize("shape", [(1, 197), (256,), (2, 1, 7)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("count", [1, 2])
@@ -239,6 +345,7 @@ def test_parts_give_the_same_numbers(shape: tuple[int, ...], bias: bool, count: 
 
 
 @needs_mkl
+@pytest.mark.usefixtures("without_onednn")
 @pytest.mark.parametrize(
     ("layer", "x", "count"),
     [
@@ -271,6 +378,7 @@ def test_gradients_and_autocast_keep_one_product() -> None:
 
 
 @needs_mkl
+@pytest.mark.usefixtures("without_onednn")
 def test_a_copy_of_bases_width_uses_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_fastest", lambda dtype, width: packed.InferenceLinear)
     seen: list[bool] = []
@@ -284,7 +392,7 @@ def test_a_copy_of_bases_width_uses_parts(monkeypatch: pytest.MonkeyPatch) -> No
         logits = fast(x)
         assert seen == [True] * 4
         assert relative_error(logits, model(x)) < 1e-5
-    assert seen == [True] * 5  # in the network itself it is the one product that gets its bias from elsewhere
+    assert seen == [True] * 8  # and so does the network itself
 
 
 class Adapter(nn.Module):
