@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ CLASSES_FILE = "classes.txt"
 _MOST_CLASSES = 1_000_000
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+# What each image of a file has: a class by number or word, several, or none.
+Found = Sequence[int | str | tuple[int | str, ...] | None]
 
 
 class Container(Protocol):
@@ -37,15 +40,18 @@ class Classes:
     """The class of each image in each of several files.
 
     Attributes:
-        numbers: For each file an array; -1 where an image has none.
+        numbers: For each file an array; -1 where an image has none. Where images may have several, 0 where it is known
+            which they have.
         names: Of the classes; None if no image has one.
+        sets: Where images may have several, for each file those of each image.
     """
 
     numbers: Sequence[Numbers]
     names: tuple[str, ...] | None
+    sets: Sequence[Sequence[tuple[int, ...]]] | None = None
 
 
-def classes_of(shards: Shards, found: Sequence[Sequence[int | str | None] | Numbers], noted: Sequence[str]) -> Classes:
+def classes_of(shards: Shards, found: Sequence[Found | Numbers], noted: Sequence[str]) -> Classes:
     """Number the classes that the images of each file have, and name them.
 
     Words are numbered in their order. Numbers are named as noted, or by the lines of a `classes.txt` beside the files,
@@ -53,13 +59,26 @@ def classes_of(shards: Shards, found: Sequence[Sequence[int | str | None] | Numb
 
     Args:
         shards: The files.
-        found: For each file, in their order, the class of each image; None where there is none.
+        found: For each file, in their order, the class of each image, or several in a tuple; None where there is none.
         noted: Names of the classes that the files themselves state.
 
     Raises:
-        InvalidValueError: A number is that of no class.
+        InvalidValueError: A number is that of no class, or some images have one class and others several.
     """
-    if any(isinstance(label, str) for labels in found if not isinstance(labels, np.ndarray) for label in labels):
+    lists: list[Found] = [labels.tolist() if isinstance(labels, np.ndarray) else labels for labels in found]
+    ones = [[label for label in labels if not isinstance(label, tuple)] for labels in lists]
+    if all(len(one) == len(labels) for one, labels in zip(ones, lists, strict=True)):
+        return _one_of_each(shards, ones, noted)
+    check(
+        all(label is None for labels in ones for label in labels),
+        f"Some files at {shards.root} have one class of each image, others lists of several. Give one kind alone.",
+    )
+    return _label_sets_of(shards, lists, noted)
+
+
+def _one_of_each(shards: Shards, found: Sequence[Sequence[int | str | None]], noted: Sequence[str]) -> Classes:
+    """Number and name classes of which each image has one or none."""
+    if any(isinstance(label, str) for labels in found for label in labels):
         words = [[None if label is None else str(label) for label in labels] for labels in found]
         names = tuple(sorted({word for those in words for word in those if word is not None}))
         number: dict[str | None, int] = {name: place for place, name in enumerate(names)}
@@ -82,6 +101,18 @@ def classes_of(shards: Shards, found: Sequence[Sequence[int | str | None] | Numb
         f"numbered from 0. Correct the number, or name all classes in a {CLASSES_FILE}.",
     )
     return Classes(numbers, names)
+
+
+def _label_sets_of(shards: Shards, found: Sequence[Found], noted: Sequence[str]) -> Classes:
+    """Number and name the labels of images that may have several, as `classes_of` does with one of each."""
+    several = [[own if isinstance(own, tuple) else None for own in those] for those in found]
+    flat = _one_of_each(shards, [[label for own in those for label in own or ()] for those in several], noted)
+    sets = []
+    for those, numbers in zip(several, flat.numbers, strict=True):
+        rest = iter(numbers.tolist())
+        sets.append([tuple(sorted(islice(rest, len(own or ())))) for own in those])
+    known = [_array([-1 if own is None else 0 for own in those]) for those in several]
+    return Classes(known, tuple(noted) if flat.names is None else flat.names, sets)
 
 
 def _array(numbers: list[int]) -> Numbers:
@@ -119,8 +150,11 @@ def images_of(shards: Shards, containers: Sequence[Container], classes: Classes,
     keep = [np.ones(len(numbers), bool) if names is None else numbers >= 0 for numbers in classes.numbers]
     for container, kept in zip(containers, keep, strict=True):
         list_left_out(shards, container, ~kept, WITHOUT_CLASS, left_out)
-    labels = [numbers[kept] for numbers, kept in zip(classes.numbers, keep, strict=True)]
     images = kept_images(shards, containers, keep, left_out)
+    if classes.sets is not None:
+        label_sets = [own for sets, kept in zip(classes.sets, keep, strict=True) for own in compress(sets, kept)]
+        return replace(images, label_sets=label_sets, names=names or ())
+    labels = [numbers[kept] for numbers, kept in zip(classes.numbers, keep, strict=True)]
     return replace(images, labels=None if names is None else np.concatenate(labels).tolist(), names=names or ())
 
 

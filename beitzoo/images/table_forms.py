@@ -12,10 +12,10 @@ from beitzoo.errors import InvalidValueError
 
 # Columns that are looked for before those that the hub's notes in a file call images and classes.
 _IMAGE_NAMES = ("image", "img")
-_LABEL_NAMES = ("label", "fine_label")
+_LABEL_NAMES = ("label", "fine_label", "labels")
 
-# Classes by row: numbers, -1 for none; or words, None for none.
-Labels = np.ndarray[Any, np.dtype[Any]] | list[str | None]
+# Classes by row: numbers, -1 for none; or words, None for none; or any number of either, None where nobody says.
+Labels = np.ndarray[Any, np.dtype[Any]] | list[str | None] | list[tuple[int | str, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Form:
     Attributes:
         image: Column of the images.
         in_struct: Whether that holds their bytes in a field `bytes`.
-        label: Column of the classes, if there is one.
+        label: Column of the classes, one of each image or a list of several, if there is one.
         names: Of the classes, as the hub notes them.
     """
 
@@ -55,12 +55,22 @@ def form_of(path: Path, schema: Any, masks: Collection[str] = ()) -> Form:
             f"{path} has no column of images, but {columns or 'no column at all'}. Expected a column 'image' of bytes, "
             "or of {bytes, path} as on the hub; rename it, or give other tables."
         )
-    classes = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
-    only = classes if len(classes) == 1 else []
-    label = next((name for name in (*_LABEL_NAMES, *only) if name in schema.names), None)
-    names = features[label].get("names") if label in classes else None
+    classes = {name: found for name, feature in features.items() if (found := _class_label(feature))}
+    only = [name for name in classes if name in schema.names]
+    label = next((name for name in (*_LABEL_NAMES, *only[: len(only) == 1]) if name in schema.names), None)
+    names = classes[label].get("names") if label in classes else None
     named = tuple(map(str, names)) if isinstance(names, list) else None
     return Form(image, pa.types.is_struct(schema.field(image).type), label, named)
+
+
+def _class_label(feature: Any) -> dict[str, Any] | None:
+    """Return the note about classes in a note about a column, of one class or of a list; None if there is none."""
+    if isinstance(feature, list) and len(feature) == 1:  # so lists were noted before datasets 4
+        feature = feature[0]
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+        feature = feature["feature"]
+    is_note = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    return feature if is_note else None
 
 
 def image_bytes(column: Any, form: Form) -> Any:
@@ -85,10 +95,39 @@ def labels_in(path: Path, name: str, column: Any) -> Labels:
         return column.to_pylist()
     if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
         return column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()  # from 2^63 on it is negative: no class
+    if _is_list(column.type):
+        return _label_lists(path, name, column)
     raise InvalidValueError(
         f"The column {name} of {path} holds {column.type}, not one class per image. Expected whole numbers or "
-        "words; rename it to use the images without classes."
+        "words, or lists of these; rename it to use the images without classes."
     )
+
+
+def _is_list(kind: Any) -> bool:
+    """Tell whether a column holds lists of whole numbers or of words."""
+    import pyarrow as pa
+
+    if not any(is_list(kind) for is_list in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
+        return False
+    value = kind.value_type
+    value = value.value_type if pa.types.is_dictionary(value) else value
+    kinds = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(is_kind(value) for is_kind in (*kinds, pa.types.is_null))
+
+
+def _label_lists(path: Path, name: str, column: Any) -> list[tuple[int | str, ...] | None]:
+    """Read a column of lists of labels."""
+    lists = [None if own is None else tuple(own) for own in column.to_pylist()]
+    for row, own in enumerate(lists):
+        for label in own or ():
+            what = "an empty one" if label is None else "a negative one" if isinstance(label, int) and label < 0 else ""
+            what = what or (f"{label!r} twice" if own is not None and own.count(label) > 1 else "")
+            if what:
+                raise InvalidValueError(
+                    f"{path}, row {row}: among the labels in the column {name} is {what}. Correct it; an image "
+                    "without labels has an empty list."
+                )
+    return lists
 
 
 def _hub_features(metadata: dict[bytes, bytes]) -> dict[str, Any]:

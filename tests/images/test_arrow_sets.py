@@ -47,6 +47,21 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     assert images.identity(2)[1] == ""
 
 
+def test_a_saved_data_set_of_several_labels(tmp_path: Path) -> None:
+    features = {
+        "img": {"_type": "Image"},
+        "tags": {"_type": "List", "feature": {"names": NAMES, "_type": "ClassLabel"}},
+    }
+    notes = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema({"img": STRUCT, "tags": pa.list_(pa.int64())}, notes)
+    columns = {"img": [{"bytes": png(9), "path": "x.png"}] * 3, "tags": [[2, 1], [], [0]]}
+    with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_table(pa.table(columns, schema), max_chunksize=2)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    images = saved_images(tmp_path)
+    assert (images.names, images.labels, images.label_sets) == (tuple(NAMES), None, [(1, 2), (), (0,)])
+
+
 def test_splits_are_parts(tmp_path: Path) -> None:
     save(tmp_path / "test", [[(10, 0)]])
     save(tmp_path / "train", [[(20, 1), (30, 2)]])

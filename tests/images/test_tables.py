@@ -87,6 +87,51 @@ def test_rows_without_one_of_the_classes_are_left_out_and_counted(tmp_path: Path
     assert images.describe()[1:] == ["Left out 3, without one of the classes: t.parquet:1, t.parquet:2, t.parquet:3"]
 
 
+@pytest.mark.parametrize("note", [{"_type": "List", "feature": {}}, {"_type": "Sequence", "feature": {}}, [{}]])
+def test_several_labels_as_the_hub_notes_them(note: Any, tmp_path: Path) -> None:
+    """By datasets 4 and later, before, and long before; a row that nobody labelled is left out."""
+    of_one = {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}
+    feature = [of_one] if isinstance(note, list) else {**note, "feature": of_one}
+    features = {"image": {"_type": "Image"}, "tags": feature}
+    structs = [{"bytes": png(shade), "path": "a.png"} for shade in range(4)]
+    labels = pa.array([[2, 0], [], None, [1]], pa.list_(pa.int64()))
+    table = pa.table({"image": pa.array(structs, STRUCT), "tags": labels})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    images = find_images("parquet", tmp_path)
+    assert (images.names, images.labels, images.label_sets) == (("ant", "bee", "cat"), None, [(0, 2), (), (1,)])
+    assert shades(images) == [0, 1, 3]
+    assert images.describe()[1:] == ["Left out 1, without one of the classes: t.parquet:2"]
+
+
+def test_several_labels_in_words_or_numbers_of_several_files(tmp_path: Path) -> None:
+    write_table(tmp_path / "train.parquet", [png(0)] * 3, [["b", "a"], ["b"], []])
+    write_table(tmp_path / "test.parquet", [png(0)] * 2, [["c"], ["a"]])
+    images = find_images("parquet", tmp_path)
+    assert (images.names, images.label_sets) == (("a", "b", "c"), [(0, 1), (1,), (), (2,), (0,)])
+    assert images.parts == {"train": range(3), "test": range(3, 5)}
+    write_table(tmp_path / "test.parquet", [png(0)] * 2, ["c", "a"])
+    with pytest.raises(InvalidValueError, match="have one class of each image, others lists of several"):
+        find_images("parquet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([[0], [1, 1]], "row 1: among the labels in the column label is 1 twice"),
+        ([[0, None]], "row 0: among the labels in the column label is an empty one"),
+        ([[0, -1]], "row 0: among the labels in the column label is a negative one"),
+        ([[0, 2]], r"the class number 2, but only 2 classes are named"),
+        ([[0.5]], r"holds list<.*double>, not one class per image. Expected whole numbers or words, or lists"),
+    ],
+)
+def test_wrong_lists_of_labels(labels: Any, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    path = write_table(tmp_path / "t.parquet", [png(0)] * len(labels), labels)
+    with pytest.raises(InvalidValueError, match=reason):
+        find_images("parquet", path)
+
+
 def test_numbers_without_a_name_are_refused(tmp_path: Path) -> None:
     path = write_table(tmp_path / "t.parquet", [png(0)] * 3, [0, 2, 1], ["cat", "dog"])
     with pytest.raises(InvalidValueError, match=r"the class number 2, but only 2 classes are named.*classes\.txt"):
