@@ -20,6 +20,8 @@ import beitzoo
 from beitzoo import Beit
 from beitzoo.errors import FileAccessError, InvalidOptionError, InvalidValueError
 from beitzoo.saving import save_pretrained, save_transformers, save_unilm
+from beitzoo.training.objectives import ManyLabels
+from beitzoo.training.sections import Finetune
 from beitzoo.zoo.checkpoints import Classify
 
 SAVERS = {"timm": save_pretrained, "transformers": save_transformers, "unilm": save_unilm}
@@ -154,6 +156,24 @@ def test_the_activation_survives_every_folder(classes: int, activation: str, tmp
     for answer in theirs:
         index = int(answer["label"].removeprefix("LABEL_"))
         assert answer["score"] == pytest.approx(ours[index].item(), abs=0.02)  # one level of 255 in some pixels
+
+
+def test_transformers_trains_several_labels_by_the_same_loss(tmp_path: Path) -> None:
+    """A folder written here, and that folder written by transformers: same loss, and the activation comes back."""
+    model = randomise(beitzoo.create_model("test_beit", num_classes=4)).eval()
+    head = Classify(num_classes=4, labels=tuple("abcd"), activation="sigmoid")
+    model.pretrained = beitzoo.PretrainedConfig(head=head)
+    save_transformers(model, tmp_path / "ours")
+    theirs = BeitForImageClassification.from_pretrained(tmp_path / "ours").eval()
+    pixels, targets = torch.randn(3, *model.default_cfg["input_size"]), torch.tensor([[1.0, 0, 1, 0], [0] * 4, [1] * 4])
+    with torch.no_grad():
+        found = theirs(pixels, labels=targets)
+        ours = ManyLabels(Finetune(labels="many"), targets).loss(model(pixels), targets)
+        assert ours.item() == pytest.approx(found.loss.item(), rel=1e-4)
+        theirs.save_pretrained(tmp_path / "theirs")
+        again = beitzoo.create_model(str(tmp_path / "theirs"), pretrained=True).eval()
+        assert again.pretrained.head == head
+        assert relative_error(again(pixels), found.logits) < 1e-4
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from colours import COLOURS, write_mixtures
 from commands import SAMPLES, run
 
 import beitzoo
 from beitzoo.cli.networks import names_with_weights
 from beitzoo.inference.fastest import HANDFUL, OPTIMIZED
+from beitzoo.zoo.checkpoints import Classify
 
 MODEL = "beit_nano_patch4_32.digits"
 
@@ -60,6 +62,26 @@ def test_evaluate_takes_weights_of_ones_own_and_leaves_top5_of_three_classes_out
     assert (row["model"], row["top5"], row["top5_err"], row["count"]) == (str(weights), None, None, 3)
     refused = run("evaluate", MODEL, "test_beit", "--data", str(data), "--checkpoint", str(weights))
     assert (refused.exit_code, "name the one model that it is of" in refused.stderr) == (2, True)
+
+
+def test_evaluate_and_predict_take_models_of_several_labels(tmp_path: Path) -> None:
+    labels = write_mixtures(tmp_path / "data", rounds=1)
+    model = beitzoo.create_model("test_beit", num_classes=3)
+    head = Classify(num_classes=3, labels=COLOURS, activation="sigmoid")
+    model.pretrained = beitzoo.PretrainedConfig(head=head)
+    beitzoo.save_pretrained(model, tmp_path / "model")
+    name, table = str(tmp_path / "model"), tmp_path / "r.csv"
+    result = run("evaluate", name, "--data", str(labels), "--results-file", str(table))
+    assert result.exit_code == 1  # one image is broken
+    assert "8 images with up to 3 of 3 labels each" in result.stderr
+    assert result.stdout.split()[:5] == ["model", "dtype", "map", "images", "failures"]
+    (row,) = csv.DictReader(table.read_text().splitlines())
+    assert 0 < float(row["map"]) <= 100
+    assert (row["top1"], row["count"], row["failures"]) == ("", "7", "1")
+    refused = run("evaluate", name, "--data", str(labels), "--confusion", str(tmp_path / "c.png"))
+    assert (refused.exit_code, "may have several labels each" in refused.stderr) == (2, True)
+    (answer,) = json.loads(run("predict", str(labels.parent / "7.png"), "-m", name, "--format", "json").stdout)
+    assert sum(one["probability"] for one in answer["answers"]) == pytest.approx(1.5, abs=0.2)  # each about a half
 
 
 def test_evaluate_of_the_digits_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
