@@ -54,11 +54,14 @@ def collect(
 
 
 def _print_table(rows: list["Row"]) -> None:
-    """Print what differs between tasks where they have it; decimals as a reader compares them."""
+    """Print what any of the runs has, its name in full; decimals as a reader compares them."""
     columns = {"run": "run", "start": "from", "train_seconds": "seconds", "loss": "loss", "val_loss": "val loss"}
     columns |= {"token_accuracy": "tokens, %", "codes_used": "codes", "top1": "top1", "map": "mAP", "miou": "mIoU"}
     decimals = {"train_seconds": 0, "codes_used": 0, "loss": 4, "val_loss": 4}
-    table = Table(*columns.values(), box=None, pad_edge=False)
+    columns = {name: title for name, title in columns.items() if any(row[name] not in (None, "") for row in rows)}
+    table = Table(box=None, pad_edge=False)
+    for title in columns.values():
+        table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*(_shown(row[name], decimals.get(name, 2)) for name in columns))
     Console().print(table)

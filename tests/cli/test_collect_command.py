@@ -23,7 +23,10 @@ def test_a_run_that_is_collected_again_replaces_its_row(finished: Path, tmp_path
     assert first.exit_code == 0
     metrics = json.loads((finished / "metrics.json").read_text())
     told = f"data, all labels, {metrics['updates']} updates from random: top1 {metrics['test_top1']:.2f} (n=1)"
-    assert first.stdout.splitlines()[-1] == told
+    header, *lines = first.stdout.splitlines()
+    assert header.split() == ["run", "from", "seconds", "loss", "val", "loss", "top1"]
+    assert str(finished) in "".join(line.split()[0] for line in lines[:-1])  # folded, and not cut
+    assert lines[-1] == told
     (finished / "metrics.json").write_text(json.dumps({**metrics, "test_top1": 12.5}))
     again = run("collect", str(finished), str(tmp_path), "--results-file", str(table), "--json")
     assert (again.exit_code, "is no run: it has no recipe.toml" in again.stderr) == (1, True)
