@@ -18,6 +18,7 @@ from beitzoo.training.generators import generators_kept
 from beitzoo.training.log import Display, Log, Value
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import RunSection, TrainSection
+from beitzoo.training.sharding import own_part, whole
 from beitzoo.training.signals import Interrupted, StopSignals
 from beitzoo.training.state import TrainState, save_state
 from beitzoo.training.tally import Means, Watch
@@ -127,7 +128,7 @@ class _Fit:
         """Return the model as the loss calls it; the one of the state is neither compiled nor wrapped."""
         model = self.state.model.train()
         compiled: Any = torch.compile(model) if self.run.train.compile else model  # annotated as any callable
-        return self.run.processes.wrap(compiled)
+        return compiled if self.state.empty is not None else self.run.processes.wrap(compiled)
 
     def _update(self, model: nn.Module, batches: Iterator[Any]) -> None:
         """Take one step down the gradient of the mean loss over all items of all processes."""
@@ -147,7 +148,7 @@ class _Fit:
         )
         for gradient in gradients:
             gradient.mul_(correction)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if train.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(state.model.parameters(), train.clip_grad, norm)
         self._step(total, norm)
@@ -202,13 +203,14 @@ class _Fit:
         state.model.eval()
         if isinstance(task, CountsItems):
             task.take_counts()
-        metrics = task.validate(state.evaluated) if self._validation_is_due() else None
-        self._check_epoch(metrics or {})
-        better = metrics is not None and (not metrics or state.best is None or task.better(metrics, state.best))
-        state.best = metrics if better else state.best
-        state.stale = 0 if better else state.stale + (metrics is not None)
-        if self.log is not None:
-            self._write_epoch(metrics or {}, better)
+        with state.whole() as model:
+            metrics = task.validate(model) if self._validation_is_due() else None
+            self._check_epoch(metrics or {})
+            better = metrics is not None and (not metrics or state.best is None or task.better(metrics, state.best))
+            state.best = metrics if better else state.best
+            state.stale = 0 if better else state.stale + (metrics is not None)
+            if self.log is not None:
+                self._write_epoch(model, metrics or {}, better)
         state.epoch = Means()
         state.model.train()
 
@@ -216,7 +218,7 @@ class _Fit:
         """Stop if a metric or a weight is not finite; the state is kept, and measures the same again."""
         state, run = self.state, self.run
         odd = [f"{name} ({value})" for name, value in metrics.items() if not math.isfinite(value)]
-        if not odd and _is_finite(state.evaluated):
+        if not odd and self._is_finite(state.evaluated):
             return
         what = f"The validation metric {odd[0]}" if odd else "A weight"
         start = Start.of(state.model, self._moved_names, run.processes.device)
@@ -236,19 +238,19 @@ class _Fit:
         """Return the epoch, from 1, that an update is in."""
         return -(-update // self.task.updates_per_epoch)
 
-    def _write_epoch(self, metrics: Metrics, better: bool) -> None:
+    def _write_epoch(self, model: nn.Module, metrics: Metrics, better: bool) -> None:
         """Write the line of an epoch, and the model as the last and perhaps the best; without metrics they are one."""
-        state, task, directory = self.state, self.task, self.run.directory
+        task, directory, epoch = self.task, self.run.directory, self._epoch(self.state.update)
         assert self.log is not None
         if isinstance(task, EndsEpochs):
             with generators_kept(self.run.processes.device):
-                metrics = {**metrics, **task.end_epoch(state.evaluated, self._epoch(state.update), directory)}
-        values = {**self._line("epoch", state.epoch), **metrics}
+                metrics = {**metrics, **task.end_epoch(model, epoch, directory)}
+        values = {**self._line("epoch", self.state.epoch), **metrics}
         self.log.write(values)
         self.display.show_epoch(values, metrics)
         kept = (BEST, LAST) if task.metric_names else (BEST,)
         for name in kept if better else (LAST,):
-            task.save(state.evaluated, directory / name)
+            task.save(model, directory / name)
 
     def _line(self, kind: str, means: Means) -> dict[str, Value]:
         state = self.state
@@ -287,12 +289,17 @@ class _Fit:
 
     def _save(self) -> None:
         self._read_pending()
-        if not _is_finite(self.state.model):
+        if not self._is_finite(self.state.model):
             raise self._non_finite("A weight", self.state.update)
         self.state.seconds += self.watch.count()
         if self.log is not None:
             self.log.sync()
         save_state(self.state, self.run.directory, self.run.processes)
+
+    def _is_finite(self, model: nn.Module) -> bool:
+        """Tell whether all weights are finite, in whichever process they are."""
+        finite = torch.stack([own_part(parameter.detach()).isfinite().all() for parameter in model.parameters()]).all()
+        return not self.run.processes.largest(int(not finite))
 
     def _save_is_due(self, ends_epoch: bool) -> bool:
         settings, update = self.run.settings, self.state.update
@@ -323,7 +330,3 @@ class _Fit:
             f"with a learning rate of {rate:.3g}. {kept} In another folder, try a lower train.lr, a longer warm-up, "
             "train.clip_grad=1, or train.precision=fp32."
         )
-
-
-def _is_finite(model: nn.Module) -> bool:
-    return bool(torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()]).all())

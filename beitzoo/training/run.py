@@ -56,7 +56,7 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
     processes = Processes.join()
     task, model = prepare_task(recipe, processes, prepare)
     with claimed(directory, recipe, processes):
-        state = start_state(task, model, recipe.train, processes)
+        state = start_state(task, model, recipe.train, processes, recipe.run.sharding == "full")
         goes_on = restore_state(state, directory, processes, recipe.train.seed)
         if goes_on and read_split(directory / SPLIT_FILE, task.images) != task.split:
             raise RunError(f"The images are not those of the run in {directory}; choose another folder with --out.")
@@ -149,6 +149,7 @@ def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processe
     start = f"Going on after update {state.update:,}." if state.update else "Starting."
     warning = "The warm-up is not shorter than the run: the learning rate is below what the recipe says to the end."
     slow = "train.compile: the first update takes a minute or more, while the network is compiled."
+    shards = "" if state.empty is None else ", which have the weights in shards"
     rare = f"It is validated every {train.val_epochs} epochs and in the last; the best of these models is kept."
     return [
         *([warning] if state.schedule.warmup >= state.schedule.updates else []),
@@ -156,7 +157,7 @@ def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processe
         *(_describe_norms(recipe.train, processes) if has_batch_norms(state.model) else []),
         *([rare] if train.val_epochs > 1 and task.metric_names else []),
         _describe_parameters(state.model),
-        f"{length}, in {train.precision} on {processes.count} x {processes.device.type}. {start}",
+        f"{length}, in {train.precision} on {processes.count} x {processes.device.type}{shards}. {start}",
     ]
 
 

@@ -263,6 +263,9 @@ class RunSection(Section):
 
     Attributes:
         workers: Processes that load images, for each that trains; 0 loads them in the training process.
+        sharding: What several processes that train share out among them: nothing, so that each has all weights and
+            moments (DDP), or all that is trained, with its gradients, moments and averages (`full`, FSDP2). That takes
+            less memory and more sending; a validation has all weights for a while.
         log_updates: Updates between two lines of the log.
         save_epochs: Epochs between two saved states, from which an interrupted run goes on.
         save_updates: Updates between two saved states, besides those at the end of epochs; 0 for none.
@@ -271,6 +274,7 @@ class RunSection(Section):
     """
 
     workers: Annotated[int, Field(ge=0)] = 0
+    sharding: Literal["none", "full"] = "none"
     log_updates: Annotated[int, Field(ge=1)] = 10
     save_epochs: Annotated[int, Field(ge=1)] = 1
     save_updates: Annotated[int, Field(ge=0)] = 0

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from beitzoo.training.norms import share_norms
 from beitzoo.training.optim import Schedule, freeze_unused, make_optimizer
 from beitzoo.training.processes import Processes
 from beitzoo.training.sections import TrainSection
+from beitzoo.training.sharding import filled, gathered, outline, parted, shard
 from beitzoo.training.tally import Means
 from beitzoo.training.task import CountsItems, Metrics, Task
 from beitzoo.weights.checkpoint import save_pickle
@@ -49,6 +52,7 @@ class TrainState:
         epoch: Means since the start of the epoch.
         seconds: Time spent on the updates done.
         counts: What the task has counted in this process.
+        empty: The model without weights, if the processes have them in shards.
     """
 
     model: nn.Module
@@ -63,18 +67,45 @@ class TrainState:
     epoch: Means = field(default_factory=Means)
     seconds: float = 0.0
     counts: dict[str, Tensor] = field(default_factory=dict)
+    empty: nn.Module | None = None
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to validate and save."""
+        """The model to validate and save; of one in shards the parts, see `whole`."""
         return self.model if self.ema is None else self.ema.module
 
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """While it is entered, give the model to validate and save with all its weights; all processes call this."""
+        if self.empty is None:
+            yield self.evaluated
+            return
+        with filled(self.empty, self.evaluated) as model:
+            yield model
 
-def start_state(task: Task, model: nn.Module, train: TrainSection, processes: Processes) -> TrainState:
-    """Make the state before the first update, and seed the global generators, differently in each process."""
+
+def start_state(
+    task: Task, model: nn.Module, train: TrainSection, processes: Processes, in_shards: bool = False
+) -> TrainState:
+    """Make the state before the first update, and seed the global generators, differently in each process.
+
+    Args:
+        task: What is trained.
+        model: Its network, which is changed in place.
+        train: How it is trained.
+        processes: Those that train together.
+        in_shards: Let several processes share weights, gradients, moments and averages out among them.
+    """
     model.to(processes.device)
     freeze_unused(model)
     share_norms(model, processes)
+    in_shards = in_shards and processes.count > 1
+    empty = outline(model) if in_shards else None
+    # Averages in shards are moved one by one, as PyTorch moves no list of which some are in shards and some are not.
+    ema = ModelEmaV3(model, decay=train.ema_decay, foreach=not in_shards) if train.ema_decay else None
+    if in_shards:
+        for network in (model, *([] if ema is None else [ema.module])):
+            shard(network, processes)
     optimizer = make_optimizer(task.parameter_groups(model), train)
     _seed_process(train.seed, processes, update=0)
     return TrainState(
@@ -82,8 +113,9 @@ def start_state(task: Task, model: nn.Module, train: TrainSection, processes: Pr
         optimizer=optimizer,
         schedule=Schedule(train, task.updates_per_epoch),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=train.precision == "fp16"),
-        ema=ModelEmaV3(model, decay=train.ema_decay) if train.ema_decay else None,
+        ema=ema,
         counts=task.counts if isinstance(task, CountsItems) else {},
+        empty=empty,
     )
 
 
@@ -114,11 +146,12 @@ def save_state(
     """
     by_rank = processes.gather(generators or generator_states(processes.device))
     counts = {name: processes.sum(count.clone()) for name, count in state.counts.items()}
+    tensors = gathered(_tensors(state), processes.is_main)
     if not processes.is_main:
         return
 
     def write(folder: Path) -> None:
-        save_pickle({**_tensors(state), "counts": counts}, folder / _TENSORS)
+        save_pickle({**tensors, "counts": counts}, folder / _TENSORS)
         save_pickle({"by_rank": by_rank}, folder / _GENERATORS)
         write_text(folder / _PROGRESS, json.dumps(_progress(state), indent=2) + "\n")
 
@@ -179,11 +212,25 @@ def _tensors(state: TrainState) -> dict[str, Any]:
 
 
 def _restore_tensors(state: TrainState, tensors: dict[str, Any]) -> None:
-    state.model.load_state_dict(tensors["model"])
-    state.optimizer.load_state_dict(tensors["optimizer"])
+    _restore_weights(state.model, tensors["model"])
+    _restore_optimizer(state.optimizer, tensors["optimizer"])
     state.scaler.load_state_dict(tensors["scaler"])
     if state.ema is not None:
-        state.ema.module.load_state_dict(tensors["ema"])
+        _restore_weights(state.ema.module, tensors["ema"])
+
+
+def _restore_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    model.load_state_dict({name: parted(tensor, own.get(name)) for name, tensor in tensors.items()})
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, document: dict[str, Any]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {name: parted(tensor, parameters[index]) for name, tensor in state.items()}
+        for index, state in document["state"].items()
+    }
+    optimizer.load_state_dict({**document, "state": moments})
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
