@@ -1,11 +1,12 @@
-"""A program that trains by a recipe in one go, and then in processes that are killed until one comes to the end.
+"""A program that trains by recipes in one go, and then in processes that are killed until one comes to the end.
 
 It imports once and forks each attempt, so that an attempt costs no more than its updates:
-`python killed_runs.py RECIPE.toml OUT SEED PROCESSES events|time LONGEST LEAST` fills `OUT/whole`, and `OUT/killed-1`
-and so on until there were at least so many kills. An attempt is killed after at most so many events, or at most this
-share of the time that the whole run took.
+`python killed_runs.py SEED PROCESSES KIND LONGEST LEAST RECIPE.toml ...` fills `whole` beside each recipe, and
+`killed-1` and so on until there were at least so many kills. An attempt is killed after at most so many events, or, if
+KIND is `time`, at most this share of the time that the whole run took. `events,time` takes two, which are in turn.
 """
 
+import itertools
 import os
 import random
 import signal
@@ -31,16 +32,22 @@ from beitzoo.training.tasks.tokenizer import train_tokenizer
 _TRAIN = {"finetune": finetune, "pretrain": pretrain, "segment": train_segmenter, "tokenizer": train_tokenizer}
 
 
-def main(recipe: str, out: str, seed: str, processes: str, kind: str, longest: str, least: str) -> None:
-    draw = random.Random(int(seed))
-    started = time.monotonic()
-    assert not _attempt(recipe, f"{out}/whole", int(processes), "", 0)
-    most = float(longest) * (time.monotonic() - started if kind == "time" else 1)
-    kills = runs = 0
-    while kills < int(least):
-        runs += 1
-        while not Path(out, f"killed-{runs}", METRICS).exists():  # the last thing that a run writes
-            kills += _attempt(recipe, f"{out}/killed-{runs}", int(processes), kind, draw.uniform(0, most))
+def main(seed: str, processes: str, kind: str, longest: str, least: str, *recipes: str) -> None:
+    kinds, longests = kind.split(","), longest.split(",")
+    for recipe in recipes:
+        draw = random.Random(int(seed))
+        out, started = Path(recipe).parent, time.monotonic()
+        assert not _attempt(recipe, str(out / "whole"), int(processes), "", 0)
+        took = time.monotonic() - started
+        units = {"events": 1.0, "time": took}
+        in_turn = itertools.cycle((one, float(most) * units[one]) for one, most in zip(kinds, longests, strict=True))
+        kills = runs = 0
+        while kills < int(least):
+            runs += 1
+            while not (out / f"killed-{runs}" / METRICS).exists():  # the last thing that a run writes
+                one, most = next(in_turn)
+                kills += _attempt(recipe, str(out / f"killed-{runs}"), int(processes), one, draw.uniform(0, most))
+        print(f"{recipe}: {kills} kills, {runs} runs")
 
 
 def _attempt(recipe: str, out: str, processes: int, kind: str, moment: float) -> bool:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,13 +65,14 @@ def finetune(
     """
     training.require_extras()
     given = [recipe, start.data, start.model, start.checkpoint, settings]
+    told = False
     if resume:
         check(not any(given), "--resume goes on with the run in --out by its own recipe; leave out all but --out.")
         from beitzoo.training.own_images import resumed
 
         chosen = resumed(out)
     elif recipe is None:
-        chosen = _planned(start, out, settings or (), dry_run)
+        chosen, told = _planned(start, out, settings or (), dry_run)
     else:
         check(start.data is start.model is None, "Give a recipe, or --data and --model; --set changes a recipe.")
         from beitzoo.training.recipe import load_recipe
@@ -80,11 +82,11 @@ def finetune(
     if dry_run:
         _rehearse(chosen, out)
     else:
-        _train(chosen, out)
+        _train(chosen, out, told)
 
 
-def _planned(start: Start, out: Path, settings: Sequence[str], dry_run: bool) -> "Recipe":
-    """Choose a recipe and tell about it; or take that of the run, if it is in the folder already."""
+def _planned(start: Start, out: Path, settings: Sequence[str], dry_run: bool) -> tuple["Recipe", bool]:
+    """Choose a recipe and tell about it, or take that of the run in the folder; return it and whether all is told."""
     check(
         start.data is not None and start.model is not None,
         "Name what is trained and on what: --data PHOTOS --model NAME (`beitzoo list --pretrained`), or give a recipe.",
@@ -99,20 +101,24 @@ def _planned(start: Start, out: Path, settings: Sequence[str], dry_run: bool) ->
     data = data_at(start.data)
     there = going_on(start.model, data, full_path(out), settings)
     if there is not None:
-        return there
+        return there, False
     plan = make_plan(start.model, data, settings)
-    if Processes.join().is_main and not dry_run:
-        tell(plan, full_path(out), probe=True)
-    elif dry_run:
-        print("\n".join(plan.describe()), file=sys.stderr)
-    return plan.recipe
+    if Processes.join().is_main:
+        if dry_run:
+            print("\n".join(plan.describe()), file=sys.stderr)
+        else:
+            tell(plan, full_path(out), probe=True)
+    return plan.recipe, True
 
 
 def _rehearse(recipe: "Recipe", out: Path) -> None:
+    from beitzoo.training.processes import Processes
     from beitzoo.training.rehearsal import rehearse
 
-    print(rehearse(recipe, _prepare_of(recipe), out).describe())
-    print("Nothing was found that would stop this run; nothing was written.")
+    found = rehearse(recipe, _prepare_of(recipe), out).describe()
+    if Processes.join().is_main:
+        print(found)
+        print("Nothing was found that would stop this run; nothing was written.")
 
 
 def _prepare_of(recipe: "Recipe") -> "Prepare":
@@ -125,9 +131,12 @@ def _prepare_of(recipe: "Recipe") -> "Prepare":
     return prepare_classifier
 
 
-def _train(recipe: "Recipe", out: Path) -> None:
+def _train(recipe: "Recipe", out: Path, told: bool) -> None:
     if recipe.task.kind == "segment":
-        from beitzoo.training.tasks.segment import train_segmenter as train
+        from beitzoo.training.tasks.segment import train_segmenter
+
+        training.train_by(recipe, out, train_segmenter)
     else:
-        from beitzoo.training.tasks.finetune import finetune as train
-    training.train_by(recipe, out, train)
+        from beitzoo.training.tasks.finetune import finetune as train_classifier
+
+        training.train_by(recipe, out, partial(train_classifier, told=told))

@@ -26,8 +26,9 @@ from beitzoo.training.data import load_images, split_images
 from beitzoo.training.folder import BEST, RECIPE, RunError, check_folder
 from beitzoo.training.label_checks import check_labels
 from beitzoo.training.processes import Processes
-from beitzoo.training.recipe import Recipe, RecipeError, change_recipe, read_resolved
+from beitzoo.training.recipe import Recipe, RecipeError, change_recipe, read_resolved, set_names
 from beitzoo.training.rehearsal import Rehearsal, rehearse, update_seconds
+from beitzoo.training.report import describe_duplicates
 from beitzoo.training.sections import DataSection
 from beitzoo.training.state import saved_states
 from beitzoo.training.tasks.finetune import finetune as train_by_recipe
@@ -68,6 +69,7 @@ class Plan:
             *_describe_classes(self.images),
             f"{len(parts.train):,} images to train on, {len(parts.val):,} to choose by, {len(parts.test):,} held out; "
             f"{drawn}.",
+            *describe_duplicates(self.images, parts.train, parts.test),
             f"The recipe for {self.recipe.model.name}; --set changes a value:",
             *(f"  {rule.name} = {rule.value}: {rule.reason}" for rule in self.rules),
         ]
@@ -104,13 +106,13 @@ def finetune(
         UserError: Something that can be corrected, such as one class only; nothing has been written then.
     """
     out = full_path(out)
-    recipe = going_on(model, data_at(train, val), out, settings)
+    recipe = there = going_on(model, data_at(train, val), out, settings)
     if recipe is None:
         plan = make_plan(model, data_at(train, val), settings)
         recipe = plan.recipe
         if Processes.join().is_main:
             tell(plan, out, probe)
-    return train_by_recipe(recipe, out)
+    return train_by_recipe(recipe, out, told=there is None)
 
 
 def data_at(train: str | Path, held_out: str | Path | None = None) -> DataSection:
@@ -184,11 +186,9 @@ def make_plan(model: str | Path, data: DataSection, settings: Sequence[str] = ()
     recipe, rules = choose(str(model), data, at)
     rules = [rule for rule in rules if rule.name != "train.precision"]
     recipe = change_recipe(recipe, settings)
-    names = [setting.partition("=")[0].strip() for setting in settings]
-    if "train.epochs" in names and recipe.train.epochs and not any("warmup" in name for name in names):
-        warmup = round(recipe.train.epochs / 10, 2)
-        recipe = change_recipe(recipe, [f"train.warmup_epochs={warmup}"])
-        rules = [replace(rule, value=warmup) if rule.name == "train.warmup_epochs" else rule for rule in rules]
+    names = set_names(settings)
+    if not any("warmup" in name for name in names):
+        recipe, rules = _warmed_up(recipe, rules)
     if "train.precision" not in names:
         precision, reason = _faster_precision(recipe, processes)
         recipe = change_recipe(recipe, [f"train.precision={precision}"])
@@ -196,6 +196,20 @@ def make_plan(model: str | Path, data: DataSection, settings: Sequence[str] = ()
     recipe = processes.gather(recipe)[0]
     split = split_images(images, recipe.data, test_fraction=1 / 3, val_fraction=0.1)
     return Plan(recipe, _as_set(rules, recipe, settings), images, split)
+
+
+def _warmed_up(recipe: Recipe, rules: list[Rule]) -> tuple[Recipe, list[Rule]]:
+    """Let a tenth of a run be its warm-up, also if a person set its length."""
+    train = recipe.train
+    if train.epochs is not None:
+        warmup = round(train.epochs / 10, 2)
+        rules = [replace(rule, value=warmup) if rule.name == "train.warmup_epochs" else rule for rule in rules]
+        return change_recipe(recipe, [f"train.warmup_epochs={warmup}"]), rules
+    assert train.updates is not None
+    updates = round(train.updates / 10)
+    kept = [rule for rule in rules if rule.name not in ("train.epochs", "train.warmup_epochs")]
+    rules = [*kept, Rule("train.warmup_updates", updates, "a tenth of the run")]
+    return change_recipe(recipe, ["train.warmup_epochs=0", f"train.warmup_updates={updates}"]), rules
 
 
 def tell(plan: Plan, out: Path, probe: bool) -> Rehearsal:
@@ -321,7 +335,7 @@ def _faster_precision(recipe: Recipe, processes: Processes) -> tuple[Literal["fp
 def _as_set(rules: list[Rule], recipe: Recipe, settings: Sequence[str]) -> list[Rule]:
     """Return the rules with what a person set instead."""
     document = recipe.model_dump(mode="json")
-    names = [setting.partition("=")[0].strip() for setting in settings]
+    names = set_names(settings)
     kept = [rule for rule in rules if rule.name not in names]
     return [*kept, *(Rule(name, _value(document, name), "as set") for name in dict.fromkeys(names))]
 

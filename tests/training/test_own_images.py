@@ -1,5 +1,7 @@
 """Fine-tuning without a recipe: from a folder and a name to a measured model, and what cannot be done."""
 
+import contextlib
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +32,9 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
-    beitzoo.finetune("test_beit", colours, out=out, settings=SHORT)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        beitzoo.finetune("test_beit", colours, out=out, settings=SHORT)
+    (out.parent / "said.txt").write_text(said.getvalue())
     return out
 
 
@@ -46,6 +50,19 @@ def test_a_run_without_a_recipe_writes_the_one_that_was_chosen(run: Path, colour
     ]
     assert "23 images to train on, 6 to choose by, 7 held out; drawn with data.split_seed 0." in lines
     assert "  train.epochs = 3: as set" in lines
+    said = (run.parent / "said.txt").read_text().splitlines()
+    assert [said.count(line) for line in lines] == [1] * len(lines)  # by the plan, and not by the run again
+
+
+def test_a_length_in_updates_replaces_the_chosen_epochs(colours: Path) -> None:
+    """And a tenth of it is the warm-up."""
+    plan = make_plan("test_beit", data_at(colours), [*SHORT[1:], "train.updates=20"])
+    train = plan.recipe.train
+    assert (train.epochs, train.updates, train.warmup_epochs, train.warmup_updates) == (None, 20, 0.0, 2)
+    lines = [
+        line for line in plan.describe() if line.startswith(("  train.epochs", "  train.updates", "  train.warmup"))
+    ]
+    assert lines == ["  train.warmup_updates = 2: a tenth of the run", "  train.updates = 20: as set"]
 
 
 def test_a_csv_of_several_labels_is_recognised(tmp_path: Path) -> None:

@@ -37,6 +37,17 @@ def pretraining(directory: Path, **train: object) -> Recipe:
     )
 
 
+def train_by_two(recipe: Recipe, out: Path, sharding: str) -> None:
+    """Train by two processes; the run is in `whole`."""
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"sharding": sharding})})
+    out.mkdir()
+    (out / "recipe.toml").write_text(dump_recipe(recipe))
+    command = [sys.executable, str(_PROGRAM), "0", "2", "events", "1", "0", str(out / "recipe.toml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
 def numbers(run: Path) -> list[list[float]]:
     with (run / "log.csv").open() as file:
         names = ("loss", "token_accuracy", "aggregation_loss", "grad_norm", "lr", "codes_used", "unreadable")
@@ -44,14 +55,10 @@ def numbers(run: Path) -> list[list[float]]:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_in_two_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_equal_one_in_two_parts(tmp_path: Path, sharding: str) -> None:
     recipe = pretraining(tmp_path, accumulation=1)
-    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
-    command = [sys.executable, str(_PROGRAM), str(tmp_path / "recipe.toml"), str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    (tmp_path / "two").mkdir()
-    result = subprocess.run([*command, "0", "2", "events", "1", "0"], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
+    train_by_two(recipe, tmp_path / "two", sharding)
     train = {**recipe.train.model_dump(), "accumulation": 2}
     torch.set_num_threads(1)
     pretrain(Recipe.model_validate({**recipe.model_dump(), "train": train}), tmp_path / "one")
@@ -62,6 +69,34 @@ def test_two_processes_equal_one_in_two_parts(tmp_path: Path) -> None:
         load_file(run / "best" / "model.safetensors") for run in (tmp_path / "one", tmp_path / "two" / "whole")
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_in_shards_learn_as_whole_ones(tmp_path: Path) -> None:
+    """Two processes with whole weights, two with parts of them, and one by itself end with the same model.
+
+    So do runs that are broken off and go on in another of these ways; in the same way, they end bit-equal.
+    """
+    program = Path(__file__).parents[1] / "shards_in_two.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(program), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stderr
+    runs, others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = runs.pop("alone")
+    assert len(runs) == 7
+    for name, run in runs.items():
+        for kind in ("model", "average"):
+            torch.testing.assert_close(run[kind], alone[kind], rtol=0, atol=1e-13)
+            if name in others:
+                torch.testing.assert_close(others[name][kind], run[kind], rtol=0, atol=0)
+        assert run["best"] == pytest.approx(alone["best"], rel=1e-12)
+    for way in ("whole", "sharded"):
+        for kind in ("model", "average"):
+            torch.testing.assert_close(runs[way][kind], runs[f"stopped {way}, {way}"][kind], rtol=0, atol=0)
+    assert runs["sharded"]["moments"] == pytest.approx(alone["moments"] / 2, rel=0.01)
+    for name in ("best", "last"):
+        ours, theirs = (load_file(tmp_path / run / name / "model.safetensors") for run in ("sharded", "alone"))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -104,7 +139,7 @@ def test_launchers_start_the_command(tmp_path: Path, launcher: list[str], proces
     lines = [
         f'[model]\nname="test_beit"\n[data]\nsource="folder"\npath="{recipe.data.path}"\n[train]\nepochs=1\nlr=1e-3',
         f'batch_size=4\n[task]\nkind="pretrain"\ntokenizer="{tmp_path / "tokenizer"}"\npicture_epochs=0',
-        "mask={count=6, min_block=2}",
+        'mask={count=6, min_block=2}\n[run]\nsharding="full"',
     ]
     (tmp_path / "recipe.toml").write_text("\n".join(lines))
     command = ["beitzoo", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out")]
@@ -114,11 +149,30 @@ def test_launchers_start_the_command(tmp_path: Path, launcher: list[str], proces
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["processes"] == processes
-    assert result.stderr.count(f"1 epochs of 4 updates of 4 images, in fp32 on {processes} x cpu") == 1
+    shards = ", which have the weights in shards" * (processes > 1)
+    assert result.stderr.count(f"1 epochs of 4 updates of 4 images, in fp32 on {processes} x cpu{shards}. ") == 1
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_segmentation_model_as_one_does(tmp_path: Path) -> None:
+def test_two_processes_choose_one_recipe_and_say_so_once(tmp_path: Path) -> None:
+    data = write_colours(tmp_path / "data", per_class=6)
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "beitzoo", "finetune"]
+    options = ["--data", str(data), "--model", "test_beit", "--set", "train.updates=3", "--set", "run.sharding=full"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for last in (["--dry-run"], []):
+        command = [sys.executable, "-m", *launch, *options, "--out", str(tmp_path / "out"), *last]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert result.returncode == 0, result.stderr
+        said = result.stderr + result.stdout
+        for line in ("18 images of 3 classes", "images to train on", "The recipe for test_beit", "An update takes"):
+            assert said.count(line) == 1, line
+    assert json.loads(result.stdout)["processes"] == 2
+    assert result.stderr.count("3 updates of 4 images, 1 epochs") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_train_a_segmentation_model_as_one_does(tmp_path: Path, sharding: str) -> None:
     """One has a broken image and so fewer labelled pixels; norms go over the images of both.
 
     Weights are not compared: biases before a batch norm have gradients of rounding alone, which AdamW steps along.
@@ -127,12 +181,7 @@ def test_two_processes_train_a_segmentation_model_as_one_does(tmp_path: Path) ->
     small = squares_recipe(data).model.overrides
     model = {"name": "test_beit", "overrides": {**small, "decoder_drop_rate": 0.0}}
     recipe = squares_recipe(data, model=model)
-    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
-    command = [sys.executable, str(_PROGRAM), str(tmp_path / "recipe.toml"), str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    (tmp_path / "two").mkdir()
-    result = subprocess.run([*command, "0", "2", "events", "1", "0"], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
+    train_by_two(recipe, tmp_path / "two", sharding)
     torch.set_num_threads(1)
     train_segmenter(recipe, tmp_path / "one")
     names = ("loss", "decode_loss", "auxiliary_loss", "grad_norm", "val_miou", "val_aacc", "unreadable")

@@ -20,17 +20,22 @@ _PROGRAM = Path(__file__).parents[1] / "killed_runs.py"
 _OF_TIME = ("seconds", "images_per_sec", "wait_share")
 
 
-def check_that_kills_change_nothing(recipe: Recipe, out: Path, *options: object) -> None:
-    """Train in one go and with kills, see `killed_runs`, and compare what is left."""
-    (out / "recipe.toml").write_text(dump_recipe(recipe))
-    command = [sys.executable, str(_PROGRAM), str(out / "recipe.toml"), str(out), *map(str, options)]
+def check_that_kills_change_nothing(recipes: Recipe | list[Recipe], out: Path, *options: object) -> None:
+    """Train in one go and with kills, see `killed_runs`, and compare what is left; each run has a folder `run-N`."""
+    recipes = recipes if isinstance(recipes, list) else [recipes]
+    folders = [out / f"run-{number}" for number in range(len(recipes))]
+    for folder, recipe in zip(folders, recipes, strict=True):
+        folder.mkdir()
+        (folder / "recipe.toml").write_text(dump_recipe(recipe))
+    command = [sys.executable, str(_PROGRAM), *map(str, options), *(str(folder / "recipe.toml") for folder in folders)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
     assert result.returncode == 0, result.stderr
-    killed = list(out.glob("killed-*"))
-    assert killed
-    for run in killed:
-        assert outcome(run) == outcome(out / "whole")
+    for folder in folders:
+        killed = list(folder.glob("killed-*"))
+        assert killed
+        for run in killed:
+            assert outcome(run) == outcome(folder / "whole")
 
 
 def outcome(out: Path) -> dict[str, object]:
@@ -64,33 +69,44 @@ def _with_everything(data: Path, task: dict[str, Any] | None = None, **train: ob
     return Recipe.model_validate({**recipe.model_dump(), "task": {**recipe.task.model_dump(), **options}})
 
 
-def test_kills_of_fine_tuning_change_nothing(tmp_path: Path) -> None:
-    """With mixup and CutMix, moving average, parts, balanced classes and a frozen block."""
-    recipe = _with_everything(tmp_path / "data", epochs=2, batch_size=4)
-    check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 2)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", ["loss", "sampling"])
-def test_two_processes_with_everything_go_on_together(tmp_path: Path, balance: str) -> None:
-    recipe = _with_everything(tmp_path / "data", {"balance": balance}, epochs=3, batch_size=8)
-    check_that_kills_change_nothing(recipe, tmp_path, 1, 2, "events", 100, 2)
+def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
+    """At drawn events, and at drawn times."""
+    recipe = _with_everything(tmp_path / "data", epochs=4, batch_size=4)
+    check_that_kills_change_nothing(recipe, tmp_path, 3, 1, "events,time", "60,0.7", 50)
 
 
-def test_kills_of_pretraining_change_nothing(tmp_path: Path) -> None:
-    """What was counted in an epoch is kept, too, and pictures are drawn again.
+def test_kills_change_nothing(tmp_path: Path) -> None:
+    """Fine-tuning with mixup and CutMix, moving average, parts, balanced classes, a frozen block and patience.
 
-    The run is counted in updates and ends within its third epoch; it validates in its second, and at the end.
+    Pretraining: what was counted in an epoch is kept, too, and pictures are drawn again. The run is counted in updates
+    and ends within its third epoch; it validates in its second, and at the end.
+
+    Segmentation: the statistics of batch norms, those of averaged weights too, and what could not be read.
     """
     length = {"epochs": None, "updates": 5, "val_epochs": 2, "schedule": "poly"}
-    recipe = _pretraining(tmp_path, run={"save_updates": 2}, task={"picture_epochs": 2}, **length)
-    check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 2)
-    with (tmp_path / "whole" / "log.csv").open() as file:
+    squares = write_squares(tmp_path / "squares", broken=True)
+    recipes = [
+        _with_everything(tmp_path / "unlike", epochs=2, batch_size=4),
+        _pretraining(tmp_path, run={"save_updates": 2}, task={"picture_epochs": 2}, **length),
+        squares_recipe(squares, run={"save_updates": 2}, ema_decay=0.9, val_epochs=2),
+    ]
+    check_that_kills_change_nothing(recipes, tmp_path, 1, 1, "events", 60, 1)
+    pretrained = tmp_path / "run-1" / "whole"
+    with (pretrained / "log.csv").open() as file:
         epochs = [line for line in csv.DictReader(file) if line["line"] == "epoch"]
     assert [line["update"] for line in epochs] == ["2", "4", "5"]
     assert [bool(line["val_loss"]) for line in epochs] == [False, True, True]
     assert all(int(line["codes_used"]) for line in epochs)
-    assert sorted(path.name for path in (tmp_path / "whole").rglob("*.png")) == ["epoch-0002.png", "epoch-0003.png"]
+    assert sorted(path.name for path in pretrained.rglob("*.png")) == ["epoch-0002.png", "epoch-0003.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("balance", "sharding"), [("loss", "none"), ("sampling", "full")])
+def test_two_processes_with_everything_go_on_together(tmp_path: Path, balance: str, sharding: str) -> None:
+    recipe = _with_everything(tmp_path / "data", {"balance": balance}, epochs=3, batch_size=8)
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"sharding": sharding})})
+    check_that_kills_change_nothing(recipe, tmp_path, 1, 2, "events", 100, 2)
 
 
 @pytest.mark.slow  # the loop is that of the others
@@ -104,13 +120,6 @@ def test_kills_of_tokenizer_training_change_nothing(tmp_path: Path) -> None:
     recipe = tokenizer_recipe(data, {"restart_codes": 2}, accumulation=2, batch_size=4, **length)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"save_updates": 2})})
     check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 3)
-
-
-def test_kills_of_segmentation_change_nothing(tmp_path: Path) -> None:
-    """The statistics of batch norms, those of averaged weights too, and what could not be read."""
-    data = write_squares(tmp_path / "data", broken=True)
-    recipe = squares_recipe(data, run={"save_updates": 2}, ema_decay=0.9, val_epochs=2)
-    check_that_kills_change_nothing(recipe, tmp_path, 1, 1, "events", 60, 1)
 
 
 @pytest.mark.slow
@@ -137,7 +146,7 @@ def test_two_processes_go_on_together(tmp_path: Path) -> None:
     """One of them meets a batch of a broken image only."""
     recipe = colour_recipe(write_colours(tmp_path / "data"), epochs=2, batch_size=2)
     check_that_kills_change_nothing(recipe, tmp_path, 1, 2, "events", 100, 2)
-    metrics = json.loads((tmp_path / "killed-1" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run-0" / "killed-1" / "metrics.json").read_text())
     assert metrics["test_count"] + metrics["test_failures"] == 12
 
 

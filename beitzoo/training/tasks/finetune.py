@@ -43,9 +43,9 @@ from beitzoo.zoo.checkpoints import Activation, Classify, Head, Labels
 from beitzoo.zoo.labels import accepts
 
 
-def finetune(recipe: Recipe, directory: Path) -> dict[str, Any]:
+def finetune(recipe: Recipe, directory: Path, told: bool = False) -> dict[str, Any]:
     """Train a classifier and measure it once on the held-out images; see `run`."""
-    return run(recipe, directory, prepare)
+    return run(recipe, directory, prepare, told=told)
 
 
 def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]:

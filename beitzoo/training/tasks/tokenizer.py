@@ -315,6 +315,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("Codes are moving averages already; leave out train.ema_decay.")
     if recipe.train.layer_decay != 1:
         raise RecipeError("A tokenizer's two networks have no common order of layers; leave out train.layer_decay.")
+    if recipe.run.sharding != "none":
+        raise RecipeError("Codes learn from features that one process makes alone; leave out run.sharding.")
 
 
 def _load_teacher(recipe: Recipe) -> Teacher | None:
