@@ -28,11 +28,10 @@ from beitzoo.training.label_checks import check_labels
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, change_recipe, read_resolved, set_names
 from beitzoo.training.rehearsal import Rehearsal, rehearse, update_seconds
-from beitzoo.training.report import describe_duplicates
 from beitzoo.training.sections import DataSection
 from beitzoo.training.state import saved_states
+from beitzoo.training.tasks.finetune import describe_images, prepare
 from beitzoo.training.tasks.finetune import finetune as train_by_recipe
-from beitzoo.training.tasks.finetune import prepare
 from beitzoo.zoo.checkpoints import Mim, Segment
 
 # Images of a class without which it cannot be in all three parts of a split.
@@ -62,14 +61,11 @@ class Plan:
 
     def describe(self) -> list[str]:
         """Say in lines what was found, and what is chosen and why."""
-        parts = self.split
-        drawn = "in its own parts" if self.images.parts else f"drawn with data.split_seed {self.recipe.data.split_seed}"
+        seed = self.recipe.data.split_seed
         return [
-            *self.images.describe(),
+            *describe_images(self.images, self.split),
+            *([] if self.images.parts else [f"These parts are drawn by chance, with data.split_seed {seed}."]),
             *_describe_classes(self.images),
-            f"{len(parts.train):,} images to train on, {len(parts.val):,} to choose by, {len(parts.test):,} held out; "
-            f"{drawn}.",
-            *describe_duplicates(self.images, parts.train, parts.test),
             f"The recipe for {self.recipe.model.name}; --set changes a value:",
             *(f"  {rule.name} = {rule.value}: {rule.reason}" for rule in self.rules),
         ]

@@ -30,7 +30,7 @@ from beitzoo.training.task import Answering, Task
 Prepare = Callable[[Recipe, Processes], tuple[Task, nn.Module]]
 
 
-def run(recipe: Recipe, directory: Path, prepare: Prepare, *, told: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe, directory: Path, prepare: Prepare) -> dict[str, Any]:
     """Train by a recipe, and measure the best model once at the end.
 
     A run that was interrupted goes on where its last state was saved, if the folder and the recipe are the same.
@@ -41,7 +41,6 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare, *, told: bool = False
             `metrics.json` and pictures, see `report`. Without a validation there is no `last/`; the last model is the
             best then.
         prepare: Makes the task and its model; all that can be known before a run is checked there.
-        told: Whether people have been told what the task found; else it is printed.
 
     Returns:
         The content of `metrics.json`. Empty on all processes but the first.
@@ -64,8 +63,7 @@ def run(recipe: Recipe, directory: Path, prepare: Prepare, *, told: bool = False
         if processes.is_main:
             shutil.rmtree(directory / FAILED, ignore_errors=True)
             pictures = describe_pictures(directory) if recipe.run.pictures else []
-            found = [] if told else task.describe()
-            print("\n".join([*found, *_describe(recipe, task, state, processes), *pictures]), file=sys.stderr)
+            print("\n".join([*task.describe(), *_describe(recipe, task, state, processes), *pictures]), file=sys.stderr)
             write_text(directory / RECIPE, dump_recipe(recipe))
             write_split(directory / SPLIT_FILE, task.images, task.split)
         with _memory_explained(directory, recipe.train, processes):

@@ -44,11 +44,12 @@ def test_a_run_without_a_recipe_writes_the_one_that_was_chosen(run: Path, colour
     assert (plan.recipe.train.epochs, plan.recipe.train.warmup_epochs, plan.recipe.data.test_fraction) == (3, 0.3, 0.2)
     assert beitzoo.create_model(str(run / "best"), pretrained=True).class_names == COLOURS
     lines = plan.describe()
-    assert lines[:2] == [
+    assert lines[:4] == [
         f"36 images of 3 classes in {colours}: 12 of each",
+        "23 images to train on, 6 to choose by, 7 held out.",
+        "These parts are drawn by chance, with data.split_seed 0.",
         "Images per class: blue 12, green 12, red 12",
     ]
-    assert "23 images to train on, 6 to choose by, 7 held out; drawn with data.split_seed 0." in lines
     assert "  train.epochs = 3: as set" in lines
     said = (run.parent / "said.txt").read_text().splitlines()
     assert [said.count(line) for line in lines] == [1] * len(lines)  # by the plan, and not by the run again
@@ -71,7 +72,7 @@ def test_a_csv_of_several_labels_is_recognised(tmp_path: Path) -> None:
     assert isinstance(plan.recipe.task, Finetune)
     assert (plan.recipe.task.labels, plan.recipe.task.label_smoothing) == ("many", 0.0)
     lines = plan.describe()
-    assert lines[:2] == [
+    assert [lines[0], lines[3]] == [
         f"40 images with up to 3 of 3 labels each in {labels.parent}: 20 of each, 5 without any",
         "Images per class: blue 20, green 20, red 20",
     ]

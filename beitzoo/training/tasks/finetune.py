@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,17 @@ from beitzoo.zoo.labels import accepts
 
 
 def finetune(recipe: Recipe, directory: Path, told: bool = False) -> dict[str, Any]:
-    """Train a classifier and measure it once on the held-out images; see `run`."""
-    return run(recipe, directory, prepare, told=told)
+    """Train a classifier and measure it once on the held-out images; see `run`.
+
+    Args:
+        recipe: The run.
+        directory: Its folder.
+        told: Whether `describe_images` has been printed; else the run does it.
+    """
+    return run(recipe, directory, partial(prepare, told=told))
 
 
-def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]:
+def prepare(recipe: Recipe, processes: Processes, told: bool = False) -> tuple["FinetuneTask", Beit]:
     """Make the task of a recipe and its model; all that can be known before a run is checked here.
 
     Raises:
@@ -70,13 +77,23 @@ def prepare(recipe: Recipe, processes: Processes) -> tuple["FinetuneTask", Beit]
         check_parts(images, split)
     seed_generators(derive_seed(recipe.train.seed, "weights"))
     model = _make_model(recipe, images.names)
-    task = FinetuneTask(recipe, images, split, model, processes)
+    task = FinetuneTask(recipe, images, split, model, processes, told)
     task.check(model)
     return task, model
 
 
 def _is_text(name: str) -> bool:
     return name == name.encode("utf-8", "replace").decode()
+
+
+def describe_images(images: ImageSet, split: Split) -> list[str]:
+    """Say in lines what was found, which images are for what, and which of these should not be."""
+    return [
+        *images.describe(),
+        f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
+        *describe_rare_labels(images, split),
+        *describe_duplicates(images, split.train, split.test),
+    ]
 
 
 @dataclass
@@ -89,6 +106,7 @@ class FinetuneTask:
         split: Which are for what.
         model: Says how its images are prepared.
         processes: Those that train together.
+        told: Whether people know what the images are.
     """
 
     recipe: Recipe
@@ -96,6 +114,7 @@ class FinetuneTask:
     split: Split
     model: Beit
     processes: Processes
+    told: bool = False
 
     def __post_init__(self) -> None:
         self.log_names: tuple[str, ...] = ()
@@ -150,15 +169,9 @@ class FinetuneTask:
             )
 
     def describe(self) -> list[str]:
-        """Say which images are for what."""
-        split = self.split
-        return [
-            *self.images.describe(),
-            f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
-            *describe_rare_labels(self.images, split),
-            *describe_duplicates(self.images, split.train, split.test),
-            *self._describe_frozen(),
-        ]
+        """Say which images are for what, and what of the network is not trained."""
+        images = [] if self.told else describe_images(self.images, self.split)
+        return [*images, *self._describe_frozen()]
 
     def _describe_frozen(self) -> list[str]:
         section = self.section
