@@ -32,6 +32,11 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     What timm would read as something else it refuses ("Unknown model"), and a warning says why: a mask token, a
     larger epsilon, and the few oblong grids whose bias tables it would scramble.
 
+    Adapters of peft are merged first: `save_pretrained(peft_model.merge_and_unload(), directory)`. peft's own
+    `save_pretrained` writes the adapters and what `LoraConfig(modules_to_save=["head", "fc_norm"])` names, so that a
+    fresh head must be named there. It names modules only: bare parameters that were trained (`q_bias`, `gamma_1`, bias
+    tables) are lost by it, and kept by merging.
+
     Args:
         model: A `Beit`, alone or inside DistributedDataParallel, `torch.compile` or a moving average.
         directory: Receives `model.safetensors` and `config.json`.

@@ -2,7 +2,7 @@
 
 With adapters a `Beit` stays a `Beit`: only linears of its blocks are replaced. What a run saves to go on from has the
 adapters apart; the models it leaves (`best/`, `last/`) have none, and are complete checkpoints. peft's own files hold
-adapters alone: bare parameters of a network (`q_bias`, `gamma_1`, bias tables) are in none of them, trained or not.
+adapters and modules that are named: bare parameters (`q_bias`, `gamma_1`, bias tables) are in none, trained or not.
 """
 
 import copy

@@ -296,7 +296,7 @@ class Lora(Section):
             reach what full fine-tuning does, whatever their rank (Dettmers et al. 2023, "QLoRA", section 4). Queries,
             keys and values are one linear here, so they share one A.
         besides: What else of the adapted blocks is trained: nothing, or `all` but the matrices of the linears. That is
-            biases (those of queries and values too), norms, layer scales and bias tables, 2 parameters in 1,000 of a
+            biases (those of queries and values too), norms, layer scales and bias tables, 3 parameters in 1,000 of a
             base network; worth it where the input size changed.
     """
 
