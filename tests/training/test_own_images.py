@@ -80,8 +80,6 @@ def test_a_csv_of_several_labels_is_recognised(tmp_path: Path) -> None:
     assert expected in lines
     pretrained = replace(plan, recipe=change_recipe(plan.recipe, ["model.pretrained=true"]))
     assert first_probe(pretrained).startswith("No probe: probes tell one class of each image")
-    metrics = beitzoo.finetune("test_beit", labels, out=tmp_path / "run", settings=[*SHORT, "run.pictures=false"])
-    assert 0 < metrics["test_map"] <= 100
 
 
 def test_a_finished_run_and_one_of_something_else_are_kept(run: Path, colours: Path, tmp_path: Path) -> None:

@@ -215,8 +215,8 @@ class PretrainTask:
         return every > 0 and (epoch % every == 0 or epoch == self.recipe.train.count_epochs(self.updates_per_epoch))
 
     def _draw(self, model: MaskedImageModel, path: Path) -> None:
-        """Draw reconstructions of a few images, of those that are not trained on if there are any."""
-        chosen = (self.split.val or self.split.test or self.split.train)[:_DRAWN]
+        """Draw reconstructions of a few images, of those to choose by if there are any; never of what is held out."""
+        chosen = (self.split.val or self.split.train)[:_DRAWN]
         images = [self.images.images[index] for index in chosen]
         write_reconstructions(model, self.tokenizer, images, path, masking=self.samples.masking)
 
