@@ -72,10 +72,8 @@ def test_a_csv_of_several_labels_is_recognised(tmp_path: Path) -> None:
     assert isinstance(plan.recipe.task, Finetune)
     assert (plan.recipe.task.labels, plan.recipe.task.label_smoothing) == ("many", 0.0)
     lines = plan.describe()
-    assert [lines[0], lines[3]] == [
-        f"40 images with up to 3 of 3 labels each in {labels.parent}: 20 of each, 5 without any",
-        "Images per class: blue 20, green 20, red 20",
-    ]
+    assert lines[0] == f"40 images with up to 3 of 3 labels each in {labels.parent}: 20 of each, 5 without any"
+    assert "Images per class: blue 20, green 20, red 20" in lines
     expected = "  task.labels = many: the images have any number of labels each: sigmoid, judged by mAP"
     assert expected in lines
     pretrained = replace(plan, recipe=change_recipe(plan.recipe, ["model.pretrained=true"]))
