@@ -1,4 +1,4 @@
-"""What depends on the device: attention scores, the position bias and products of few tokens, each with its fast path.
+"""What depends on the device: attention scores, the position bias and products, each with its fast path.
 
 A fast path is taken where it pays and `is_eager` or `is_plain` allows it. Everywhere else the standard calls of
 PyTorch are made, which all that traces, transforms, compiles or counts them knows.
@@ -16,16 +16,9 @@ from torch.nn import functional as F
 from beitzoo.models import position
 from beitzoo.zoo.networks import BeitConfig, Pair, ResizeRule
 
-BLOCK_BYTES = 4 << 20  # scores at a time in `attend_blocked`; a share of the last cache of most server processors
-FEW_SCORES = 125_000  # up to here (3 heads at 224 pixels) one lookup takes less time than the steps of a strip
+Instructions = Literal["avx2", "avx512", "vnni", "avx512_bf16", "amx_tile"]
 
-# One image at 224 pixels has 197 tokens. MKL makes less of so few rows than of a batch of four narrower products, which
-# need not be shared out between threads. On AMD cores with 256-bit registers those ran 1.1 to 1.3 times as fast for all
-# linears of base and large at 50 to 200 rows with two threads, 1.03 to 1.07 times with one; at 394 rows, or for the
-# narrower linears of tiny and small, nothing was gained or something lost.
-PARTS = 4
-MOST_TOKENS = 256
-LEAST_WIDTH = 768  # of inputs and of outputs
+BLOCK_BYTES = 4 << 20  # scores at a time in `attend_blocked`; a share of the last cache of most server processors
 
 
 # ---- where fast paths are allowed ---------------------------------------------------------------------------
@@ -72,7 +65,7 @@ def _is_several(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def cpu_has(feature: Literal["avx2", "avx512", "avx512_bf16", "amx_tile", "vnni"]) -> bool:
+def cpu_has(feature: Instructions) -> bool:
     """Say whether the processor has these instructions, as far as this PyTorch can tell."""
     probe = getattr(torch.cpu, f"_is_{feature}_supported", None)
     return probe is not None and bool(probe())
@@ -102,8 +95,6 @@ def attend(qkv: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
     q, k, v = qkv.unbind(0)
     if trained or _steps_are_needed():
         return F.dropout(attention_weights(q, k, bias), dropout) @ v
-    if bias is not None and dropout == 0 and _blocks_pay(q, bias):
-        return attend_blocked(q, k, v, bias.to(q.dtype))
     mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
@@ -114,8 +105,15 @@ def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     return (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1)
 
 
-def attend_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Do what `attend` does by plain products, a few heads of one image at a time, so that scores stay in the cache."""
+def attend_blocked(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """Do what `attend` does by plain products, a few heads of one image at a time, so that scores stay in the cache.
+
+    Without gradients and on a CPU; anything else is left to `attend`.
+    """
+    if bias is None or not is_plain(qkv, bias) or qkv.requires_grad or bias.requires_grad:
+        return attend(qkv, bias)
+    q, k, v = qkv.unbind(0)
+    bias = bias.to(q.dtype)
     batch, heads, tokens, size = q.shape
     step = max(1, BLOCK_BYTES // (tokens * tokens * q.element_size()))
     mixed = q.new_empty(batch, tokens, heads, size).transpose(1, 2)  # (B, H, N, D), strides as the fused kernel's
@@ -195,15 +193,6 @@ def _gradients_in_steps(qkv: Tensor, bias: Tensor, gradient: Tensor) -> tuple[Te
     return torch.autograd.grad(mixed, (qkv, bias), gradient, create_graph=create_graph)
 
 
-def _blocks_pay(q: Tensor, bias: Tensor) -> bool:
-    """Say whether this is inference on a CPU whose fused kernel is no faster in bfloat16 than in float32."""
-    return is_plain_inference(q, bias) and q.dtype == torch.bfloat16 and _has_bfloat16_without_amx()
-
-
-def _has_bfloat16_without_amx() -> bool:
-    return cpu_has("avx512_bf16") and not cpu_has("amx_tile")
-
-
 # ---- position -----------------------------------------------------------------------------------------------
 
 
@@ -278,7 +267,7 @@ class Workspace:
 
     Attributes:
         scores: (H, N, N or more), rows padded as `position.bias` pads them.
-        rows: Table rows that are looked up for every block, of all pairs of tokens or of a strip (`_write_strip`).
+        rows: Table rows of the strip that is looked up for every block (`_write_strip`).
     """
 
     scores: Tensor
@@ -291,8 +280,6 @@ class Workspace:
         tokens = 1 + grid[0] * grid[1]
         padding = -tokens % position.ROW_MULTIPLE
         scores = like.new_empty((heads, tokens, tokens + padding), dtype=dtype)
-        if scores.numel() <= FEW_SCORES:
-            return cls(scores, F.pad(position.relative_position_index(grid, like.device), (0, padding)).flatten())
         return cls(scores, _strip_rows(grid, like.device))
 
     def takes(self, table: Tensor, dtype: torch.dtype) -> bool:
@@ -302,10 +289,7 @@ class Workspace:
     def write(self, table: Tensor, grid: Pair) -> Tensor:
         """Write what `position.bias` returns, (H, N, N)."""
         columns = table.to(self.scores.dtype).t().contiguous()  # (H, table rows)
-        if self.rows.numel() == self.scores[0].numel():
-            torch.index_select(columns, 1, self.rows, out=self.scores.flatten(1))
-        else:
-            _write_strip(self.scores, columns, grid, self.rows)
+        _write_strip(self.scores, columns, grid, self.rows)
         return self.scores[..., : self.scores.shape[1]]
 
 
@@ -367,12 +351,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _onednn_pays(x, weight, *([] if bias is None else [bias])):
         y: Tensor = _Product.apply(x.flatten(0, -2), weight, bias)
         return y.unflatten(0, x.shape[:-1])
-    if not _parts_pay(x, weight):
-        return F.linear(x, weight, bias)
-    tokens = x.flatten(0, -2).expand(PARTS, -1, -1)
-    weights = weight.unflatten(0, (PARTS, -1)).transpose(1, 2)  # (parts, inputs, outputs / parts)
-    y = torch.bmm(tokens, weights) if bias is None else torch.baddbmm(bias.view(PARTS, 1, -1), tokens, weights)
-    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
 
 
 def _onednn_pays(x: Tensor, *parameters: Tensor) -> bool:
@@ -417,18 +396,3 @@ class _Product(torch.autograd.Function):
             gradient.t() @ x if to_weight else None,  # MKL is as fast here
             gradient.sum(0) if to_bias else None,
         )
-
-
-def _parts_pay(x: Tensor, weight: Tensor) -> bool:
-    """Say whether this is float32 inference on a CPU with MKL, with few tokens and wide layers."""
-    return (
-        is_plain_inference(x, weight)
-        and x.dtype == weight.dtype == torch.float32
-        and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
-        and x.ndim > 1
-        and min(weight.shape) >= LEAST_WIDTH
-        and weight.shape[0] % PARTS == 0
-        and torch.backends.mkl.is_available()
-        and PARTS % torch.get_num_threads() == 0
-        and not torch.is_autocast_enabled("cpu")
-    )

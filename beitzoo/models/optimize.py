@@ -6,7 +6,6 @@ the processor wants to read them. The copy is still a `Beit`, with its blocks re
 
 import copy
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
@@ -15,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from beitzoo.errors import InvalidValueError, UnsupportedError
-from beitzoo.models import inputs, kernels
+from beitzoo.models import choosing, kernels
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp
+from beitzoo.models.choices import Choices, ImagesLike, dtype_name
+from beitzoo.models.inference_block import InferenceBlock
 from beitzoo.models.kernels import PositionBias
-from beitzoo.models.packed import InferenceLinear, MakeLinear, linears_for
+from beitzoo.models.packed import InferenceLinear
 from beitzoo.models.segmentation import ConvNorm, Neck
 from beitzoo.zoo.networks import Pair
 
@@ -35,13 +36,25 @@ _KNOWN = {nn.ModuleList, Block, Attention, Mlp, DropPath, nn.Linear, nn.LayerNor
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, inplace: bool = False) -> Module:
+def optimize(
+    model: Module,
+    dtype: torch.dtype | Literal["int8"] | None = None,
+    inplace: bool = False,
+    *,
+    images_like: ImagesLike | None = None,
+    choices: Choices | dict[str, Any] | None = None,
+) -> Module:
     """Return an inference copy of a model: the same outputs, faster.
+
+    What its blocks are made of is chosen by measuring on this machine, with the threads that PyTorch has now, in up to
+    3 seconds for a base network and 10 for a large one. `choices` of the copy (of its `backbone`, where a model holds
+    one) says what was taken and how much faster that was. Other batches and sizes than were measured give the same
+    outputs, but something else might be faster for them: name the batch that will be used.
 
     The copy is a snapshot: it can be run, copied and pickled, but neither trained, moved nor saved as weights, and
     what later becomes of the model does not reach it. Compile or export the model itself: on a CPU, `torch.compile`
-    leaves a copy as it is. On a CPU without AVX-512, weights are packed in the first pass of each shape of input, which
-    is slower; where shapes keep changing, that ends, and with it most of what is gained.
+    leaves a copy as it is. Where convolutions were taken, weights are packed in the first pass of each shape of input,
+    which is slower; where shapes keep changing, that ends, and with it most of what is gained.
 
     Args:
         model: A `Beit`, or what holds one (`BeitFeatures`, a `Segmenter`), on the device where it shall run, without
@@ -51,33 +64,61 @@ def optimize(model: Module, dtype: torch.dtype | Literal["int8"] | None = None, 
             without VNNI; it was not validated on trained weights. Linears of the blocks then compute in 8 bits, scaled
             per token and per output channel; the rest stays as it is.
         inplace: Turn the model itself into its inference copy, and free its weights block by block.
+        images_like: Batch, channels, height and width of the images that it will get; one image of its size if None.
+        choices: Those of another copy (or `choices.to_dict()`), to be repeated without measuring.
 
     Raises:
         ValueError: There is nothing to optimize, the blocks were changed (adapters, hooks, quantised or pruned
-            weights), or the dtype cannot be had.
+            weights), the dtype cannot be had, or the choices are of another network or dtype.
     """
-    backbones = [module for module in model.modules() if isinstance(module, Beit)]
+    backbones = _backbones(model)
     if not backbones:
         raise InvalidValueError(f"Got a {type(model).__name__} without a Beit in it; there is nothing to optimize.")
-    make = linears_for(backbones[0].cls_token, dtype)
     for backbone in backbones:
         _check_unchanged(backbone)
+    taken = [_choices_for(backbone, dtype, images_like, choices) for backbone in backbones]
     result = model if inplace else copy.deepcopy(model)
     result.eval().requires_grad_(False)
-    backbones = [module for module in result.modules() if isinstance(module, Beit)]
-    for backbone in backbones:
+    for backbone, chosen in zip(_backbones(result), taken, strict=True):
         backbone.set_grad_checkpointing(False)
+        parts = choosing.parts_of(chosen, backbone, _dtype_for(backbone, dtype))
         for index, block in enumerate(backbone.blocks):
             assert isinstance(block, Block)
-            backbone.blocks[index] = InferenceBlock(block, make)
+            backbone.blocks[index] = InferenceBlock(block, parts)
     _fold_norms(result)
     if isinstance(dtype, torch.dtype):
         result.to(dtype)
-    for backbone in backbones:
+    for backbone, chosen in zip(_backbones(result), taken, strict=True):
         backbone.__class__ = InferenceBeit  # not a new object: whoever holds a model optimized in place holds its copy
         assert isinstance(backbone, InferenceBeit)
+        backbone.choices = chosen
         backbone.ready_biases()
     return result
+
+
+def _backbones(model: nn.Module) -> list[Beit]:
+    return [module for module in model.modules() if isinstance(module, Beit)]
+
+
+def _dtype_for(backbone: Beit, dtype: torch.dtype | Literal["int8"] | None) -> torch.dtype | Literal["int8"]:
+    return backbone.cls_token.dtype if dtype is None else dtype
+
+
+def _choices_for(
+    backbone: Beit,
+    dtype: torch.dtype | Literal["int8"] | None,
+    images_like: ImagesLike | None,
+    choices: Choices | dict[str, Any] | None,
+) -> Choices:
+    """Measure, or check what was given."""
+    dtype = _dtype_for(backbone, dtype)
+    if choices is None:
+        return choosing.choose(backbone, dtype, images_like)
+    if images_like is not None:
+        raise InvalidValueError("Got images_like and choices; give the one to measure, or the other not to.")
+    found = choices if isinstance(choices, Choices) else Choices.from_dict(choices)
+    found.check_fits(backbone.config, dtype_name(dtype))
+    return found
 
 
 def _as_it_is(
@@ -100,7 +141,13 @@ def _as_it_is(
 
 
 class InferenceBeit(Beit):
-    """A `Beit` made by `optimize`: for inference only, as it was at that moment."""
+    """A `Beit` made by `optimize`: for inference only, as it was at that moment.
+
+    Attributes:
+        choices: What its blocks are made of, and how much faster each part is than a plain one.
+    """
+
+    choices: Choices
 
     @_as_it_is
     def forward(self, images: Tensor) -> Tensor:
@@ -194,78 +241,6 @@ class InferenceBeit(Beit):
         if (there.device, there.dtype) != (here.device, here.dtype):
             _refuse("change its device or dtype")
         return self
-
-
-class InferenceAttention(Attention):
-    """Attention whose queries and values get their bias in the product, up to the projection."""
-
-    def __init__(self, attn: Attention, make: MakeLinear) -> None:
-        nn.Module.__init__(self)  # the parts are given, none is to be made
-        self.config, self.num_heads, self.head_dim = attn.config, attn.num_heads, attn.head_dim
-        bias = None
-        if attn.q_bias is not None and attn.v_bias is not None:
-            bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-        assert isinstance(attn.qkv, nn.Linear)
-        self.qkv = make(attn.qkv.weight.detach(), bias)
-        self.q_bias = self.v_bias = None
-        self.relative_position_bias_table = attn.relative_position_bias_table
-        self.ready: tuple[Pair, Tensor | None] | None = None
-
-    def make_ready(self, bias: PositionBias, like: Tensor) -> None:
-        """Keep the bias of this block for one grid."""
-        self.ready = bias.grid, bias.of(self.relative_position_bias_table, like)
-
-    def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
-        """Map tokens (B, N, C) to mixed values (B, N, C), not yet projected."""
-        qkv = self._project(x)
-        return kernels.attend(qkv, self._bias_of(bias, x, qkv)).transpose(1, 2).flatten(2)
-
-    def weights(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
-        """Return how much each token (query, rows) takes from each (key, columns), (B, H, N, N)."""
-        q, k, _ = self._project(x)
-        return kernels.attention_weights(q, k, self._bias_of(bias, x, q))
-
-    def _bias_of(self, bias: PositionBias | None, x: Tensor, q: Tensor) -> Tensor | None:
-        grid = inputs.own_grid(x, self.config) if bias is None else bias.grid
-        if self.ready is not None and self.ready[0] == grid:
-            return self.ready[1]
-        bias = bias or kernels.position_bias(grid, self.config, like=x)
-        return bias.of(self.relative_position_bias_table, q)
-
-
-class InferenceBlock(Block):
-    """A block with layer scale folded into the last linear of each branch, its MLP in parts where that is faster."""
-
-    def __init__(self, block: Block, make: MakeLinear) -> None:
-        nn.Module.__init__(self)
-        self.norm1, self.norm2, self.drop_path = block.norm1, block.norm2, block.drop_path
-        self.attn: InferenceAttention = InferenceAttention(block.attn, make)
-        self.proj = make(*_scaled(block.attn.proj, block.gamma_1))
-        fc1, (weight, bias) = block.mlp.fc1, _scaled(block.mlp.fc2, block.gamma_2)
-        parts = math.ceil(weight.shape[1] / self.proj.most_inputs)  # all linears are of one kind
-        biases = [bias, *[None] * (parts - 1)]
-        self.fc1 = nn.ModuleList(map(make, fc1.weight.detach().chunk(parts), fc1.bias.detach().chunk(parts)))
-        self.fc2 = nn.ModuleList(map(make, weight.chunk(parts, dim=1), biases))
-
-    def forward(self, x: Tensor, bias: PositionBias | None = None, kept: Tensor | None = None) -> Tensor:
-        """Map tokens (B, N, C) to tokens (B, N, C), or only those that are kept to (B, K, C)."""
-        x = self.proj.add(x, self.attn(self.norm1(x), bias))
-        if kept is not None:
-            x = x.take_along_dim(kept[..., None], dim=1)
-        y = self.norm2(x)
-        for fc1, fc2 in zip(self.fc1, self.fc2, strict=True):
-            assert isinstance(fc1, InferenceLinear) and isinstance(fc2, InferenceLinear)
-            x = fc2.add(x, fc1.gelu(y))
-        return x
-
-
-def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a linear whose outputs are scaled by gamma; halves are multiplied as float32."""
-    weight, bias = linear.weight.detach(), linear.bias.detach()
-    if gamma is None:
-        return weight, bias
-    gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
-    return weight * gamma[:, None], bias * gamma
 
 
 def _fold_norms(model: nn.Module) -> None:

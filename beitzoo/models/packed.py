@@ -4,7 +4,7 @@ They know nothing of networks: `optimize` puts them into its inference copies. W
 operators that PyTorch uses itself but does not promise to keep; without them there are plain linears.
 """
 
-import sys
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +24,19 @@ _ONE_BY_ONE = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation and group
 MakeLinear = Callable[[Tensor, Tensor | None], "InferenceLinear"]
 
 
-def linears_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> MakeLinear:
-    """Choose the kind of linear for a dtype and the device and width of `like`, and say so if it cannot be had."""
+def linears_for(
+    like: Tensor, dtype: torch.dtype | Literal["int8"] | None, tokens: int | None = None
+) -> dict[str, MakeLinear]:
+    """Return every kind of linear that can be had for a dtype and the device of `like`, by name, the plainest first.
+
+    Args:
+        like: A parameter of the network: its device, and its dtype if none is named.
+        dtype: Of weights and outputs.
+        tokens: Of one call, if they are known.
+
+    Raises:
+        ValueError: There is none for this dtype.
+    """
     on_cpu = like.device.type == "cpu"
     if dtype == "int8":
         if not (on_cpu and "onednn" in torch.backends.quantized.supported_engines):
@@ -33,21 +44,38 @@ def linears_for(like: Tensor, dtype: torch.dtype | Literal["int8"] | None) -> Ma
                 f"Got dtype='int8' on {like.device} here; it needs a CPU and a PyTorch with oneDNN. "
                 "Move the model to the CPU first, or use torch.bfloat16."
             )
-        return lambda weight, bias: Int8Linear(weight.float(), None if bias is None else bias.float())
+        return {"int8": lambda weight, bias: Int8Linear(weight.float(), None if bias is None else bias.float())}
     wanted = like.dtype if dtype is None else dtype
     if wanted not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise InvalidValueError(f"Got dtype={dtype!r}; use torch.bfloat16, float16, float32, float64, 'int8', or None.")
     assert isinstance(wanted, torch.dtype)
-    kind = _fastest(wanted, like.shape[-1]) if on_cpu else InferenceLinear
     if on_cpu and wanted in (torch.bfloat16, torch.float16) and not _has_bfloat16():
         warnings.warn(f"This CPU has no arithmetic in {wanted}; torch.float32 is faster on it.", stacklevel=3)
-    return lambda weight, bias: kind(weight.to(wanted), None if bias is None else bias.to(wanted))
+    kinds = _kinds(wanted, tokens) if on_cpu else {"plain": InferenceLinear}
+    return {name: functools.partial(_make, kind, wanted) for name, kind in kinds.items()}
+
+
+def _kinds(dtype: torch.dtype, tokens: int | None) -> dict[str, MakeLinear]:
+    """Return the kinds of linear that a CPU and this PyTorch have for a dtype."""
+    kinds: dict[str, MakeLinear] = {"plain": InferenceLinear}
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16()):
+        if _has_operators("_reorder_linear_weight", "_linear_pointwise"):
+            kinds["packed"] = PackedLinear
+            kinds["packed_gelu_behind"] = PackedGeluBehind
+            if tokens is not None:
+                kinds["packed_for_tokens"] = functools.partial(PackedLinear, tokens=tokens)
+        if dtype == torch.float32 and _has_operators("_reorder_convolution_weight", "_convolution_pointwise"):
+            kinds["convolution"] = ConvolutionLinear
+    return kinds
+
+
+def _make(kind: MakeLinear, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> "InferenceLinear":
+    return kind(weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 class InferenceLinear(nn.Module):
     """A linear, and what a block does behind it."""
 
-    most_inputs: ClassVar[int] = sys.maxsize  # more of them are better mapped in parts, and the outputs added up
     in_graphs: ClassVar[bool] = True  # whether PyTorch can compile, export and trace it
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -57,7 +85,7 @@ class InferenceLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
-        return kernels.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """Apply the linear and an exact GELU."""
@@ -71,13 +99,15 @@ class InferenceLinear(nn.Module):
 class PackedLinear(InferenceLinear):
     """A linear with its weight in oneDNN's blocks; GELU and addition happen while its output is in the cache.
 
-    The operators are those that torch.compile uses for frozen weights.
+    The operators are those that torch.compile uses for frozen weights. A weight that was packed for a number of tokens
+    maps other numbers of them too; oneDNN then repacks it in the call, where its kernels want that.
     """
 
     in_graphs = False
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int | None = None) -> None:
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), tokens), bias)
+        self.tokens = tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
@@ -96,7 +126,16 @@ class PackedLinear(InferenceLinear):
         return {**self.__dict__, "weight": self.weight.to_dense()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "weight": torch.ops.mkldnn._reorder_linear_weight(state["weight"])})
+        weight = torch.ops.mkldnn._reorder_linear_weight(state["weight"], state["tokens"])
+        super().__setstate__({**state, "weight": weight})
+
+
+class PackedGeluBehind(PackedLinear):
+    """The same with its GELU behind the product, for processors on which oneDNN's own is slower."""
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Apply the linear and an exact GELU."""
+        return torch.ops.aten.gelu_(self(x))
 
 
 class ConvolutionLinear(InferenceLinear):
@@ -107,7 +146,6 @@ class ConvolutionLinear(InferenceLinear):
     changing, this ends after `MOST_REPACKS`: from then on it is a plain linear.
     """
 
-    most_inputs = 2048
     in_graphs = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -144,7 +182,7 @@ class ConvolutionLinear(InferenceLinear):
 
     def _plain(self, x: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):  # as above
-            return kernels.linear(x, weight, self.bias)
+            return F.linear(x, weight, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         weight = self.packing.dense().clone()  # of a part of a weight, pickle would write the whole
@@ -231,22 +269,6 @@ def _as_image(x: Tensor) -> Tensor:
 
 def _as_tokens(x: Tensor) -> Tensor:
     return x.squeeze(2).transpose(1, 2)
-
-
-def _fastest(dtype: torch.dtype, width: int) -> type[InferenceLinear]:
-    """Choose the kind of linear that is the fastest on this CPU for a network of this width.
-
-    Measured on two AMD cores: with 512-bit registers packed linears ran 1.3 times as fast as plain ones for one image.
-    With 256-bit ones they lost a tenth, and convolutions won 1.04 to 1.16 times over plain linears in parts
-    for small (384 wide), base and large; tiny and nano (192 and 64 wide) were slower.
-    """
-    if kernels.cpu_has("avx512"):
-        packs = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
-        packs = packs and _has_operators("_reorder_linear_weight", "_linear_pointwise")
-        return PackedLinear if packs else InferenceLinear
-    convolves = kernels.cpu_has("avx2") and dtype == torch.float32 and width >= 384
-    convolves = convolves and _has_operators("_reorder_convolution_weight", "_convolution_pointwise")
-    return ConvolutionLinear if convolves else InferenceLinear
 
 
 def _has_operators(*names: str) -> bool:

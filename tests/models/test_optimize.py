@@ -4,9 +4,11 @@ import copy
 import pickle
 import threading
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
+from inference_copies import made_of
 from oracles import randomise, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,11 +33,21 @@ def images(batch: int = 3, size: tuple[int, int] = (64, 64)) -> Tensor:
     return torch.randn(batch, 3, *size)
 
 
-@pytest.fixture(params=[packed.PackedLinear, packed.ConvolutionLinear, packed.InferenceLinear])
-def linears(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[packed.InferenceLinear]:
-    """Run with the linears of every kind of processor."""
-    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: request.param)
-    return request.param
+CLASSES = {
+    "plain": packed.InferenceLinear,
+    "packed": packed.PackedLinear,
+    "packed_for_tokens": packed.PackedLinear,
+    "packed_gelu_behind": packed.PackedGeluBehind,
+    "convolution": packed.ConvolutionLinear,
+}
+# Every kind of linear and of attention, with batches of three mapped at once, one by one, or in twos where they can be.
+COPIES = [
+    ("plain", "fused", "all"),
+    ("packed", "blocked", "1"),
+    ("packed_for_tokens", "blocked", "all"),
+    ("packed_gelu_behind", "fused", "2"),
+    ("convolution", "blocked", "2"),
+]
 
 
 def kinds_in(fast: Beit) -> set[type]:
@@ -54,27 +66,26 @@ FLAGS: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("inplace", [False, True])
-def test_every_option_gives_the_models_outputs(flags: dict[str, object], inplace: bool, linears: type) -> None:
+@pytest.mark.parametrize("kinds", COPIES, ids="-".join)
+def test_every_option_gives_the_models_outputs(flags: dict[str, object], kinds: tuple[str, str, str]) -> None:
     model = build(**flags)
     x = images(size=model.config.img_size)
-    logits, tokens = model(x), model.forward_features(x)
-    maps = model.forward_intermediates(x, norm=True, intermediates_only=True)
-    attention_maps = model.attention_maps(x)
-    fast = optimize(model, inplace=inplace)
-    assert (fast is model) == inplace
-    assert isinstance(fast, Beit)
-    assert relative_error(fast(x), logits) <= 1e-5
-    assert relative_error(fast(x[:1]), logits[:1]) <= 1e-5
-    assert relative_error(fast.forward_features(x), tokens) <= 1e-5
-    for ours, theirs in zip(fast.forward_intermediates(x, norm=True, intermediates_only=True), maps, strict=True):
-        assert relative_error(ours, theirs) <= 1e-5
-    assert relative_error(fast.attention_maps(x), attention_maps) <= 1e-5
-    assert fast(images(0, model.config.img_size)).shape == (0, *logits.shape[1:])
-
-
-def test_the_kind_of_linear_is_the_one_asked_for(linears: type) -> None:
-    assert kinds_in(optimize(build())) == {linears}
+    with torch.inference_mode():
+        logits, tokens = model(x), model.forward_features(x)
+        maps = model.forward_intermediates(x, norm=True, intermediates_only=True)
+        attention_maps = model.attention_maps(x)
+        inplace = kinds[0] == "packed"
+        fast = optimize(model, inplace=inplace, choices=made_of(model, *kinds))
+        assert (fast is model) == inplace
+        assert isinstance(fast, Beit)
+        assert CLASSES[kinds[0]] in kinds_in(fast)
+        assert relative_error(fast(x), logits) <= 1e-5
+        assert relative_error(fast(x[:1]), logits[:1]) <= 1e-5
+        assert relative_error(fast.forward_features(x), tokens) <= 1e-5
+        for ours, theirs in zip(fast.forward_intermediates(x, norm=True, intermediates_only=True), maps, strict=True):
+            assert relative_error(ours, theirs) <= 1e-5
+        assert relative_error(fast.attention_maps(x), attention_maps) <= 1e-5
+        assert fast(images(0, model.config.img_size)).shape == (0, *logits.shape[1:])
 
 
 def test_a_new_linear_in_a_block_is_taken_over() -> None:
@@ -86,41 +97,25 @@ def test_a_new_linear_in_a_block_is_taken_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("onednn", "avx512", "avx2", "bf16", "dtype", "width", "kind"),
+    ("onednn", "bf16", "dtype", "kinds"),
     [
-        (False, True, True, True, torch.float32, 768, packed.InferenceLinear),
-        (False, False, True, False, torch.float32, 768, packed.InferenceLinear),
-        (True, True, True, False, torch.float32, 64, packed.PackedLinear),
-        (True, True, True, True, torch.bfloat16, 64, packed.PackedLinear),
-        (True, True, True, False, torch.bfloat16, 768, packed.InferenceLinear),
-        (True, True, True, True, torch.float64, 768, packed.InferenceLinear),
-        (True, False, True, False, torch.float32, 384, packed.ConvolutionLinear),
-        (True, False, True, False, torch.float32, 192, packed.InferenceLinear),
-        (True, False, True, True, torch.bfloat16, 768, packed.InferenceLinear),
-        (True, False, False, False, torch.float32, 768, packed.InferenceLinear),
+        (False, True, torch.float32, {"plain"}),
+        (True, False, torch.float32, set(CLASSES)),
+        (True, True, torch.bfloat16, set(CLASSES) - {"convolution"}),
+        (True, True, torch.float64, {"plain"}),
     ],
 )
-def test_the_kind_of_linear_follows_the_processor(
-    onednn: bool,
-    avx512: bool,
-    avx2: bool,
-    bf16: bool,
-    dtype: torch.dtype,
-    width: int,
-    kind: type,
-    monkeypatch: pytest.MonkeyPatch,
+def test_kinds_of_linears_follow_what_pytorch_has(
+    onednn: bool, bf16: bool, dtype: torch.dtype, kinds: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-    monkeypatch.setattr(kernels, "cpu_has", {"avx512": avx512, "avx2": avx2}.__getitem__)
     monkeypatch.setattr(packed, "_has_bfloat16", lambda: bf16)
-    assert packed._fastest(dtype, width) is kind
+    assert set(packed.linears_for(torch.empty(1), dtype, 51)) == kinds
 
 
 def test_a_pytorch_without_these_operators_gets_plain_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
-    for avx512 in (False, True):
-        monkeypatch.setattr(kernels, "cpu_has", lambda feature, avx512=avx512: feature == "avx2" or avx512)
-        assert packed._fastest(torch.float32, 768) is packed.InferenceLinear
+    assert kinds_in(optimize(build())) == {packed.InferenceLinear}
 
 
 def test_shapes_that_keep_changing_end_in_a_plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,26 +156,6 @@ def test_onednn_takes_weights_as_they_were_packed_so_far(capfd: pytest.CaptureFi
             linear.add(residual, x)
     lines = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
     assert [",convolution," in line for line in lines] == [True, True]
-
-
-def test_a_part_of_a_weight_is_pickled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: packed.ConvolutionLinear)
-    whole = len(pickle.dumps(optimize(build())))
-    monkeypatch.setattr(packed.ConvolutionLinear, "most_inputs", 64)
-    assert len(pickle.dumps(optimize(build()))) < 1.1 * whole
-
-
-def test_long_products_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: packed.ConvolutionLinear)
-    monkeypatch.setattr(packed.ConvolutionLinear, "most_inputs", 100)
-    model = build()
-    fast = optimize(model)
-    assert [len(block.fc1) for block in fast.blocks] == [3] * model.config.depth  # 256 hidden channels
-    x = images()
-    with torch.inference_mode():
-        logits = fast(x)
-    assert relative_error(logits, model(x)) <= 1e-5
-    assert torch.equal(copy.deepcopy(fast)(x), logits)  # packed in inference mode, and used outside
 
 
 @pytest.mark.parametrize("ready_bytes", [0, 1 << 30])
@@ -278,27 +253,36 @@ def test_additions_to_blocks_are_refused_not_lost() -> None:
     assert type(model) is Beit
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
-def test_copies_are_copied_and_pickled(dtype: str | None, linears: type) -> None:
-    fast = optimize(build(), dtype=dtype)  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", [*CLASSES, "int8"])
+def test_copies_are_copied_and_pickled(kind: str) -> None:
+    model = build()
+    dtype: Literal["int8"] | None = "int8" if kind == "int8" else None
+    fast = optimize(model, dtype, choices=made_of(model, kind, "blocked", "2", dtype or "float32"))
     x = images()
-    expected = fast(x)
-    assert torch.equal(copy.deepcopy(fast)(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(fast))(x), expected)
+    with torch.inference_mode():
+        expected = fast(x)
+        for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert torch.equal(copied(x), expected)
+            assert copied.choices == fast.choices
 
 
 @pytest.mark.parametrize("most_repacks", [2, 16])
-@pytest.mark.parametrize("dtype", [None, "int8"])
-def test_threads_share_a_copy(
-    dtype: str | None, most_repacks: int, linears: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["packed_for_tokens", "convolution", "int8"])
+def test_threads_share_a_copy(kind: str, most_repacks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "MOST_REPACKS", most_repacks)
     model = build()
-    fast = optimize(model, dtype=dtype)  # type: ignore[arg-type]
+    dtype: Literal["int8"] | None = "int8" if kind == "int8" else None
+    choices = made_of(model, kind, images="2", dtype=dtype or "float32")
+    fast = optimize(model, dtype, choices=choices)
     batches = [images(1 + i % 3) for i in range(8)]
-    expected = [optimize(model, dtype=dtype)(x) for x in batches]  # type: ignore[arg-type]
+    expected = [optimize(model, dtype, choices=choices)(x) for x in batches]
     found: dict[int, Tensor] = {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: fast(batches[i])})) for i in range(8)]
+
+    def run(i: int) -> None:
+        with torch.inference_mode():
+            found[i] = fast(batches[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -306,19 +290,19 @@ def test_threads_share_a_copy(
     assert all(relative_error(found[i], expected[i]) < 1e-6 for i in range(8))
 
 
-def test_plain_linears_compile_and_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: packed.InferenceLinear)
-    fast = optimize(build())
+def test_plain_linears_compile_and_export() -> None:
+    model = build()
+    fast = optimize(model, choices=made_of(model, "plain", "blocked", "2"))
     x = images()
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(x), fast(x)) < 1e-6
     assert relative_error(torch.export.export(fast, (x,)).module()(x), fast(x)) < 1e-6
 
 
-@pytest.mark.parametrize("kind", [packed.PackedLinear, packed.ConvolutionLinear])
-def test_linears_of_onednn_stay_outside_the_graph(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_fastest", lambda dtype, width: kind)
-    fast, x = optimize(build()), images()
+@pytest.mark.parametrize("kind", ["packed", "convolution"])
+def test_linears_of_onednn_stay_outside_the_graph(kind: str) -> None:
+    model, x = build(), images()
+    fast = optimize(model, choices=made_of(model, kind))
     graphs: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -390,13 +374,15 @@ def test_int8_never_overflows() -> None:
     torch.testing.assert_close(packed.Int8Linear(-weight, None)(x), torch.full((3, 16), -3072.0), rtol=1e-5, atol=0)
 
 
-def test_a_copy_runs_under_autocast(linears: type) -> None:
-    model = randomise(beitzoo.create_model("test_beit")).eval()
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_copy_runs_under_autocast(kind: str) -> None:
+    model = build()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
         with torch.autocast("cpu", torch.bfloat16):
-            assert relative_error(beitzoo.optimize(model)(x).float(), expected) < 2e-2
+            fast = optimize(model, choices=made_of(model, kind, "blocked"))
+            assert relative_error(fast(x).float(), expected) < 2e-2
 
 
 def test_a_module_around_a_copy_cannot_load_or_train_it() -> None:

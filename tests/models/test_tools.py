@@ -23,7 +23,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import beitzoo
 from beitzoo import Beit, optimize
-from beitzoo.models import kernels
 from beitzoo.zoo.architectures import ARCHITECTURES
 
 SMALL = ARCHITECTURES["test_beit"]
@@ -47,9 +46,8 @@ def images(batch: int = 2) -> Tensor:
 @deprecated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_trace_runs_any_batch(dtype: torch.dtype, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_runs_any_batch(dtype: torch.dtype, grad: bool) -> None:
     """As tutorials write it, with PyTorch's own check that a second trace is the same."""
-    monkeypatch.setattr(kernels, "_has_bfloat16_without_amx", lambda: True)
     model, x = build().to(dtype), images(3).to(dtype)
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(model, x[:1])

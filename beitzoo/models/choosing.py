@@ -1,0 +1,242 @@
+"""Choosing by measuring: the fastest of what a block can be made of, on this machine and for these images.
+
+Everything is timed as it will run: with this number of tokens and threads, with the weights of one block after the
+other, so that they come from memory and not from the cache, and with one candidate after the other, so that what else
+the machine does disturbs all of them alike. A plainer candidate is left only for one that is clearly faster.
+"""
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from beitzoo.errors import InvalidValueError
+from beitzoo.models import inputs, kernels
+from beitzoo.models.beit import Beit, Block
+from beitzoo.models.choices import Choice, Choices, ImagesLike, dtype_name, network_of
+from beitzoo.models.inference_block import Attend, InferenceBlock, Parts
+from beitzoo.models.kernels import PositionBias
+from beitzoo.models.packed import InferenceLinear, MakeLinear, linears_for
+
+Clock = Callable[[], float]
+Call = Callable[[], object]
+Dtype = torch.dtype | Literal["int8"]
+LinearName = Literal["qkv", "proj", "fc1", "fc2"]
+
+NOISE = 0.02  # of two times that differ by less, neither is the shorter one
+LOSER = 1.2  # times the shortest time: not tried again
+FEWEST_TURNS, MOST_TURNS = 2, 12
+SECONDS = 0.3  # for one choice, once every candidate had its fewest turns
+COLD_BYTES = 128 << 20  # of weights that are read in turn: several times the last cache of most processors
+FEW_IMAGES = (1, 2, 4, 8)
+
+ATTENTIONS: dict[str, Attend] = {"fused": kernels.attend, "blocked": kernels.attend_blocked}
+
+
+@torch.no_grad()
+def choose(model: Beit, dtype: Dtype, images_like: ImagesLike | None, clock: Clock = time.perf_counter) -> Choices:
+    """Measure what is the fastest for the blocks of a model, where there is anything to choose from.
+
+    Args:
+        model: The plain network, with its weights.
+        dtype: Of the inference copy.
+        images_like: Batch, channels, height and width of the images to come; one of the model's size if None.
+        clock: Gives seconds.
+    """
+    images_like = _checked(images_like or (1, model.config.in_chans, *model.config.img_size), model)
+    choices = _plain(model, dtype, images_like)
+    names = list(_linears(choices, model, dtype))
+    if model.cls_token.device.type != "cpu":
+        return choices
+    trial = Trial(model, dtype, images_like, clock)
+    packed = Choice("packed" if "packed" in names else names[0])
+    choices = replace(choices, qkv=packed, proj=packed, fc1=packed, fc2=packed)
+    choices = replace(choices, images_at_a_time=trial.images_at_a_time(choices))
+    choices = replace(choices, attention=trial.attention(choices))
+    choices = replace(
+        choices,
+        qkv=trial.linear("qkv", choices),
+        proj=trial.linear("proj", choices),
+        fc1=trial.linear("fc1", choices),
+        fc2=trial.linear("fc2", choices),
+    )
+    block = trial.block(choices)
+    return replace(choices, block=block) if block.taken == "chosen" else _plain(model, dtype, images_like)
+
+
+def parts_of(choices: Choices, model: Beit, dtype: Dtype) -> Parts:
+    """Return what the blocks of an inference copy are made of by these choices.
+
+    Raises:
+        ValueError: Something was chosen that cannot be had here.
+    """
+    linears = _linears(choices, model, dtype)
+    made: dict[str, MakeLinear] = {}
+    for name in get_args(LinearName):
+        taken = getattr(choices, name).taken
+        if taken not in linears:
+            raise InvalidValueError(
+                f"Got choices with {name}={taken!r}; on this machine and with this PyTorch there are "
+                f"{', '.join(linears)}. Leave them out to measure here."
+            )
+        made[name] = linears[taken]
+    if choices.attention.taken not in ATTENTIONS:
+        raise InvalidValueError(f"Got choices with attention={choices.attention.taken!r}; use {', '.join(ATTENTIONS)}.")
+    return Parts(**made, attend=ATTENTIONS[choices.attention.taken], images_at_a_time=_images_at_a_time(choices))
+
+
+class Trial:
+    """What choices are tried on: blocks of a model, and tokens as they will come."""
+
+    def __init__(self, model: Beit, dtype: Dtype, images_like: ImagesLike, clock: Clock) -> None:
+        self.model, self.dtype, self.clock = model, dtype, clock
+        self.batch = images_like[0]
+        self.like = model.cls_token.detach().to(dtype if isinstance(dtype, torch.dtype) else model.cls_token.dtype)
+        grid = inputs.grid_of(torch.empty(images_like, device="meta"), model.config)
+        self.tokens = 1 + grid[0] * grid[1]
+        self.bias: PositionBias = kernels.position_bias(grid, model.config, self.like, model.rel_pos_bias)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def images_at_a_time(self, choices: Choices) -> Choice:
+        """Choose how many images of the batch a block maps together."""
+        counts = {"all": self.batch} | {str(n): n for n in reversed(FEW_IMAGES) if n < self.batch}
+        blocks = self._blocks(choices)
+        calls = {
+            name: [partial(block, self._random(n, self.model.config.embed_dim), self.bias) for block in blocks]
+            for name, n in counts.items()
+        }
+        return race(calls, self.clock, counts)
+
+    def attention(self, choices: Choices) -> Choice:
+        """Choose how values are mixed."""
+        config, block = self.model.config, self.model.blocks[0]
+        assert isinstance(block, Block)
+        parts = self._random(self._images(choices), 3 * config.embed_dim).unflatten(-1, (3, config.num_heads, -1))
+        qkv = parts.permute(2, 0, 3, 1, 4)  # (B, N, 3, H, D) -> (3, B, H, N, D)
+        bias = self.bias.of(block.attn.relative_position_bias_table, qkv)
+        return race({name: [partial(attend, qkv, bias)] for name, attend in ATTENTIONS.items()}, self.clock)
+
+    def linear(self, name: LinearName, choices: Choices) -> Choice:
+        """Choose the kind of one linear, with what a block does behind it."""
+        kinds = _linears(choices, self.model, self.dtype)
+        if name != "fc1":
+            kinds.pop("packed_gelu_behind", None)
+        weights = [_linear_of(block, name) for block in self.model.blocks]
+        size = self.like.element_size() * weights[0].weight.numel() * len(kinds)
+        weights = weights[: max(FEWEST_TURNS, math.ceil(COLD_BYTES / size))]
+        x = self._random(self._images(choices), weights[0].in_features)
+        residual = self._random(self._images(choices), weights[0].out_features)
+        calls: dict[str, list[Call]] = {}
+        for kind, make in kinds.items():
+            made = [make(linear.weight.detach(), weights[0].bias) for linear in weights]
+            calls[kind] = [_use(name, linear, x, residual) for linear in made]
+        return race(warm(calls), self.clock)
+
+    def block(self, choices: Choices) -> Choice:
+        """Say whether a block that is made of all that was chosen is faster than the plain one."""
+        plain = _plain(self.model, self.dtype, choices.images_like)
+        x = self._random(self.batch, self.model.config.embed_dim)
+        candidates = {"plain": self._blocks(plain), "chosen": self._blocks(choices)}
+        calls = {name: [partial(block, x, self.bias) for block in blocks] for name, blocks in candidates.items()}
+        return race(warm(calls), self.clock)
+
+    def _blocks(self, choices: Choices) -> list[InferenceBlock]:
+        parts = parts_of(choices, self.model, self.dtype)
+        blocks = [copy.deepcopy(block) for block in self.model.blocks[:FEWEST_TURNS] if isinstance(block, Block)]
+        return [InferenceBlock(block, parts).to(self.like.dtype).eval() for block in blocks]
+
+    def _images(self, choices: Choices) -> int:
+        return _images_at_a_time(choices) or self.batch
+
+    def _random(self, images: int, channels: int) -> Tensor:
+        return torch.randn(images, self.tokens, channels, generator=self.generator).to(self.like.dtype)
+
+
+def warm(candidates: Mapping[str, Sequence[Call]]) -> Mapping[str, Sequence[Call]]:
+    """Make every call once: in the first one, kernels are made and weights are packed."""
+    for call in itertools.chain(*candidates.values()):
+        call()
+    return candidates
+
+
+def race(candidates: Mapping[str, Sequence[Call]], clock: Clock, work: Mapping[str, int] | None = None) -> Choice:
+    """Return the fastest candidate, the first one of those that are equal but for `NOISE`.
+
+    Args:
+        candidates: Of each, calls that do the same with one weight after the other. The plainest comes first.
+        clock: Gives seconds.
+        work: How much a call of each one does, where that is not the same.
+    """
+    times = dict.fromkeys(candidates, math.inf)
+    start = clock()
+    for turn in range(MOST_TURNS if len(candidates) > 1 else 0):
+        enough = turn >= FEWEST_TURNS
+        running = [name for name in candidates if not enough or times[name] <= LOSER * min(times.values())]
+        if enough and (len(running) == 1 or clock() - start > SECONDS):
+            break
+        for name in running:
+            call = candidates[name][turn % len(candidates[name])]
+            begin = clock()
+            call()
+            times[name] = min(times[name], (clock() - begin) / (work[name] if work else 1))
+    plain, shortest = next(iter(times.values())), min(times.values())
+    taken = next(name for name, seconds in times.items() if seconds <= shortest * (1 + NOISE))
+    return Choice(taken, round(plain / times[taken], 3) if len(candidates) > 1 else 1.0)
+
+
+def _plain(model: Beit, dtype: Dtype, images_like: ImagesLike) -> Choices:
+    plain = Choice(next(iter(linears_for(model.cls_token, dtype))))
+    return Choices(
+        qkv=plain,
+        proj=plain,
+        fc1=plain,
+        fc2=plain,
+        attention=Choice("fused"),
+        images_at_a_time=Choice("all"),
+        block=Choice("plain"),
+        network=network_of(model.config),
+        dtype=dtype_name(dtype),
+        images_like=images_like,
+        threads=torch.get_num_threads(),
+        instructions=tuple(name for name in get_args(kernels.Instructions) if kernels.cpu_has(name)),
+    )
+
+
+def _linears(choices: Choices, model: Beit, dtype: Dtype) -> dict[str, MakeLinear]:
+    grid = inputs.grid_of(torch.empty(choices.images_like, device="meta"), model.config)
+    images = _images_at_a_time(choices) or choices.images_like[0]
+    return linears_for(model.cls_token, dtype, images * (1 + grid[0] * grid[1]))
+
+
+def _images_at_a_time(choices: Choices) -> int | None:
+    taken = choices.images_at_a_time.taken
+    return None if taken == "all" else int(taken)
+
+
+def _linear_of(block: nn.Module, name: LinearName) -> nn.Linear:
+    assert isinstance(block, Block)
+    linear = {"qkv": block.attn.qkv, "proj": block.attn.proj, "fc1": block.mlp.fc1, "fc2": block.mlp.fc2}[name]
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _use(name: LinearName, linear: InferenceLinear, x: Tensor, residual: Tensor) -> Call:
+    if name == "qkv":
+        return partial(linear, x)
+    return partial(linear.gelu, x) if name == "fc1" else partial(linear.add, residual, x)
+
+
+def _checked(images_like: ImagesLike, model: Beit) -> ImagesLike:
+    sides = tuple(images_like)
+    if len(sides) != 4 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InvalidValueError(f"Got images_like={images_like!r}; give (batch, channels, height, width).")
+    inputs.fit(torch.empty(sides, device="meta"), model.config)
+    batch, channels, height, width = sides
+    return batch, channels, height, width
