@@ -80,7 +80,7 @@ def finetune(
         chosen = load_recipe(recipe, settings or ())
         chosen = chosen if start.checkpoint is None else chosen.starting_from(start.checkpoint)
     if dry_run:
-        _rehearse(chosen, out)
+        _rehearse(chosen, out, told)
     else:
         _train(chosen, out, told)
 
@@ -111,24 +111,24 @@ def _planned(start: Start, out: Path, settings: Sequence[str], dry_run: bool) ->
     return plan.recipe, True
 
 
-def _rehearse(recipe: "Recipe", out: Path) -> None:
+def _rehearse(recipe: "Recipe", out: Path, told: bool) -> None:
     from beitzoo.training.processes import Processes
     from beitzoo.training.rehearsal import rehearse
 
-    found = rehearse(recipe, _prepare_of(recipe), out).describe()
+    rehearsal = rehearse(recipe, _prepare_of(recipe, told), out)
     if Processes.join().is_main:
-        print(found)
+        print("\n".join([*rehearsal.task.describe(), rehearsal.describe()]))
         print("Nothing was found that would stop this run; nothing was written.")
 
 
-def _prepare_of(recipe: "Recipe") -> "Prepare":
+def _prepare_of(recipe: "Recipe", told: bool) -> "Prepare":
     if recipe.task.kind == "segment":
         from beitzoo.training.tasks.segment import prepare as prepare_segmenter
 
         return prepare_segmenter
     from beitzoo.training.tasks.finetune import prepare as prepare_classifier
 
-    return prepare_classifier
+    return partial(prepare_classifier, told=told)
 
 
 def _train(recipe: "Recipe", out: Path, told: bool) -> None:

@@ -4,7 +4,7 @@ The hash alone takes pictures of one kind, such as hands on a plain wall, for on
 small images then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from beitzoo.images.files import ImageError, as_image
+from beitzoo.images.folders import LeftOut
 from beitzoo.images.image_set import ImageSet
+from beitzoo.images.splits import Split
 
 Array = NDArray[Any]
 
@@ -35,28 +37,47 @@ def difference_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes(), "big")
 
 
+def hash_images(images: ImageSet, indices: Sequence[int], left_out: LeftOut) -> dict[int, int]:
+    """Hash the images that have a shape: of plain areas, and of less than 16 pixels a side, it is noise or nothing.
+
+    Args:
+        images: The set.
+        indices: Of these images.
+        left_out: Receives those that cannot be read, with the reasons.
+    """
+    hashes = {}
+    for index in indices:
+        try:
+            image = as_image(images.images[index], 1)
+        except ImageError as error:
+            left_out.add(str(error), images.identity(index)[0])
+            continue
+        value = difference_hash(image)
+        if min(image.size) >= _LEAST_PIXELS and 8 <= value.bit_count() <= 56:
+            hashes[index] = value
+    return hashes
+
+
 def near_duplicates(
-    images: ImageSet, train: Sequence[int], test: Sequence[int], limit: int = LIMIT
+    images: ImageSet, hashes: Mapping[int, int], split: Split, limit: int = LIMIT
 ) -> list[tuple[int, int]]:
     """Find the pairs of a training image and a held-out one that look the same.
 
-    They may differ in size, compression, brightness and contrast, not in the part of the picture that is shown. Plain
-    areas and images of less than 16 pixels a side are passed over, as they tell too little.
+    They may differ in size, compression, brightness and contrast, not in the part of the picture that is shown.
 
     Args:
-        images: The set; what cannot be read is passed over.
-        train: Indices of the images that are trained on.
-        test: Indices of those that are held out.
+        images: The set.
+        hashes: From `hash_images`; others are passed over.
+        split: Its `train` and `test` are compared.
         limit: Bits of the hash in which two images differ at most.
 
     Returns:
         Pairs (index of the training image, index of the held-out image), in order of the held-out images. A held-out
         image may have several.
     """
-    train_indices, train_hashes = _hashes(images, train)
-    test_indices, test_hashes = _hashes(images, test)
-    rows, columns = close_pairs(test_hashes, train_hashes, limit)
-    pairs = [(train_indices[column], test_indices[row]) for row, column in zip(rows, columns, strict=True)]
+    train, test = ([index for index in part if index in hashes] for part in (split.train, split.test))
+    ours, theirs = (np.array([hashes[index] for index in part], dtype=np.uint64) for part in (train, test))
+    pairs = [(train[column], test[row]) for row, column in zip(*close_pairs(theirs, ours, limit), strict=True)]
     return sorted((pair for pair in pairs if _looks_alike(images, *pair)), key=lambda pair: pair[::-1])
 
 
@@ -71,21 +92,6 @@ def close_pairs(first: Array, second: Array, limit: int) -> tuple[list[int], lis
         rows += (near[:, 0] + start).tolist()
         columns += near[:, 1].tolist()
     return rows, columns
-
-
-def _hashes(images: ImageSet, indices: Sequence[int]) -> tuple[list[int], Array]:
-    """Hash what can be read and has a shape: of plain areas the hash is noise or nothing."""
-    kept, hashes = [], []
-    for index in indices:
-        try:
-            image = as_image(images.images[index], 1)
-        except ImageError:  # the run says which these are
-            continue
-        value = difference_hash(image)
-        if min(image.size) >= _LEAST_PIXELS and 8 <= value.bit_count() <= 56:
-            kept.append(index)
-            hashes.append(value)
-    return kept, np.array(hashes, dtype=np.uint64)
 
 
 def _looks_alike(images: ImageSet, *pair: int) -> bool:

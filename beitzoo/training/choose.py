@@ -3,14 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from beitzoo.training.memory import activation_bytes
 from beitzoo.training.recipe import Recipe
 from beitzoo.training.sections import DataSection
-from beitzoo.zoo.networks import BeitConfig
-
-# What training starts from: weights that learned labels, weights of masked image modelling, or random ones.
-Start = Literal["labels", "masked", "random"]
+from beitzoo.training.situation import Situation
 
 _STARTS = {"labels": "learned labels before", "masked": "learned from masked images only", "random": "start random"}
 # Images that a run looks at, and the fewest and most epochs. unilm trains 30 epochs of ImageNet-1k after labels and
@@ -23,31 +21,6 @@ _RATE = {"labels": 3e-4, "masked": 3e-4, "random": 1e-3}
 _STEM_SHARE = {"labels": 0.75**13, "masked": 0.65**13, "random": 1.0}
 # Sides up to which an image is small: it has few patches, and cropping or erasing takes away too much of it.
 _SMALL = 64
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What the rules look at.
-
-    Attributes:
-        config: The network.
-        start: What its weights learned before.
-        images: How many there are to train on.
-        in_parts: Whether the data set comes in parts, so that nothing is held out by drawing.
-        in_colour: Whether its images have colours.
-        memory: Bytes that activations may take; None if that is not known.
-        precision: The faster one that is precise enough, and how that is known.
-        several_labels: Whether an image may have several labels.
-    """
-
-    config: BeitConfig
-    start: Start
-    images: int
-    in_parts: bool
-    in_colour: bool
-    memory: int | None
-    precision: tuple[Literal["fp32", "bf16"], str]
-    several_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +48,7 @@ def choose(model: str, data: DataSection, situation: Situation) -> tuple[Recipe,
         "model": {"name": model, "pretrained": situation.start != "random", "overrides": {}},
         "data": data.model_dump(exclude_none=True),
         "train": {},
+        "run": {},
         "task": {"kind": "finetune", "augment": {"kind": "crop"}},
     }
     for rule in rules:
@@ -93,14 +67,15 @@ def _data(at: Situation) -> Iterator[Rule]:
         yield Rule("task.labels", "many", "the images have any number of labels each: sigmoid, judged by mAP")
     if not at.in_parts:
         drawn = "drawn without a look at labels" if at.several_labels else "drawn evenly from the classes"
-        yield Rule("data.test_fraction", 0.2, f"of all images, {drawn}; used once, at the end")
-        yield Rule("data.val_fraction", 0.2, "of the others; the best model is chosen by them")
+        test, val = at.fractions
+        yield Rule("data.test_fraction", test, f"of all images, {drawn}; used once, at the end")
+        yield Rule("data.val_fraction", val, "of the others; the best model is chosen by them")
 
 
 def _length(at: Situation) -> Iterator[Rule]:
     yield Rule("train.batch_size", _batch_size(at), "32, more for many images, and 8 updates an epoch of few")
     fewest, most = _EPOCHS[at.start]
-    epochs = min(max(round(_SEEN[at.start] / at.images), fewest), most)
+    epochs = min(max(round(_SEEN[at.start] / at.to_train), fewest), most)
     yield Rule("train.epochs", epochs, f"{fewest} to {most} for weights that {_STARTS[at.start]}; more of fewer images")
     yield Rule("train.warmup_epochs", round(epochs / 10, 1), "a tenth of the run")
     if at.start != "random":
@@ -108,8 +83,8 @@ def _length(at: Situation) -> Iterator[Rule]:
 
 
 def _batch_size(at: Situation) -> int:
-    most = 128 if at.images >= 50_000 else 64 if at.images >= 5_000 or at.start == "random" else 32
-    return 2 ** int(math.log2(min(max(at.images / 8, 4), most)))
+    most = 128 if at.to_train >= 50_000 else 64 if at.to_train >= 5_000 or at.start == "random" else 32
+    return 2 ** int(math.log2(min(max(at.to_train / 8, 4), most)))
 
 
 def _rates(at: Situation) -> Iterator[Rule]:
@@ -138,38 +113,27 @@ def _images(at: Situation) -> Iterator[Rule]:
         yield Rule("task.augment.scale", [0.5, 1.0], "small images lose too much by tighter crops")
         yield Rule("task.augment.color_jitter", 0.2, "mild, as for CIFAR-10")
         return
-    many = at.images >= 10_000
+    many = at.to_train >= 10_000
     reason = "unilm's, as there are many images" if many else "milder crops, as there are few images"
     yield Rule("task.augment.scale", [0.08, 1.0] if many else [0.35, 1.0], reason)
-    strong = at.images >= 1_000
+    strong = at.to_train >= 1_000
     policy = "rand-m9-mstd0.5-inc1" if strong else "rand-m5-mstd0.5-inc1"
     yield Rule("task.augment.auto_augment", policy, "unilm's" if strong else "half of unilm's, below 1,000 images")
     if strong:
         yield Rule("task.augment.re_prob", 0.25, "unilm's, from 1,000 images on")
-    if at.start == "masked" and at.images >= 50_000:
+    if at.start == "masked" and at.to_train >= 50_000:
         yield Rule("task.mixup", 0.8, "unilm's after masked images, for many images")
         yield Rule("task.cutmix", 1.0, "likewise")
 
 
 def _machine(at: Situation) -> Iterator[Rule]:
-    precision, how = at.precision
-    yield Rule("train.precision", precision, how)
+    if at.workers:
+        yield Rule("run.workers", at.workers, "so that the GPU does not wait for images")
     if at.memory is None:
         return
     batch = _batch_size(at)
     parts = 1
-    while parts < batch and batch // parts * activation_bytes(at.config, precision) > at.memory:
+    while parts < batch and batch // parts * activation_bytes(at.config, "fp32") > at.memory:
         parts *= 2
     if parts > 1:
         yield Rule("train.accumulation", parts, f"so that activations fit into {at.memory / 1e9:.1f} GB")
-
-
-def activation_bytes(config: BeitConfig, precision: str) -> int:
-    """Estimate the bytes that training keeps of one image until its backward pass.
-
-    Of each block s h (34 + 5 a s / h) in half precision, for s tokens, width h and a heads (Korthikanti et al. 2022,
-    "Reducing Activation Recomputation in Large Transformer Models"); twice that in float32.
-    """
-    tokens, width = config.num_tokens, config.embed_dim
-    block = tokens * (34 * width + 5 * config.num_heads * tokens)
-    return config.depth * block * (2 if precision == "fp32" else 1)

@@ -1,6 +1,5 @@
 """Fine-tuning on one's own images without a recipe: look at them, probe, choose a recipe, rehearse, train."""
 
-import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -10,37 +9,29 @@ from typing import Any, Literal
 
 import torch
 
-from beitzoo.errors import UserError
-from beitzoo.evaluation.probe import Probing, probe_blocks
-from beitzoo.factory import create_model, look_up
+from beitzoo.factory import look_up
 from beitzoo.files import full_path
 from beitzoo.images.datasets import guess_source
-from beitzoo.images.files import ImageError, as_image
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
-from beitzoo.inference.pipeline import Loading
-from beitzoo.models.beit import Beit
 from beitzoo.models.kernels import cpu_has
-from beitzoo.training.choose import Rule, Situation, Start, choose
+from beitzoo.training.choose import Rule, choose
 from beitzoo.training.data import load_images, split_images
+from beitzoo.training.first_probe import first_probe
 from beitzoo.training.folder import BEST, RECIPE, RunError, check_folder
 from beitzoo.training.label_checks import check_labels
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, change_recipe, read_resolved, set_names
-from beitzoo.training.rehearsal import Rehearsal, rehearse, update_seconds
+from beitzoo.training.rehearsal import Rehearsal, measure_update, rehearse
 from beitzoo.training.sections import DataSection
+from beitzoo.training.situation import find_situation
 from beitzoo.training.state import saved_states
 from beitzoo.training.tasks.finetune import describe_images, prepare
 from beitzoo.training.tasks.finetune import finetune as train_by_recipe
-from beitzoo.zoo.checkpoints import Mim, Segment
+from beitzoo.zoo.checkpoints import Segment
 
 # Images of a class without which it cannot be in all three parts of a split.
 _FEWEST = 3
-# Images that the first probe looks at, to fit and to measure.
-_PROBED = (400, 200)
-# Classes whose sizes are listed; of how much larger the largest may be before that is worth a word.
-_MOST_LISTED, _UNEVEN = 12, 5
-_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,6 @@ class Plan:
         return [
             *describe_images(self.images, self.split),
             *([] if self.images.parts else [f"These parts are drawn by chance, with data.split_seed {seed}."]),
-            *_describe_classes(self.images),
             f"The recipe for {self.recipe.model.name}; --set changes a value:",
             *(f"  {rule.name} = {rule.value}: {rule.reason}" for rule in self.rules),
         ]
@@ -161,28 +151,14 @@ def make_plan(model: str | Path, data: DataSection, settings: Sequence[str] = ()
         UnknownModelError: There is no such model.
     """
     entry = look_up(model)
-    head = None if entry.pretrained is None else entry.pretrained.head
-    if isinstance(head, Segment):
+    if entry.pretrained is not None and isinstance(entry.pretrained.head, Segment):
         raise RecipeError(f"{model} is a segmentation model; give it a recipe, such as camvid.")
-    start: Start = "random" if head is None else "masked" if isinstance(head, Mim) else "labels"
     images = load_images(data)
     _check_classes(images)
-    images_to_train = _count_to_train(images)
     processes = Processes.join()
-    at = Situation(
-        config=entry.config,
-        start=start,
-        images=images_to_train,
-        in_parts=bool(images.parts),
-        in_colour=_in_colour(images),
-        memory=_memory_for_activations(processes.device),
-        precision=("fp32", "not chosen yet"),
-        several_labels=images.label_sets is not None,
-    )
-    recipe, rules = choose(str(model), data, at)
-    rules = [rule for rule in rules if rule.name != "train.precision"]
-    recipe = change_recipe(recipe, settings)
+    recipe, rules = choose(str(model), data, find_situation(entry, images, processes))
     names = set_names(settings)
+    recipe = change_recipe(recipe, settings)
     if not any("warmup" in name for name in names):
         recipe, rules = _warmed_up(recipe, rules)
     if "train.precision" not in names:
@@ -191,7 +167,7 @@ def make_plan(model: str | Path, data: DataSection, settings: Sequence[str] = ()
         rules.append(Rule("train.precision", precision, reason))
     recipe = processes.gather(recipe)[0]
     split = split_images(images, recipe.data, test_fraction=1 / 3, val_fraction=0.1)
-    return Plan(recipe, _as_set(rules, recipe, settings), images, split)
+    return Plan(recipe, _as_set(rules, recipe, names), images, split)
 
 
 def _warmed_up(recipe: Recipe, rules: list[Rule]) -> tuple[Recipe, list[Rule]]:
@@ -209,46 +185,14 @@ def _warmed_up(recipe: Recipe, rules: list[Rule]) -> tuple[Recipe, list[Rule]]:
 
 
 def tell(plan: Plan, out: Path, probe: bool) -> Rehearsal:
-    """Print on stderr what was found, what a probe reaches, which recipe was chosen and what the run will cost."""
+    """Print on stderr which recipe was chosen, what a probe reaches and what the run will cost."""
     for line in plan.describe():
         print(line, file=sys.stderr)
     if probe:
-        print(first_probe(plan), file=sys.stderr)
+        print(first_probe(plan.recipe.model, plan.images, plan.split), file=sys.stderr)
     rehearsal = rehearse(plan.recipe, prepare, out)
     print(rehearsal.describe(), file=sys.stderr, flush=True)
     return rehearsal
-
-
-def first_probe(plan: Plan) -> str:
-    """Say what a linear probe on frozen features reaches on some of the images: what there is to gain above that.
-
-    It is fitted on some of the images to train on, and measured on some of those to choose by, which choose its block
-    too: of what is held out nothing is used.
-    """
-    section = plan.recipe.model
-    if not section.pretrained:
-        return "No probe: the weights start random, so their features say nothing yet."
-    if plan.images.label_sets is not None:
-        return "No probe: probes tell one class of each image, and these have any number of labels."
-    network: object = create_model(section.name, True, checkpoint_path=section.checkpoint, num_classes=0)
-    assert isinstance(network, Beit)
-    network.to(Processes.join().device)
-    draw = random.Random(0)
-    train, val = (
-        sorted(draw.sample(part, min(len(part), most)))
-        for part, most in zip((plan.split.train, plan.split.val), _PROBED, strict=True)
-    )
-    depth = network.config.depth
-    blocks = sorted({depth // 2 - 1, depth * 2 // 3 - 1, depth * 5 // 6 - 1, depth - 1} & set(range(depth)))
-    probing = Probing(blocks, ("mean",), loading=Loading(), probes=("linear",))
-    try:
-        best = probe_blocks(network, plan.images, Split(train, [], val), probing).best("linear")
-    except UserError as error:
-        return f"No probe: {error}"
-    return (
-        f"A linear probe on frozen features, fitted on {len(train):,} of the images, is right on {best.top1:.1f}% of "
-        f"{len(val):,} others (block {best.block}). Fine-tuning pays as far as it is better than that."
-    )
 
 
 def _check_classes(images: ImageSet) -> None:
@@ -267,51 +211,6 @@ def _sizes(images: ImageSet) -> Counter[str]:
     return Counter({images.names[label]: size for label, size in images.class_sizes(images.parts.get("train")).items()})
 
 
-def _describe_classes(images: ImageSet) -> list[str]:
-    sizes = _sizes(images).most_common()
-    listed = ", ".join(f"{name} {count:,}" for name, count in sizes[:_MOST_LISTED])
-    lines = [f"Images per class: {listed}{', ...' * (len(sizes) > _MOST_LISTED)}"]
-    (most, many), (fewest, few) = sizes[0], sizes[-1]
-    more = "task.balance=sampling shows rare classes more often"
-    if images.label_sets is not None:
-        more = "task.balance=loss weighs images that have a rare label more"
-    if many >= _UNEVEN * few:
-        lines.append(
-            f"The classes are uneven: {most} has {many / few:.0f} times as many images as {fewest}. --set {more}."
-        )
-    return lines
-
-
-def _count_to_train(images: ImageSet) -> int:
-    part = images.parts.get("train")
-    # Of what comes in no parts, 0.2 is held out and 0.2 of the rest chooses.
-    return len(part) if part is not None else max(round(len(images.images) * 0.64), 1)
-
-
-def _in_colour(images: ImageSet) -> bool:
-    """Tell whether any of some images, evenly drawn, has a pixel that is not grey."""
-    step = max(len(images.images) // _LOOKED_AT, 1)
-    for index in range(0, len(images.images), step):
-        try:
-            channels = as_image(images.images[index], 3).split()
-        except ImageError:
-            continue
-        if len({channel.tobytes() for channel in channels}) > 1:
-            return True
-    return False
-
-
-def _memory_for_activations(device: torch.device) -> int | None:
-    """Return half of the memory that is free; None where that cannot be asked."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024 // 2
-    except (OSError, KeyError, ValueError):
-        return None
-
-
 def _faster_precision(recipe: Recipe, processes: Processes) -> tuple[Literal["fp32", "bf16"], str]:
     """Return bf16 where it is known to be faster: on GPUs that have it, and on CPUs that have it by measuring."""
     device = processes.device
@@ -322,16 +221,19 @@ def _faster_precision(recipe: Recipe, processes: Processes) -> tuple[Literal["fp
         return "fp32", "this processor has no bfloat16"
     few = min(recipe.train.batch_size, 8)
     small = change_recipe(recipe, [f"train.batch_size={few}", "train.accumulation=1", "train.grad_checkpointing=false"])
-    fp32, bf16 = (update_seconds(change_recipe(small, [f"train.precision={one}"]), prepare) for one in ("fp32", "bf16"))
+    fp32, bf16 = (_seconds(change_recipe(small, [f"train.precision={one}"])) for one in ("fp32", "bf16"))
     ratio = fp32 / bf16
     how = f"bf16 was measured {ratio:.2f} times as fast here"
     return ("bf16", how) if ratio > 1.1 else ("fp32", how)
 
 
-def _as_set(rules: list[Rule], recipe: Recipe, settings: Sequence[str]) -> list[Rule]:
+def _seconds(recipe: Recipe) -> float:
+    return measure_update(recipe, prepare).computing
+
+
+def _as_set(rules: list[Rule], recipe: Recipe, names: Sequence[str]) -> list[Rule]:
     """Return the rules with what a person set instead."""
     document = recipe.model_dump(mode="json")
-    names = set_names(settings)
     kept = [rule for rule in rules if rule.name not in names]
     return [*kept, *(Rule(name, _value(document, name), "as set") for name in dict.fromkeys(names))]
 

@@ -1,15 +1,18 @@
-"""What a run will cost and whether it can be done: one update is trained and thrown away, and the disk is looked at."""
+"""What a run will cost and whether it can be done: some updates are trained and thrown away, and the disk is tried."""
 
 import os
 import shutil
+import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from beitzoo.errors import FileAccessError, OutOfMemoryError, is_out_of_memory
+from beitzoo.errors import FileAccessError, InvalidValueError, OutOfMemoryError, is_out_of_memory
 from beitzoo.files import full_path
 from beitzoo.training.folder import check_folder
 from beitzoo.training.processes import Processes
@@ -18,22 +21,40 @@ from beitzoo.training.run import Prepare, prepare_task
 from beitzoo.training.state import TrainState, start_state
 from beitzoo.training.task import Task, compute_loss
 
-# The first update takes longer, since memory is fetched and kernels are chosen; it is done again if that is not long.
+# The first update takes longer, since memory is fetched and kernels are chosen; it alone counts if it took so long.
 _SHORT = 5.0
+# Further updates are measured for this long, but so many at most.
+_MEASURED_SECONDS, _MOST_MEASURED = 2.0, 10
+# Bytes that are written to learn how fast the disk is.
+_TRIED = 2**25
+
+
+@dataclass(frozen=True)
+class UpdateSeconds:
+    """What an update takes: to read and augment its images in one process, and to compute with them."""
+
+    loading: float
+    computing: float
+
+    def with_workers(self, workers: int) -> float:
+        """Return what it takes where so many processes load ahead; with none, one waits for the other."""
+        return max(self.loading / workers, self.computing) if workers else self.loading + self.computing
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one update took, and what follows for the run.
+    """What some updates took, and what follows for the run.
 
     Attributes:
-        seconds: Of one update, with reading and augmenting its images in this process.
+        task: As the run will have it.
+        seconds: Of one update.
         updates: Of the whole run.
-        total_seconds: Of the whole run, with its validations; early stopping may make it shorter.
+        total_seconds: Of the whole run, with its validations and what it writes; early stopping may make it shorter.
         memory: Bytes that were in use at most; None if that is not known.
         disk: Bytes that the folder of the run takes at most, while a state is written.
     """
 
+    task: Task
     seconds: float
     updates: int
     total_seconds: float
@@ -50,10 +71,10 @@ class Rehearsal:
 
 
 def rehearse(recipe: Recipe, prepare: Prepare, directory: Path) -> Rehearsal:
-    """Train one update of a run in this process alone; nothing is written, and the run itself begins anew.
+    """Train some updates of a run in this process alone; nothing is left, and the run itself begins anew.
 
     Args:
-        recipe: The run.
+        recipe: The run. Of several processes, this one computes its share of an update.
         prepare: Makes the task and its model; all that can be known before a run is checked there.
         directory: The folder that the run would have.
 
@@ -61,43 +82,50 @@ def rehearse(recipe: Recipe, prepare: Prepare, directory: Path) -> Rehearsal:
         RecipeError: What the recipe asks for cannot be done.
         RunError: The folder holds another run.
         FileAccessError: Nothing can be written there, or not as much.
+        InvalidValueError: No image of these updates can be read.
         OutOfMemoryError: One update does not fit into memory.
     """
     directory = full_path(directory)
     check_folder(directory, recipe)
     task, state, alone = _prepared(recipe, prepare)
-    disk = _check_disk(directory, state)
-    seconds = _seconds(task, state, recipe, alone)
-    updates, train = state.schedule.updates, recipe.train
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in state.model.parameters())
+    saved = parameters * (3 + (state.ema is not None))  # a state: with two moments of each parameter
+    disk = 2 * (saved + parameters)  # two of them while one is written, `best` and `last`
+    writing = _try_disk(directory, disk)
+    update = _measure(task, state, recipe, alone)
+    workers, epochs = recipe.run.workers, recipe.train.count_epochs(task.updates_per_epoch)
     # A validation has no backward pass, which takes twice as long as the forward pass.
-    image = seconds / train.batch_size / 3
-    validations = -(-train.count_epochs(task.updates_per_epoch) // train.val_epochs)
-    measured = (validations * len(task.split.val) + len(task.split.test)) * image
-    return Rehearsal(seconds, updates, updates * seconds + measured, _memory(alone.device), disk)
+    forward = UpdateSeconds(update.loading, update.computing / 3).with_workers(workers) / recipe.train.batch_size
+    measured = -(-epochs // recipe.train.val_epochs) * len(task.split.val) + len(task.split.test)
+    seconds, updates = update.with_workers(workers), state.schedule.updates
+    written = (epochs // recipe.run.save_epochs * saved + 2 * epochs * parameters) * writing
+    total = updates * seconds + measured * forward + written
+    return Rehearsal(task, seconds, updates, total, _memory(alone.device), disk)
 
 
-def update_seconds(recipe: Recipe, prepare: Prepare) -> float:
-    """Return how long one update takes here, with reading and augmenting its images in this process.
+def measure_update(recipe: Recipe, prepare: Prepare) -> UpdateSeconds:
+    """Return how long one update takes here.
 
     Raises:
+        InvalidValueError: None of its images can be read.
         OutOfMemoryError: It does not fit into memory.
     """
     task, state, alone = _prepared(recipe, prepare)
-    return _seconds(task, state, recipe, alone)
+    return _measure(task, state, recipe, alone)
 
 
 def _prepared(recipe: Recipe, prepare: Prepare) -> tuple[Task, TrainState, Processes]:
-    alone = Processes(0, 1, Processes.join().device)
+    together = Processes.join()
+    alone = Processes(0, 1, together.device)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"workers": 0})})
-    task, model = prepare_task(recipe, alone, prepare)
+    task, model = prepare_task(recipe, Processes(0, together.count, together.device), prepare)
     return task, start_state(task, model, recipe.train, alone), alone
 
 
-def _seconds(task: Task, state: TrainState, recipe: Recipe, processes: Processes) -> float:
+def _measure(task: Task, state: TrainState, recipe: Recipe, processes: Processes) -> UpdateSeconds:
     train = recipe.train
     try:
-        seconds = _update(task, state, recipe, processes)
-        return seconds if seconds > _SHORT else min(seconds, _update(task, state, recipe, processes))
+        taken = list(_updates(task, state, recipe, processes))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -105,38 +133,73 @@ def _seconds(task: Task, state: TrainState, recipe: Recipe, processes: Processes
             f"One update of {train.batch_size} images does not fit into memory. Set train.accumulation to "
             f"{train.accumulation * 2}, which does it in parts, or train.grad_checkpointing to true."
         ) from error
+    later = taken[1:] or taken
+    return UpdateSeconds(
+        statistics.median(each.loading for each in later), statistics.median(each.computing for each in later)
+    )
 
 
-def _update(task: Task, state: TrainState, recipe: Recipe, processes: Processes) -> float:
+def _updates(task: Task, state: TrainState, recipe: Recipe, processes: Processes) -> Iterator[UpdateSeconds]:
+    """Train updates until they tell enough, and yield what each took."""
+    started = time.perf_counter()
+    for number in range(min(_MOST_MEASURED, state.schedule.updates)):
+        yield _update(task, state, recipe, processes, number)
+        passed = time.perf_counter() - started
+        if passed > _SHORT or (number and passed > _MEASURED_SECONDS):
+            return
+
+
+def _update(task: Task, state: TrainState, recipe: Recipe, processes: Processes, number: int) -> UpdateSeconds:
     train = recipe.train
     model = state.model.train()
     started = time.perf_counter()
-    batches = task.batches(0)
+    batches = task.batches(number)
+    loading, items = 0.0, 0.0
     for _ in range(train.accumulation):
-        loss, _, _ = compute_loss(task, model, next(batches), train.precision, processes.device)
+        before = time.perf_counter()
+        batch = next(batches)
+        loading += time.perf_counter() - before
+        loss, count, _ = compute_loss(task, model, batch, train.precision, processes.device)
+        items += float(count)
+        if not loss.isfinite():
+            raise InvalidValueError(
+                f"The loss is {loss.item()} before anything is trained, in {train.precision}. Look at the weights that "
+                "it starts from, or set train.precision to fp32."
+            )
         state.scaler.scale(loss).backward()
+    if not items:
+        raise InvalidValueError(
+            f"None of {train.batch_size} images to train on can be read; replace them, or leave them out."
+        )
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
     if processes.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return UpdateSeconds(loading, time.perf_counter() - started - loading)
 
 
-def _check_disk(directory: Path, state: TrainState) -> int:
-    """Return how much disk a run takes at most: `best`, `last`, and two states with two moments of each parameter."""
-    parameters = sum(parameter.numel() * parameter.element_size() for parameter in state.model.parameters())
-    needed = parameters * (2 + 2 * (3 + (state.ema is not None)))
+def _try_disk(directory: Path, needed: int) -> float:
+    """Write something where a run will be, which is gone again; return the seconds that a byte takes."""
     there = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise FileAccessError(f"Nothing can be written in {there}. Choose another folder with --out.")
     free = shutil.disk_usage(there).free
     if free < needed:
         raise FileAccessError(
             f"{there} has {free / 1e9:.2g} GB of free space, and the run takes up to {needed / 1e9:.2g}. Free some, or "
             "choose another folder with --out."
         )
-    return needed
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            started = time.perf_counter()
+            size = file.write(bytes(min(_TRIED, needed)))
+            file.flush()
+            os.fsync(file.fileno())
+            seconds = time.perf_counter() - started
+    except OSError as error:
+        raise FileAccessError(
+            f"Nothing can be written in {there}: {error.strerror or error}. Choose another folder with --out."
+        ) from error
+    return seconds / size
 
 
 def _memory(device: torch.device) -> int | None:
@@ -152,5 +215,5 @@ def _memory(device: torch.device) -> int | None:
 
 def _spelled(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from beitzoo.errors import MissingFileError
@@ -16,7 +16,6 @@ from beitzoo.evaluation.answers import (
 from beitzoo.evaluation.label_answers import LabelAnswers, write_label_answers, write_label_rows
 from beitzoo.evaluation.mistakes import write_mistakes
 from beitzoo.files import full_path, read_text
-from beitzoo.images.duplicates import near_duplicates
 from beitzoo.images.image_set import ImageSet
 from beitzoo.training.folder import LOG, METRICS, RECIPE
 from beitzoo.training.recipe import read_resolved
@@ -27,9 +26,6 @@ ANSWERS, PER_CLASS = "answers.csv", "per_class.csv"
 
 # A matrix of more classes than this is not drawn: its cells would be smaller than a pixel. `per_class.csv` says more.
 _MOST_CLASSES = 1000
-
-# Near duplicates are looked for among so many images at most: each is decoded once more, a few seconds of photographs.
-_MOST_COMPARED = 3000
 
 
 def can_draw() -> bool:
@@ -44,21 +40,6 @@ def describe_pictures(directory: Path) -> list[str]:
     return [
         f"{CURVES} and {CONFUSION} will be missing, as matplotlib is not installed. Install it with: pip install "
         f"'beitzoo[plots]'; if the run has ended by then, `beitzoo report {directory}` draws them."
-    ]
-
-
-def describe_duplicates(images: ImageSet, train: Sequence[int], test: Sequence[int]) -> list[str]:
-    """Say how many held-out images look like one that is trained on, where the images are few enough to be compared."""
-    if len(train) + len(test) > _MOST_COMPARED:
-        return []
-    pairs = near_duplicates(images, train, test)
-    if not pairs:
-        return []
-    names = " and ".join(images.identity(index)[0] for index in pairs[0])
-    found = len({held_out for _, held_out in pairs})
-    return [
-        f"{found:,} of {len(test):,} held-out images look almost like one to train on, such as {names}: a model may "
-        "know these by heart."
     ]
 
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,25 @@ import torch
 from torch import nn
 
 from beitzoo.errors import OutOfMemoryError, UserError, is_out_of_memory
+from beitzoo.factory import look_up
 from beitzoo.files import full_path, write_text
 from beitzoo.images.splits import SPLIT_FILE, read_split, write_split
 from beitzoo.results import environment
 from beitzoo.training.failure import FAILED
 from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed
 from beitzoo.training.loop import Run, fit
+from beitzoo.training.memory import check_weights_fit
 from beitzoo.training.norms import has_batch_norms
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe
 from beitzoo.training.report import can_draw, describe_pictures, draw_run
-from beitzoo.training.sections import TrainSection
+from beitzoo.training.sections import ModelSection, TrainSection
 from beitzoo.training.state import TrainState, restore_state, saved_states, start_state
 from beitzoo.training.task import Answering, Task
+from beitzoo.zoo.networks import BeitConfig, override
+
+# How many times as long as its moving average a run should be, at least.
+_FEWEST_AVERAGES = 2
 
 Prepare = Callable[[Recipe, Processes], tuple[Task, nn.Module]]
 
@@ -116,12 +123,21 @@ def prepare_task(recipe: Recipe, processes: Processes, prepare: Prepare) -> tupl
         RecipeError: What the recipe asks for cannot be done.
     """
     _check(recipe, processes)
+    if recipe.task.kind != "tokenizer":
+        check_weights_fit(_config(recipe.model), processes.device)
     task, model = prepare(recipe, processes)
     if recipe.train.patience and not task.metric_names:
         raise RecipeError("train.patience waits for better validations, but there are none; give data.val_fraction.")
     if recipe.train.grad_checkpointing:
         _checkpoint(model)
     return task, model
+
+
+def _config(section: ModelSection) -> BeitConfig:
+    """Return what the network of a recipe will be, as far as that is known before the images are."""
+    names = {field.name for field in fields(BeitConfig)}
+    overrides = {name: value for name, value in section.overrides.items() if name in names}
+    return override(look_up(section.name).config, **overrides)
 
 
 def _check(recipe: Recipe, processes: Processes) -> None:
@@ -154,6 +170,7 @@ def _describe(recipe: Recipe, task: Task, state: TrainState, processes: Processe
     return [
         *([warning] if state.schedule.warmup >= state.schedule.updates else []),
         *([slow] if train.compile else []),
+        *_describe_average(train, state.schedule.updates),
         *(_describe_norms(recipe.train, processes) if has_batch_norms(state.model) else []),
         *([rare] if train.val_epochs > 1 and task.metric_names else []),
         _describe_parameters(state.model),
@@ -165,6 +182,16 @@ def _describe_parameters(model: nn.Module) -> str:
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return f"Trains {trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters."
+
+
+def _describe_average(train: TrainSection, updates: int) -> list[str]:
+    """Warn of a moving average that goes over so many updates that little of the run would be in it."""
+    if not train.ema_decay or (1 - train.ema_decay) * updates >= _FEWEST_AVERAGES:
+        return []
+    return [
+        f"train.ema_decay: the moving average goes over about {1 / (1 - train.ema_decay):,.0f} updates, and the run "
+        f"has {updates:,}, so it stays near where it starts. Lower it."
+    ]
 
 
 def _describe_norms(train: TrainSection, processes: Processes) -> list[str]:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from beitzoo.images.duplicates import close_pairs, difference_hash, near_duplicates
+from beitzoo.images.duplicates import close_pairs, difference_hash, hash_images, near_duplicates
+from beitzoo.images.folders import LeftOut
 from beitzoo.images.image_set import ImageSet
+from beitzoo.images.splits import Split
 
 
 def photograph(seed: int, side: int = 96) -> Image.Image:
@@ -51,8 +53,11 @@ def test_copies_are_found_and_others_are_not(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{number}.png")
         image.save(paths[-1])
     images = ImageSet([*paths, tmp_path / "broken.png"], None, (), tmp_path)
-    assert near_duplicates(images, range(9), range(9, 14)) == [(2, 9), (5, 11)]
-    assert near_duplicates(images, [0], []) == near_duplicates(images, [], [9]) == []
+    unreadable = LeftOut()
+    hashes = hash_images(images, range(14), unreadable)
+    assert near_duplicates(images, hashes, Split([*range(9)], [], [*range(9, 14)])) == [(2, 9), (5, 11)]
+    assert near_duplicates(images, hashes, Split([0], [], [])) == near_duplicates(images, {}, Split([], [], [9])) == []
+    assert list(unreadable.examples.values()) == [["broken.png"]]
 
 
 @pytest.mark.parametrize("change", ["colour", "tiny"])
@@ -68,4 +73,5 @@ def test_what_has_the_same_hash_is_looked_at_again(change: str) -> None:
         red[..., 0], blue[..., 1] = grey, (grey * 0.299 / 0.587).round()
         image, other = Image.fromarray(red), Image.fromarray(blue)
         assert (difference_hash(image) ^ difference_hash(other)).bit_count() <= 4
-    assert near_duplicates(ImageSet([image, other], None, ()), [0], [1]) == []
+    images = ImageSet([image, other], None, ())
+    assert near_duplicates(images, hash_images(images, [0, 1], LeftOut()), Split([0], [], [1])) == []

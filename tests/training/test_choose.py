@@ -4,14 +4,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from beitzoo.training.choose import Situation, activation_bytes, choose
+from beitzoo.images.image_set import ImageSet
+from beitzoo.images.splits import draw_split
+from beitzoo.training.choose import choose
+from beitzoo.training.memory import activation_bytes
 from beitzoo.training.recipe import Recipe
 from beitzoo.training.sections import CropAugment, DataSection, Finetune
+from beitzoo.training.situation import Situation
 from beitzoo.zoo.registry import find
 
-FP32: Any = ("fp32", "no reason")
-BASE = Situation(find("beitv2_base_patch16_224.in1k_ft_in22k").config, "labels", 1_000, False, True, None, FP32)
+BASE = Situation(find("beitv2_base_patch16_224.in1k_ft_in22k").config, "labels", 1_000, 2, True, True, None)
 
 
 def chosen(at: Situation = BASE, **changes: Any) -> Recipe:
@@ -73,9 +77,25 @@ def test_a_small_network_from_random_weights_is_trained_as_on_digits() -> None:
 
 
 def test_parts_of_a_data_set_are_kept() -> None:
-    assert (chosen().data.test_fraction, chosen().data.val_fraction) == (0.2, 0.2)
-    kept = chosen(in_parts=True).data
-    assert (kept.test_fraction, kept.val_fraction) == (None, None)
+    drawn = chosen(in_parts=False)
+    assert (drawn.data.test_fraction, drawn.data.val_fraction) == (0.2, 0.2)
+    assert drawn.train.lr == chosen(images=640).train.lr
+    assert (chosen().data.test_fraction, chosen().data.val_fraction) == (None, None)
+
+
+@pytest.mark.parametrize(("classes", "each"), [(2, 3), (3, 3), (7, 3), (10, 3), (10, 4), (3, 12)])
+def test_each_class_is_held_out_and_chooses_however_few_images_it_has(classes: int, each: int) -> None:
+    labels = [number % classes for number in range(classes * each)]
+    images = ImageSet([Image.new("L", (1, 1))] * len(labels), labels, tuple(map(str, range(classes))))
+    test, val = replace(BASE, images=len(labels), classes=classes, in_parts=False).fractions
+    split = draw_split(images, val, test, seed=0)
+    assert all(
+        {labels[index] for index in part} == set(range(classes)) for part in (split.train, split.val, split.test)
+    )
+
+
+def test_a_gpu_gets_processes_that_load() -> None:
+    assert (chosen().run.workers, chosen(workers=6).run.workers) == (0, 6)
 
 
 def test_an_update_is_done_in_parts_that_fit_into_memory() -> None:

@@ -99,11 +99,14 @@ def test_losses_of_lines_make_the_loss_of_their_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("warmup", "told"), [(3, True), (2, False)])
-def test_a_warmup_that_does_not_end_is_told(
+def test_a_warmup_and_a_moving_average_that_do_not_end_are_told(
     colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], warmup: int, told: bool
 ) -> None:
-    finetune(colour_recipe(colours, epochs=1, warmup_updates=warmup), tmp_path / "out")
-    assert ("The warm-up is not shorter than the run" in capsys.readouterr().err) is told
+    # A moving average over 2 or 1.25 updates, in a run of 3: half of it, or less.
+    finetune(colour_recipe(colours, epochs=1, warmup_updates=warmup, ema_decay=0.5 - 0.3 * told), tmp_path / "out")
+    said = capsys.readouterr().err
+    assert ("The warm-up is not shorter than the run" in said) is told
+    assert ("the moving average goes over about 2 updates, and the run has 3" in said) is not told
 
 
 def test_a_run_of_updates_says_how_long_it_is(

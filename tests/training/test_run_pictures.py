@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 from colours import COLOURS, colour_recipe, write_colours
 from commands import run as command
-from PIL import Image
 
 from beitzoo.errors import InvalidValueError, MissingFileError
-from beitzoo.images.image_set import ImageSet
 from beitzoo.training import report
 from beitzoo.training.curves import draw_curves, read_lines
-from beitzoo.training.report import describe_duplicates, draw_run
+from beitzoo.training.report import draw_run
 from beitzoo.training.tasks.finetune import finetune
 
 
@@ -95,16 +93,6 @@ def test_without_matplotlib_a_run_says_so_at_its_start(
     assert (out / "mistakes.png").exists() and (out / "metrics.json").exists()
     monkeypatch.undo()
     assert draw_run(out) == [out / "curves.png", out / "confusion.png"]
-
-
-def test_near_duplicates_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = [Image.effect_noise((32, 32), 80).convert("RGB") for _ in range(3)]
-    images = ImageSet([*noise, noise[1]], None, ())
-    (line,) = describe_duplicates(images, [0, 1], [2, 3])
-    assert line.startswith("1 of 2 held-out images look almost like one to train on, such as digits:1 and digits:3")
-    assert describe_duplicates(images, [0, 1], [2]) == []
-    monkeypatch.setattr(report, "_MOST_COMPARED", 3)
-    assert describe_duplicates(images, [0, 1], [2, 3]) == []
 
 
 def test_what_is_no_run_is_not_drawn(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from beitzoo.training.data import (
     targets_of,
     training_transform,
 )
+from beitzoo.training.findings import describe_classes, look_at_images
 from beitzoo.training.generators import derive_seed, seed_generators
 from beitzoo.training.label_checks import check_labels, check_parts, describe_rare_labels
 from beitzoo.training.lora import add_adapters, describe_adapters, merged
@@ -36,7 +37,7 @@ from beitzoo.training.objectives import ManyLabels, Measurement, Objective, OneC
 from beitzoo.training.optim import freeze_up_to, parameter_groups, spread_bias_tables
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
-from beitzoo.training.report import describe_duplicates, write_findings
+from beitzoo.training.report import write_findings
 from beitzoo.training.run import run
 from beitzoo.training.sections import Finetune
 from beitzoo.training.task import Metrics
@@ -90,9 +91,10 @@ def describe_images(images: ImageSet, split: Split) -> list[str]:
     """Say in lines what was found, which images are for what, and which of these should not be."""
     return [
         *images.describe(),
+        *describe_classes(images, split),
         f"{len(split.train):,} images to train on, {len(split.val):,} to choose by, {len(split.test):,} held out.",
         *describe_rare_labels(images, split),
-        *describe_duplicates(images, split.train, split.test),
+        *look_at_images(images, split),
     ]
 
 
