@@ -79,7 +79,7 @@ def test_weights_in_shards_learn_as_whole_ones(tmp_path: Path) -> None:
     program = Path(__file__).parents[1] / "shards_in_two.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(program), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert result.returncode == 0, result.stderr
     runs, others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = runs.pop("alone")
@@ -110,7 +110,7 @@ def test_batch_norms_are_those_of_all_processes(tmp_path: Path) -> None:
         (tmp_path / count).mkdir()
         command = [sys.executable, str(program), str(tmp_path / count), count]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
         assert result.returncode == 0, result.stderr
     one, first, second = (torch.load(tmp_path / name) for name in ("1/0.pt", "2/0.pt", "2/1.pt"))
     torch.testing.assert_close(first, one, rtol=1e-5, atol=1e-9)
@@ -145,7 +145,7 @@ def test_launchers_start_the_command(tmp_path: Path, launcher: list[str], proces
     command = ["beitzoo", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-m", *launcher, *command], capture_output=True, text=True, timeout=240, env=environment
+        [sys.executable, "-m", *launcher, *command], capture_output=True, text=True, timeout=900, env=environment
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["processes"] == processes
@@ -161,7 +161,7 @@ def test_two_processes_choose_one_recipe_and_say_so_once(tmp_path: Path) -> None
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for last in (["--dry-run"], []):
         command = [sys.executable, "-m", *launch, *options, "--out", str(tmp_path / "out"), *last]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
         assert result.returncode == 0, result.stderr
         said = result.stderr + result.stdout
         for line in ("18 images of 3 classes", "images to train on", "The recipe for test_beit", "An update takes"):
