@@ -153,7 +153,7 @@ class Masks:
 def _labels_of(recipe: str) -> dict[str, Any]:
     """Return what a recipe says of masks."""
     from beitzoo.training.recipe import load_recipe
-    from beitzoo.training.sections import TrainSegmenter
+    from beitzoo.training.segment_sections import TrainSegmenter
 
     found = load_recipe(recipe, kind="segment")
     check(isinstance(found.task, TrainSegmenter), f"{recipe} trains no segmentation model; give a recipe that does.")

@@ -14,7 +14,8 @@ from beitzoo.images.loading import Sample, Unreadable, load_each
 from beitzoo.images.masked_sets import LabelOptions, MaskedSet, find_masked_images, with_held_out_masks
 from beitzoo.images.masks import sample_generator
 from beitzoo.training.recipe import RecipeError
-from beitzoo.training.sections import DataSection, LabelSection
+from beitzoo.training.sections import DataSection
+from beitzoo.training.segment_sections import LabelSection
 
 
 class PixelBatch(NamedTuple):

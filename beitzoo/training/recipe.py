@@ -19,9 +19,9 @@ from beitzoo.training.sections import (
     RunSection,
     Section,
     TrainSection,
-    TrainSegmenter,
     TrainTokenizer,
 )
+from beitzoo.training.segment_sections import TrainSegmenter
 
 # The command that runs each kind of task.
 _COMMANDS = {

@@ -9,7 +9,7 @@ from beitzoo.images.augment_pixels import PixelViews
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.training.optim import parameter_groups
 from beitzoo.training.recipe import Recipe, load_recipe
-from beitzoo.training.sections import TrainSegmenter
+from beitzoo.training.segment_sections import TrainSegmenter
 from beitzoo.zoo.checkpoints import IMAGENET_MEAN, IMAGENET_STD, Segment
 from beitzoo.zoo.labels import label_names
 

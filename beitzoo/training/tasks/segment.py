@@ -38,7 +38,7 @@ from beitzoo.training.pixels import AugmentedPixels, PixelBatch, load_masked_ima
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
-from beitzoo.training.sections import PixelInference, TrainSegmenter
+from beitzoo.training.segment_sections import PixelInference, TrainSegmenter
 from beitzoo.training.task import Metrics
 from beitzoo.zoo.checkpoints import Segment
 from beitzoo.zoo.labels import accepts
