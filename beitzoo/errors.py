@@ -1,7 +1,7 @@
 """Errors a user can correct: what came, what is possible, what to do. Commands catch `UserError` and nothing else."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     )
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Return the first few of several names, for a message."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -2,22 +2,26 @@
 
 import sys
 import warnings
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from beitzoo.cli.evaluate_pixels import list_failures
 from beitzoo.cli.inputs import find_listed
+from beitzoo.cli.measured import list_failures
 from beitzoo.cli.networks import fastest, load_backbone
 from beitzoo.cli.records import Running, takes_records
 from beitzoo.errors import InvalidValueError, check
 from beitzoo.zoo.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from beitzoo.images.folder_classes import ImageClasses
     from beitzoo.images.folders import LeftOut
+    from beitzoo.inference.embed import Reading
     from beitzoo.inference.feature_files import Description, Failures
+    from beitzoo.models.beit import Beit
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
@@ -44,6 +48,56 @@ class Precision(StrEnum):
     FLOAT16 = "float16"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Which features, and how they are written.
+
+    Attributes:
+        pooling: How tokens become the feature of an image.
+        blocks: Whose output, with commas.
+        dtype: Of the numbers in the file.
+    """
+
+    pooling: Annotated[
+        Pooling,
+        typer.Option(
+            help="What the head reads (pooled), mean of the patch tokens, class token, both side by side, or all patch "
+            "tokens."
+        ),
+    ] = Pooling.POOLED
+    blocks: Annotated[
+        str | None,
+        typer.Option(help="Read these blocks: 2,5,-1 from 0, negative from the end, or 'all'; else the network's end."),
+    ] = None
+    dtype: Annotated[Precision, typer.Option(help="Of the numbers in the file.")] = Precision.FLOAT32
+
+    def description(self, name: str, network: "Beit", classes: "ImageClasses | None") -> "Description":
+        """Return what the file says of all rows."""
+        from beitzoo.inference.feature_files import Description
+
+        reading = self.reading(network)
+        return Description(
+            model=name,
+            pooling=reading.pooling,
+            blocks=reading.numbers(network),
+            shape=reading.shape(network),
+            names=classes.names if classes else (),
+            img_size=network.config.img_size,
+            dtype=self.dtype.value,
+        )
+
+    def reading(self, network: "Beit") -> "Reading":
+        """As the embedding takes it.
+
+        Raises:
+            InvalidValueError: Blocks are no numbers.
+        """
+        from beitzoo.inference.embed import Reading
+
+        every = list(range(len(network.blocks)))
+        return Reading(self.pooling.value, every if self.blocks == "all" else block_numbers(self.blocks))
+
+
 @takes_records
 def embed(
     images: Annotated[
@@ -58,18 +112,7 @@ def embed(
         str | None,
         typer.Option("--model", "-m", help=f"A name, a folder or a run. If none: {DEFAULT_MODEL}"),
     ] = None,
-    pooling: Annotated[
-        Pooling,
-        typer.Option(
-            help="What the head reads (pooled), mean of the patch tokens, class token, both side by side, or all patch "
-            "tokens."
-        ),
-    ] = Pooling.POOLED,
-    blocks: Annotated[
-        str | None,
-        typer.Option(help="Read these blocks: 2,5,-1 from 0, negative from the end, or 'all'; else the network's end."),
-    ] = None,
-    dtype: Annotated[Precision, typer.Option(help="Of the numbers in the file.")] = Precision.FLOAT32,
+    asked: Asked = Asked(),
     running: Running = Running(),  # noqa: B008 - a frozen record
 ) -> None:
     """Write the features of images: a row for each, in their order, with its path and status.
@@ -80,31 +123,24 @@ def embed(
     """
     from beitzoo.images.folder_classes import classes_by_folder
     from beitzoo.images.folders import LeftOut
-    from beitzoo.inference.embed import Reading, embed_each
-    from beitzoo.inference.feature_files import Description, check_name, feature_rows, write_features
+    from beitzoo.inference.embed import embed_each
+    from beitzoo.inference.feature_files import check_name, feature_rows, write_features
     from beitzoo.measure.options import usable_device
     from beitzoo.progress import watch
 
     check_name(out)
-    name = model or (str(running.checkpoint) if running.checkpoint else DEFAULT_MODEL)
+    name = model or str(running.checkpoint or DEFAULT_MODEL)
     if not (model or running.checkpoint):
         print(_NOBODY_NAMED, file=sys.stderr)
     network = load_backbone(name, running.checkpoint if model else None, usable_device(running.device))
-    reading = Reading(pooling.value, list(range(len(network.blocks))) if blocks == "all" else block_numbers(blocks))
+    reading = asked.reading(network)
     left_out = LeftOut()
     listed = list(find_listed(images, left_out))
     check(bool(listed), "There are no images: nothing was listed on stdin. Give files or folders.")
     classes = classes_by_folder(listed)
     described = reading.describe(network)
-    description = Description(
-        model=name,
-        pooling=reading.pooling,
-        blocks=reading.numbers(network),
-        shape=reading.shape(network),
-        names=classes.names if classes else (),
-        img_size=network.config.img_size,
-        dtype=dtype.value,
-    )
+    # Where both are given, the name is only that of the network.
+    description = asked.description(str(running.checkpoint or name), network, classes)
     (network,) = fastest([network], len(listed), running)
     embeddings = embed_each(network, (path for _, path in listed), reading, loading=running.loading)
     outcomes = ((one.features, one.error) for one in watch(embeddings, "image", len(listed)))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from beitzoo.cli.evaluate_images import Judged, evaluate_classifiers, is_clean
-from beitzoo.cli.evaluate_pixels import Masks, Output, are_segmenters, evaluate_segmenters
+from beitzoo.cli.evaluate_images import Judged, evaluate_classifiers
+from beitzoo.cli.evaluate_pixels import Masks, are_segmenters, evaluate_segmenters
+from beitzoo.cli.measured import Output, is_clean
 from beitzoo.cli.models import AsJson
 from beitzoo.cli.networks import names_with_weights
 from beitzoo.cli.records import Running, takes_records
@@ -16,8 +17,7 @@ from beitzoo.cli.segment import Looking
 from beitzoo.errors import check
 
 if TYPE_CHECKING:
-    from beitzoo.evaluation.evaluate import Evaluation
-    from beitzoo.evaluation.segmentation import SegmenterEvaluation
+    from beitzoo.evaluation.subjects import Evaluation
 
 # What is slow to import is imported by the function that needs it: a help text must not wait for PyTorch.
 
@@ -76,9 +76,7 @@ def evaluate(
             "--split-seed, --dtype, --crop, --sizes, --outputs, --real-labels and --retry-failed are for classifiers. "
             "Leave them out.",
         )
-        measured: Sequence[Evaluation] | Sequence[SegmenterEvaluation] = evaluate_segmenters(
-            names, data, masks, looking, output
-        )
+        measured: Sequence[Evaluation] = evaluate_segmenters(names, data, masks, looking, output)
     else:
         check(
             (replace(looking, flip=False), replace(masks, confusion=None)) == (Looking(), Masks()),

@@ -15,12 +15,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from beitzoo.cli import extras
-from beitzoo.cli.evaluate_pixels import Output, comment
+from beitzoo.cli.measured import Output, comment
 from beitzoo.cli.networks import load_networks
 from beitzoo.errors import InvalidValueError, check
 
 if TYPE_CHECKING:
-    from beitzoo.evaluation.evaluate import Dtype, Evaluation, Judging
+    from beitzoo.evaluation.evaluate import ClassifierEvaluation, Dtype, Judging
     from beitzoo.models.beit import Beit
     from beitzoo.results import Row
 
@@ -106,7 +106,7 @@ class Judged:
 
 def evaluate_classifiers(
     models: Sequence[str], data: str, judged: Judged, flip: bool, confusion: Path | None, output: Output
-) -> "list[Evaluation]":
+) -> "list[ClassifierEvaluation]":
     """Measure classifiers; each row is written and told when it is measured, and not measured if it is there."""
     from beitzoo import results
     from beitzoo.evaluation.evaluate import COLUMNS, KEY, load_data
@@ -140,14 +140,9 @@ def evaluate_classifiers(
                 tqdm.write(_line(evaluation.row, f" in {kept.path} already" * was_there), sys.stderr)
     comment(evaluations)
     if confusion is not None:
-        _draw(confusion, evaluations[0], running.checkpoint)
+        _draw(confusion, evaluations[0])
     _print([evaluation.row for evaluation in evaluations], output.as_json, len(dtypes))
     return evaluations
-
-
-def is_clean(row: "Row") -> bool:
-    """Tell whether a row was measured, and on all its images."""
-    return not row.get("error") and not int(row.get("failures") or 0)
 
 
 def _check_confusion(confusion: Path | None, rows: int, judged: Judged) -> None:
@@ -162,7 +157,7 @@ def _check_confusion(confusion: Path | None, rows: int, judged: Judged) -> None:
     check_picture(confusion)
 
 
-def _draw(path: Path, evaluation: "Evaluation", checkpoint: Path | None) -> None:
+def _draw(path: Path, evaluation: "ClassifierEvaluation") -> None:
     from beitzoo.evaluation.confusion import count_answers
     from beitzoo.evaluation.confusion_picture import write_confusion
     from beitzoo.files import full_path
@@ -185,7 +180,7 @@ def _score(row: "Row") -> str:
 
 
 def _print(rows: Sequence["Row"], as_json: bool, dtypes: int) -> None:
-    from beitzoo.evaluation.evaluate import summarise
+    from beitzoo.evaluation.subjects import summarise
 
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -198,4 +193,4 @@ def _print(rows: Sequence["Row"], as_json: bool, dtypes: int) -> None:
         table.add_row(str(row["model"]), str(row["dtype"]), *scores, *counts)
     Console().print(table)
     if dtypes == 1 and sum(not row.get("error") for row in rows) > 1:
-        print(summarise(rows))
+        print(summarise(rows, scored[0]))

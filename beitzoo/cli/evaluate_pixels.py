@@ -1,7 +1,6 @@
 """The command evaluate, of segmentation models: what it is measured by, and what it writes."""
 
 import json
-import statistics
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,38 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from beitzoo.cli import extras
+from beitzoo.cli.measured import Output, comment
 from beitzoo.cli.networks import load_segmenter
-from beitzoo.cli.records import Running
 from beitzoo.cli.segment import Looking
 from beitzoo.errors import InvalidValueError, check
 
 if TYPE_CHECKING:
-    from beitzoo.evaluation.evaluate import Evaluation
     from beitzoo.evaluation.segmentation import SegmenterEvaluation
     from beitzoo.images.masked_sets import MaskedSet
-    from beitzoo.results import Row
 
-# Unreadable images that are listed for one model.
-_MOST_LISTED = 20
 # Classes that a terminal has lines for.
 _MOST_PRINTED = 30
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where rows go, and how models are run.
-
-    Attributes:
-        results_file: Receives a row per model.
-        as_json: Print rows as JSON, not for people.
-        running: The weights and where they run.
-        retry_failed: Measure again what failed before.
-    """
-
-    results_file: Path | None
-    as_json: bool
-    running: Running
-    retry_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +199,7 @@ def evaluate_segmenters(
     """Measure segmentation models; each row is written and printed when it is measured."""
     from beitzoo import results
     from beitzoo.evaluation.segmentation import COLUMNS, evaluate_segmenter
-    from beitzoo.evaluation.subjects import Subject
+    from beitzoo.evaluation.subjects import Subject, summarise
     from beitzoo.measure.options import usable_device
 
     running, options = output.running, looking.options
@@ -231,7 +209,7 @@ def evaluate_segmenters(
     where = usable_device(running.device)
     masked = masks.load(data, models)
     print("\n".join(masked.describe()), file=sys.stderr)
-    evaluations = []
+    evaluations: list[SegmenterEvaluation] = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
         for name in models:
@@ -247,7 +225,7 @@ def evaluate_segmenters(
     if output.as_json:
         print(json.dumps(rows, indent=2))
     elif len(rows) > 1:
-        print(_summarise(rows))
+        print(summarise(rows, "miou", "mIoU"))
     return evaluations
 
 
@@ -267,25 +245,3 @@ def _print(evaluation: "SegmenterEvaluation") -> None:
         shares = ["" if one[name] is None else f"{one[name]:.2f}" for name in ("iou", "acc")]
         table.add_row(str(one["class"]), *shares, f"{one['pixels']:,}", f"{one['predicted_pixels']:,}")
     Console().print(table)
-
-
-def _summarise(rows: "Sequence[Row]") -> str:
-    """Say mean and sample standard deviation of mIoU over several rows."""
-    values = [float(row["miou"] or 0) for row in rows]
-    return f"mIoU {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (mean ± sd of {len(values)})"
-
-
-def comment(evaluations: "Sequence[Evaluation] | Sequence[SegmenterEvaluation]") -> None:
-    """Say on stderr what was measured, and which images could not be; each once for all models."""
-    for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
-        print(note, file=sys.stderr)
-    list_failures([failure for evaluation in evaluations for failure in evaluation.failures])
-
-
-def list_failures(failures: Sequence[tuple[str, str]]) -> None:
-    """Say on stderr which images were not counted, and why; each once."""
-    failures = list(dict.fromkeys(failures))
-    for image, reason in failures[:_MOST_LISTED]:
-        print(f"Not counted: {image}: {reason}", file=sys.stderr)
-    if len(failures) > _MOST_LISTED:
-        print(f"Not counted: {len(failures) - _MOST_LISTED:,} more", file=sys.stderr)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from beitzoo.cli import extras
 from beitzoo.cli.embed import block_numbers
-from beitzoo.cli.evaluate_pixels import list_failures
+from beitzoo.cli.measured import list_failures
 from beitzoo.cli.models import AsJson
 from beitzoo.cli.networks import fastest, load_networks
 from beitzoo.cli.probe_data import Data
@@ -198,24 +198,19 @@ def _chosen(option: str, given: str, known: Sequence[Choice]) -> tuple[Choice, .
 
 def _print_tables(rows: Sequence["Row"]) -> None:
     """Print a table for each model: a line per block, a column per feature and probe, and which is best."""
-    from beitzoo.evaluation.probe_rows import best_rows
+    from beitzoo.evaluation.probe_rows import best_rows, block_name
 
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         kinds = list(dict.fromkeys((row["pooling"], row["probe"]) for row in own))
         table = Table("block", *(f"{pooling}, {probe}" for pooling, probe in kinds), box=None, pad_edge=False)
-        values = {(row["block"], row["pooling"], row["probe"]): float(row["top1"] or 0) for row in own}
-        for block in dict.fromkeys(row["block"] for row in own):
-            table.add_row(
-                "output" if block in (None, "") else str(block), *(f"{values[block, *kind]:.2f}" for kind in kinds)
-            )
+        values = {(block_name(row), row["pooling"], row["probe"]): float(row["top1"] or 0) for row in own}
+        for block in dict.fromkeys(map(block_name, own)):
+            table.add_row(block, *(f"{values[block, *kind]:.2f}" for kind in kinds))
         print(f"{model}: top-1 of {own[0]['count']} images, fitted on {own[0]['train_count']}")
         Console().print(table)
         for best in best_rows(own):
-            where = f"{_named(best['block'])}, {best['pooling']}: {float(best['top1'] or 0):.2f}"
+            block = block_name(best)
+            named = block if block == "output" else f"block {block}"
+            where = f"{named}, {best['pooling']}: {float(best['top1'] or 0):.2f}"
             print(f"Best {best['probe']} probe, chosen by {best['val_count']} other images: {where}")
-
-
-def _named(block: object) -> str:
-    """Name a block; without a number it is the network's output."""
-    return "output" if block in (None, "") else f"block {block}"

@@ -1,6 +1,5 @@
 """How right a classifier is: its accuracy on labelled images that it was not trained on, as a row."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -12,7 +11,7 @@ from beitzoo.errors import check
 from beitzoo.evaluation.label_answers import LabelAnswers
 from beitzoo.evaluation.looks import Looks, answer
 from beitzoo.evaluation.metrics import AccuracySum, CalibrationSum
-from beitzoo.evaluation.subjects import Origin, Subject, images_for
+from beitzoo.evaluation.subjects import Evaluation, Origin, Subject, images_for
 from beitzoo.evaluation.truth import Labelling, Truth, truth_of
 from beitzoo.files import full_path
 from beitzoo.images.datasets import find_images, guess_source
@@ -76,23 +75,15 @@ class Judging:
 
 
 @dataclass
-class Evaluation:
-    """One measurement.
+class ClassifierEvaluation(Evaluation):
+    """One measurement of a classifier, its row in timm's columns.
 
     Attributes:
-        row: In timm's columns and with its environment.
-        failures: Images that were not counted, with the reason.
-        notes: What a reader of the row must know.
         answers: Of each image that was counted the right output and the one that the model gave; none with ReaL labels
             or several labels.
-        names: Of all outputs.
     """
 
-    row: Row
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     answers: list[tuple[int, int]] = field(default_factory=list)
-    names: tuple[str, ...] = ()
 
 
 def load_data(data: str, real_labels: str | None = None) -> ImageSet:
@@ -117,7 +108,7 @@ def load_data(data: str, real_labels: str | None = None) -> ImageSet:
 
 def evaluate(
     subject: Subject[Beit], images: ImageSet, data: str, judging: Judging | None = None, loading: Loading | None = None
-) -> Evaluation:
+) -> ClassifierEvaluation:
     """Measure the accuracy of a classifier on all images that it was not trained on.
 
     Args:
@@ -143,12 +134,12 @@ def evaluate(
         **measured.scores(),
     }
     answers = [] if judging.labelling.real_labels else measured.answers
-    return Evaluation(
+    return ClassifierEvaluation(
         {column: row.get(column) for column in COLUMNS},
         measured.failures,
         notes + truth.notes,
-        answers,
         model.class_names or images.names,
+        answers,
     )
 
 
@@ -273,10 +264,3 @@ def _facts(model: Beit, looks: Looks) -> Row:
 
 def _dtype_of(model: Beit) -> str:
     return str(model.cls_token.dtype).removeprefix("torch.")
-
-
-def summarise(rows: Sequence[Row]) -> str:
-    """Say mean and sample standard deviation of top-1, or else of mean average precision, over several rows."""
-    name = "top1" if any(row["top1"] not in (None, "") for row in rows) else "map"
-    values = [float(value) for value in (row[name] for row in rows) if value is not None and value != ""]
-    return f"{name} {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (mean ± sd of {len(values)})"

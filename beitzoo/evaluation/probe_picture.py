@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beitzoo.errors import UnsupportedError, check
+from beitzoo.evaluation.probe_rows import block_name
 from beitzoo.files import write_atomically
 from beitzoo.results import Row
 
@@ -52,11 +53,10 @@ def draw_probes(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw(axes: "Axes", rows: Sequence[Row]) -> None:
-    blocks = list(dict.fromkeys(_block(row) for row in rows))
+    blocks = list(dict.fromkeys(block_name(row) for row in rows))
     for pooling, probe in dict.fromkeys((str(row["pooling"]), str(row["probe"])) for row in rows):
-        own = {
-            _block(row): float(row["top1"] or 0) for row in rows if (row["pooling"], row["probe"]) == (pooling, probe)
-        }
+        chosen = [row for row in rows if (row["pooling"], row["probe"]) == (pooling, probe)]
+        own = {block_name(row): float(row["top1"] or 0) for row in chosen}
         axes.plot(
             range(len(blocks)),
             [own[block] for block in blocks],
@@ -74,8 +74,3 @@ def _draw(axes: "Axes", rows: Sequence[Row]) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-
-
-def _block(row: Row) -> str:
-    """Name a block; no number is the output of the network."""
-    return "output" if row["block"] in (None, "") else str(row["block"])

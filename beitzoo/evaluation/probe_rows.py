@@ -202,6 +202,11 @@ def best_rows(rows: Sequence[Row]) -> list[Row]:
     return [max(own, key=lambda row: float(row["val_top1"] or 0)) for own in of_probes if own]
 
 
+def block_name(row: Row) -> str:
+    """Name the block of a row; without a number it is the output of the network."""
+    return "output" if row["block"] in (None, "") else str(row["block"])
+
+
 def seen_in_training(origin: Origin, data: LabelledData) -> str | None:
     """Say so if a network's own run was trained on images that it is now measured on, or chosen by them."""
     own = origin.split(data.images)

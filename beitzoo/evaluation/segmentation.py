@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from beitzoo.errors import InvalidValueError, check
+from beitzoo.errors import InvalidValueError, check, some_of
 from beitzoo.evaluation.confusion import ConfusionMatrix
-from beitzoo.evaluation.subjects import Subject, unseen_images
+from beitzoo.evaluation.subjects import Evaluation, Subject, unseen_images
 from beitzoo.images.files import ImageError
 from beitzoo.images.label_maps import IGNORE, LabelMap
 from beitzoo.images.masked_sets import MaskedSet
@@ -40,23 +40,15 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class SegmenterEvaluation:
-    """One measurement.
+@dataclass(kw_only=True)
+class SegmenterEvaluation(Evaluation):
+    """One measurement of a segmentation model.
 
     Attributes:
-        row: Of the columns `COLUMNS`.
-        matrix: What the scores are of.
-        names: Of the classes, in the order of the matrix.
-        failures: Images that were not counted, with the reason.
-        notes: What a reader of the row must know.
+        matrix: What the scores are of, its classes in the order of the names.
     """
 
-    row: Row
     matrix: ConfusionMatrix
-    names: tuple[str, ...]
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def evaluate_segmenter(
@@ -103,7 +95,7 @@ def evaluate_segmenter(
         **environment(matrix.counts.device),
     }
     names = model.class_names or masked.labels.names
-    return SegmenterEvaluation({name: row[name] for name in COLUMNS}, matrix, names, failures, notes)
+    return SegmenterEvaluation({name: row[name] for name in COLUMNS}, failures, notes, names, matrix=matrix)
 
 
 def measure_segmenter(
@@ -213,16 +205,16 @@ def _outputs(subject: Subject[Segmenter], masked: MaskedSet) -> list[int]:
         check(
             len(names) == model.num_classes,
             f"{name} tells {model.num_classes} classes apart and nobody named them, the masks have "
-            f"{len(names)} ({_some(names)}). Evaluate a model that was trained on these classes.",
+            f"{len(names)} ({some_of(names, 5)}). Evaluate a model that was trained on these classes.",
         )
         return list(range(len(names)))
     outputs = outputs_of(model.pretrained.head, names)
     unknown = [one for one, output in zip(names, outputs, strict=True) if output is None]
     missing = [one for output, one in enumerate(own) if output not in outputs]
     differences = [
-        f"{len(unknown)} of the {len(names)} classes of the masks are none of its own ({_some(unknown)})"
+        f"{len(unknown)} of the {len(names)} classes of the masks are none of its own ({some_of(unknown, 5)})"
         * bool(unknown),
-        f"{len(missing)} of its {len(own)} classes are not in the masks ({_some(missing)})" * bool(missing),
+        f"{len(missing)} of its {len(own)} classes are not in the masks ({some_of(missing, 5)})" * bool(missing),
     ]
     check(
         not (unknown or missing),
@@ -230,7 +222,3 @@ def _outputs(subject: Subject[Segmenter], masked: MaskedSet) -> list[int]:
         "masks as the model does (in classes.txt or with --classes), or evaluate a model that was trained on these.",
     )
     return [output for output in outputs if output is not None]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)

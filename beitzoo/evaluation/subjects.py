@@ -1,8 +1,9 @@
-"""Models that are measured: which weights they have, and which images they were not trained on."""
+"""Models that are measured: which weights they have, which images they were not trained on, and what was found."""
 
 import hashlib
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -13,6 +14,7 @@ from beitzoo.factory import look_up
 from beitzoo.files import full_path
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, read_split
+from beitzoo.results import Row
 from beitzoo.weights.names import find_weights
 from beitzoo.weights.shards import INDEX_SUFFIX, shards
 from beitzoo.zoo.checkpoints import LocalFile
@@ -88,6 +90,30 @@ class Subject(Generic[Network]):
     def origin(self) -> Origin:
         """Where its weights are from."""
         return Origin(self.name, self.checkpoint)
+
+
+@dataclass
+class Evaluation:
+    """One measurement of a model of any kind.
+
+    Attributes:
+        row: What was asked for, what was found, and where it was measured.
+        failures: Images that were not counted, with the reason.
+        notes: What a reader of the row must know.
+        names: Of all outputs, in their order; none where nobody named them.
+    """
+
+    row: Row
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    names: tuple[str, ...] = ()
+
+
+def summarise(rows: Sequence[Row], column: str, called: str | None = None) -> str:
+    """Say mean and sample standard deviation of a column over several rows; those without a value are left out."""
+    values = [float(value) for row in rows if (value := row.get(column)) is not None and value != ""]
+    spread = f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+    return f"{called or column} {spread} (mean ± sd of {len(values)})"
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from beitzoo.errors import UserError
-from beitzoo.evaluation.evaluate import COLUMNS, Dtype, Evaluation, Judging, asked, evaluate
+from beitzoo.evaluation.evaluate import COLUMNS, ClassifierEvaluation, Dtype, Judging, asked, evaluate
 from beitzoo.evaluation.subjects import Origin, Subject, images_for
 from beitzoo.evaluation.truth import real_labels_of
 from beitzoo.images.image_set import ImageSet
@@ -63,7 +63,7 @@ class Sweep:
 
 def run_sweep(
     sweep: Sweep, load: Callable[[str], Beit], table: Table, *, retry_failed: bool = False, again: bool = False
-) -> Iterator[tuple[Evaluation, bool]]:
+) -> Iterator[tuple[ClassifierEvaluation, bool]]:
     """Measure what is not in the table yet; give each row as soon as it is there, and whether it was before.
 
     A row is measured anew where there were other images then. Where several rows are asked for, one that cannot be
@@ -84,19 +84,19 @@ def run_sweep(
             wanted, count = sweep.asked(name, dtype), sweep.count(name)
             found = None if again else table.find(wanted)
             if found and ((found["error"] and not retry_failed) or _images_in(found) == count):
-                yield Evaluation(found), True
+                yield ClassifierEvaluation(found), True
                 continue
             evaluation = _measure(sweep, name, dtype, load(name), count)
         except UserError as error:
             if len(sweep.rows) == 1:
                 raise
             row = {**_facts_of_failure(sweep, name, dtype), "error": str(error)}
-            evaluation = Evaluation({column: row.get(column) for column in COLUMNS})
+            evaluation = ClassifierEvaluation({column: row.get(column) for column in COLUMNS})
         table.replace(evaluation.row)
         yield evaluation, False
 
 
-def _measure(sweep: Sweep, name: str, dtype: Dtype, model: Beit, count: int) -> Evaluation:
+def _measure(sweep: Sweep, name: str, dtype: Dtype, model: Beit, count: int) -> ClassifierEvaluation:
     if dtype == "float32":
         model = for_many_images(model, count, inplace=True) if sweep.optimized else model
     elif dtype == "int8" or sweep.optimized:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from beitzoo.errors import InvalidValueError, check
+from beitzoo.errors import InvalidValueError, check, some_of
 from beitzoo.files import full_path, read_text
 from beitzoo.images.image_set import ImageSet
 from beitzoo.inference.classify import tells_several
@@ -152,11 +152,7 @@ def _outputs(model: Beit, name: str, classes: tuple[str, ...]) -> list[int]:
     check(
         not unknown,
         f"{name} was not trained on {len(unknown)} of the {len(classes)} classes of the data "
-        f"({_some(unknown)}), but on {model.num_classes} ({_some(own or ())}). Name the class folders after the "
+        f"({some_of(unknown)}), but on {model.num_classes} ({some_of(own or ())}). Name the class folders after the "
         "model's classes, or evaluate a model that was trained on these.",
     )
     return [output for output in outputs if output is not None]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
