@@ -71,7 +71,7 @@ def fastest(networks: "Iterable[Beit]", count: int, running: Running) -> "list[B
 
     if not running.optimized:
         return list(networks)
-    chosen = [for_many_images(network, count, inplace=True) for network in networks]
+    chosen = [for_many_images(network, count, running.batch_size, inplace=True) for network in networks]
     if any(isinstance(network, InferenceBeit) for network in chosen):
         print(OPTIMIZED, file=sys.stderr)
     return chosen

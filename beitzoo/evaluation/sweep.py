@@ -98,7 +98,8 @@ def run_sweep(
 
 def _measure(sweep: Sweep, name: str, dtype: Dtype, model: Beit, count: int) -> ClassifierEvaluation:
     if dtype == "float32":
-        model = for_many_images(model, count, inplace=True) if sweep.optimized else model
+        batch_size = sweep.loading.batch_size
+        model = for_many_images(model, count, batch_size, inplace=True) if sweep.optimized else model
     elif dtype == "int8" or sweep.optimized:
         model = optimize(model, "int8" if dtype == "int8" else getattr(torch, dtype), inplace=True)
     else:

@@ -104,7 +104,7 @@ def predict(
     named, images, loading = _classifiers(models), one_or_many(images), Loading(batch_size, workers)
     if optimize:
         count, images = count_ahead(images)
-        named = {name: for_many_images(model, count) for name, model in named.items()}
+        named = {name: for_many_images(model, count, batch_size) for name, model in named.items()}
     return list(_predictions(named, images, topk, loading))
 
 

@@ -140,7 +140,7 @@ def embed(
     images = one_or_many(images)
     if optimize:
         count, images = count_ahead(images)
-        backbone = for_many_images(backbone, count)
+        backbone = for_many_images(backbone, count, batch_size)
     rows = list(embed_each(backbone, images, reading, loading=loading))
     features = np.full((len(rows), *reading.shape(backbone)), np.nan, dtype=np.float32)
     failed = []

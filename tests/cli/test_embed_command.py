@@ -13,8 +13,9 @@ MODEL = "beit_nano_patch4_32.digits"
 DIGITS = sorted(SAMPLES.glob("digit_*.png"))
 
 
-def test_embed_writes_a_row_for_each_image(tmp_path: Path) -> None:
+def test_embed_writes_a_row_for_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the optimized copy and by the model, as the Python function gives them."""
+    monkeypatch.setattr("beitzoo.inference.fastest.HANDFUL", 9)
     expected = beitzoo.embed(beitzoo.create_model(pretrained=True), DIGITS)
     for options in ([], ["--no-optimize"]):
         result = run("embed", str(SAMPLES / "digit_*.png"), "-m", MODEL, "--out", str(tmp_path / "f.npz"), *options)

@@ -11,21 +11,27 @@ import torch
 
 import beitzoo
 from beitzoo.inference import fastest
-from beitzoo.inference.fastest import HANDFUL, count_ahead, for_many_images
+from beitzoo.inference.fastest import count_ahead, for_many_images
 from beitzoo.models.optimize import InferenceBeit
 
 DIGITS = sorted(Path("beitzoo/assets/samples").glob("digit_*.png"))
-MANY = [*DIGITS, *DIGITS[: max(HANDFUL + 1 - len(DIGITS), 0)]]
+HANDFUL = len(DIGITS) - 1
+
+
+@pytest.fixture(autouse=True)
+def small_handful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "HANDFUL", HANDFUL)
 
 
 def test_many_images_are_computed_by_a_copy() -> None:
     model = beitzoo.create_model("test_beit")
-    assert for_many_images(model, HANDFUL) is model
-    copy = for_many_images(model, HANDFUL + 1)
+    assert for_many_images(model, HANDFUL, 4) is model
+    copy = for_many_images(model, HANDFUL + 1, 4)
     assert isinstance(copy, InferenceBeit)
-    assert for_many_images(copy, HANDFUL + 1) is copy
+    assert copy.choices.images_like == (4, 3, *model.config.img_size)
+    assert for_many_images(copy, HANDFUL + 1, 4) is copy
     assert (type(model), model.training) == (beitzoo.Beit, True)
-    assert for_many_images(model, HANDFUL + 1, inplace=True) is model
+    assert for_many_images(model, HANDFUL + 1, 4, inplace=True) is model
     assert isinstance(model, InferenceBeit)
 
 
@@ -45,7 +51,7 @@ def elsewhere(model: beitzoo.Beit) -> None:
 def test_what_cannot_be_copied_computes_itself(change: Callable[[beitzoo.Beit], None]) -> None:
     model = beitzoo.create_model("test_beit")
     change(model)
-    assert for_many_images(model, HANDFUL + 1) is model
+    assert for_many_images(model, HANDFUL + 1, 4) is model
     assert type(model) is beitzoo.Beit
 
 
@@ -66,7 +72,7 @@ def test_predict_and_embed_give_the_same_by_the_copy(is_generator: bool, monkeyp
         return made[-1]
 
     def images() -> Any:
-        return (path for path in MANY) if is_generator else MANY
+        return (path for path in DIGITS) if is_generator else DIGITS
 
     monkeypatch.setattr(fastest, "optimize", noted)
     model = beitzoo.create_model(pretrained=True)
@@ -76,12 +82,12 @@ def test_predict_and_embed_give_the_same_by_the_copy(is_generator: bool, monkeyp
     np.testing.assert_allclose(beitzoo.embed(model, images()), plain, atol=1e-5 * np.abs(plain).max())
     by_copy = beitzoo.predict({"a": model}, images(), topk=10)
     assert len(made) == 2
-    assert [one.path for one in by_copy] == MANY
+    assert [one.path for one in by_copy] == DIGITS
     assert {one.model for one in by_copy} == {"a"}
     for one, other in zip(answers, by_copy, strict=True):
         first, second = ({answer.index: answer.probability for answer in each.answers} for each in (one, other))
         assert first == pytest.approx(second, abs=1e-5)
-    assert len(beitzoo.predict(model, MANY)) == len(MANY)
-    beitzoo.predict(model, MANY[:1])
+    assert len(beitzoo.predict(model, DIGITS)) == len(DIGITS)
+    beitzoo.predict(model, DIGITS[:1])
     assert len(made) == 3
     assert model.training
