@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 # What a user of a command is told.
 OPTIMIZED = "The optimized copy computes, the same to rounding; --no-optimize leaves it out."
 # An estimate: `optimize` measures for up to 3 seconds with a base network, which is as long as its passes over about
-# twenty images on two cores, and the copy saves about a fifth of each pass: it has paid for itself after a hundred.
+# ten images on two cores, and the copy saves about a tenth of a pass: it has paid for itself after about a hundred.
 HANDFUL = 100
 
 
