@@ -33,8 +33,8 @@ LinearName = Literal["qkv", "proj", "fc1", "fc2"]
 NOISE = 0.02  # of two times that differ by less, neither is the shorter one
 LOSER = 1.2  # times the shortest time: not tried again
 FEWEST_TURNS, MOST_TURNS = 2, 12
-SECONDS = 0.3  # for one choice, once every candidate had its fewest turns
-COLD_BYTES = 128 << 20  # of weights that are read in turn: several times the last cache of most processors
+SECONDS = 0.2  # for one choice, once every candidate had its fewest turns
+COLD_BYTES = 64 << 20  # of weights that are read in turn: more than the last cache that most cores share
 FEW_IMAGES = (1, 2, 4, 8)
 
 ATTENTIONS: dict[str, Attend] = {"fused": kernels.attend, "blocked": kernels.attend_blocked}
@@ -142,7 +142,7 @@ class Trial:
     def block(self, choices: Choices) -> Choice:
         """Say whether a block that is made of all that was chosen is faster than the plain one."""
         plain = _plain(self.model, self.dtype, choices.images_like)
-        x = self._random(self.batch, self.model.config.embed_dim)
+        x = self._random(self._images(choices), self.model.config.embed_dim)
         candidates = {"plain": self._blocks(plain), "chosen": self._blocks(choices)}
         calls = {name: [partial(block, x, self.bias) for block in blocks] for name, blocks in candidates.items()}
         return race(warm(calls), self.clock)

@@ -231,27 +231,34 @@ class Int8Linear(InferenceLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, inputs) to (B, N, outputs)."""
+        return self._scaled(x).to(x.dtype)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Apply the linear and an exact GELU."""
+        return torch.ops.aten.gelu_(self._scaled(x)).to(x.dtype)
+
+    def add(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Apply the linear and add a residual."""
+        y, scale = self._product(x)
+        y = torch.addcmul(residual.float(), y, scale)
+        return (y if self.bias is None else y.add_(self.bias)).to(residual.dtype)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        y, scale = self._product(x)
+        return y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
+
+    def _product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs (B, N, outputs) that are yet to be multiplied by a scale per token, (B, N, 1), and that."""
         levels = _levels()
-        tokens = x.flatten(0, -2).float()
-        scale = tokens.abs().amax(1, keepdim=True).clamp_min(1e-12) / levels
-        rounded = (tokens / scale).round_().add_(levels + 1).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            rounded,
-            1.0,
-            levels + 1,
-            self.weight,
-            self.scale,
-            self.zero_points,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        ).mul_(scale)
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        x = x.float()
+        scale = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(1e-12).div_(levels)
+        # One pass that scales, shifts and prepares rounding by what is cut off; a second one cuts off.
+        rounded = torch.addcmul(x.new_tensor(levels + 1.5), x, scale.reciprocal()).to(torch.uint8)
+        product = torch.ops.onednn.qlinear_pointwise
+        to_float32: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
+        weight = (self.weight, self.scale, self.zero_points)
+        y = product(rounded.flatten(0, -2), 1.0, levels + 1, *weight, *to_float32)
+        return y.unflatten(0, x.shape[:-1]), scale
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "weight": self.weight.to_dense()}
