@@ -18,6 +18,7 @@ from beitzoo.zoo.networks import BeitConfig, Pair, ResizeRule
 
 Instructions = Literal["avx2", "avx512", "vnni", "avx512_bf16", "amx_tile"]
 
+LEAST_SCORES = 200_000  # of one image; fewer (3 heads at 224 pixels) two threads share out worse than those of a batch
 BLOCK_BYTES = 4 << 20  # scores at a time in `attend_blocked`; a share of the last cache of most server processors
 
 
@@ -89,7 +90,7 @@ def attend(qkv: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
         Mixed values, (B, H, N, D).
     """
     trained = bias is not None and _is_trained(qkv, bias)
-    if trained and dropout == 0:
+    if trained and dropout == 0 and qkv.shape[2] * qkv.shape[3] ** 2 >= LEAST_SCORES:
         mixed: Tensor = _Attention.apply(qkv, bias)
         return mixed
     q, k, v = qkv.unbind(0)

@@ -141,6 +141,23 @@ def trained_attention(dtype: torch.dtype = torch.float64, batch: int = 2) -> tup
     return qkv, torch.randn(2, 9, 16, dtype=dtype, requires_grad=True)[..., :9]
 
 
+@pytest.fixture
+def image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LEAST_SCORES", 0)
+
+
+def test_few_scores_of_a_trained_bias_are_computed_in_steps() -> None:
+    qkv, bias = trained_attention()
+    weights = torch.ones(2, 2, 9, 4, dtype=torch.float64)
+    found = kernels.attend(qkv, bias)
+    assert type(found.grad_fn).__name__ != "_AttentionBackward"
+    fused = F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
+    expected = torch.autograd.grad(fused, (qkv, bias), weights)
+    for a, b in zip(torch.autograd.grad(found, (qkv, bias), weights), expected, strict=True):
+        assert relative_error(a, b) <= 1e-12
+
+
+@pytest.mark.usefixtures("image_by_image")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_attention_with_a_trained_bias_has_the_gradients_of_the_fused_kernel(dropout: float) -> None:
     qkv, bias = trained_attention()
@@ -160,12 +177,14 @@ def test_attention_with_a_trained_bias_has_the_gradients_of_the_fused_kernel(dro
     assert ours[0].permute(1, 3, 0, 2, 4).is_contiguous()  # as the output of the linear
 
 
+@pytest.mark.usefixtures("image_by_image")
 def test_attention_with_a_trained_bias_can_be_differentiated_twice_and_for_several_outputs_at_once() -> None:
     qkv, bias = trained_attention(batch=1)
     assert torch.autograd.gradcheck(kernels.attend, (qkv, bias), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(kernels.attend, (qkv, bias))
 
 
+@pytest.mark.usefixtures("image_by_image")
 def test_attention_with_a_trained_bias_in_bfloat16_is_as_exact_as_its_inputs() -> None:
     qkv, bias = trained_attention(torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in (qkv, bias)]
