@@ -112,8 +112,8 @@ def _masking(model: str, grid: "Pair", masked: int | None) -> "Masking":
     from beitzoo.images.masks import Masking
     from beitzoo.inference.reconstruct import default_masking
     from beitzoo.training.folder import RECIPE
+    from beitzoo.training.pretrain_sections import Pretrain
     from beitzoo.training.recipe import read_resolved
-    from beitzoo.training.sections import Pretrain
 
     masking = default_masking(grid)
     recipe = full_path(model.removeprefix("local-dir:")) / RECIPE

@@ -55,7 +55,7 @@ def _job(recipe: "Recipe", count: int, device: "torch.device") -> "TokenJob":
     from beitzoo.images.augment import TwoViews
     from beitzoo.inference.tokenize import TokenJob
     from beitzoo.training.data import load_images, split_images
-    from beitzoo.training.sections import Pretrain
+    from beitzoo.training.pretrain_sections import Pretrain
     from beitzoo.training.tasks.pretrain import check_network
 
     assert isinstance(recipe.task, Pretrain)

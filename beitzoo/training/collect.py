@@ -15,8 +15,9 @@ from beitzoo.errors import MissingFileError
 from beitzoo.files import full_path, read_text
 from beitzoo.results import ENVIRONMENT, Row, Value
 from beitzoo.training.folder import LOG, METRICS, RECIPE
+from beitzoo.training.pretrain_sections import Pretrain, TrainTokenizer
 from beitzoo.training.recipe import Recipe, read_resolved
-from beitzoo.training.sections import Finetune, Pretrain, TrainTokenizer
+from beitzoo.training.sections import Finetune
 
 # What makes two runs draws of the same experiment: all that was asked for but the seeds.
 _WHAT = ("task", "model", "overrides", "start", "tokenizer", "teacher", "data", "train_per_class", "train_images")

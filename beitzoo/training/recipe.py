@@ -11,16 +11,8 @@ from pydantic import Field, ValidationError
 
 from beitzoo.errors import UserError, closest, describe_invalid
 from beitzoo.files import full_path, read_text
-from beitzoo.training.sections import (
-    DataSection,
-    Finetune,
-    ModelSection,
-    Pretrain,
-    RunSection,
-    Section,
-    TrainSection,
-    TrainTokenizer,
-)
+from beitzoo.training.pretrain_sections import Pretrain, TrainTokenizer
+from beitzoo.training.sections import DataSection, Finetune, ModelSection, RunSection, Section, TrainSection
 from beitzoo.training.segment_sections import TrainSegmenter
 
 # The command that runs each kind of task.

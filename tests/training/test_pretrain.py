@@ -26,9 +26,9 @@ from beitzoo.models.mim import MaskedImageModel
 from beitzoo.saving import save_tokenizer
 from beitzoo.training.masked_images import MaskedBatch
 from beitzoo.training.optim import make_optimizer
+from beitzoo.training.pretrain_sections import Pretrain
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, load_recipe
-from beitzoo.training.sections import Pretrain
 from beitzoo.training.tasks.finetune import prepare as prepare_finetuning
 from beitzoo.training.tasks.pretrain import PretrainTask, code_use, prepare, pretrain
 from beitzoo.zoo.checkpoints import HALF, IMAGENET_MEAN, IMAGENET_STD, Mim

@@ -29,10 +29,10 @@ from beitzoo.training.data import Order, UnreadableImages, check_any_read, load_
 from beitzoo.training.generators import derive_seed, seed_generators
 from beitzoo.training.masked_images import MaskedBatch, MaskedImages
 from beitzoo.training.optim import groups_without_layers, spread_bias_tables
+from beitzoo.training.pretrain_sections import Pretrain, ProbeSection
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
-from beitzoo.training.sections import Pretrain, ProbeSection
 from beitzoo.training.task import Metrics
 from beitzoo.zoo.checkpoints import DataConfig, Mim
 from beitzoo.zoo.networks import BeitConfig, MimConfig

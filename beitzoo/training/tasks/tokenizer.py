@@ -24,10 +24,10 @@ from beitzoo.saving import save_tokenizer
 from beitzoo.training.data import Order, UnreadableImages, check_any_read, load_images, split_images
 from beitzoo.training.generators import derive_seed, seed_generators
 from beitzoo.training.optim import groups_without_layers
+from beitzoo.training.pretrain_sections import TrainTokenizer
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
 from beitzoo.training.run import run
-from beitzoo.training.sections import TrainTokenizer
 from beitzoo.training.task import Metrics
 from beitzoo.training.teachers import Teacher, load_teacher
 from beitzoo.training.viewed_images import ViewBatch, ViewedImages
