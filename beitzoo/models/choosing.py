@@ -22,8 +22,9 @@ from beitzoo.models import inputs, kernels
 from beitzoo.models.beit import Beit, Block
 from beitzoo.models.choices import Choice, Choices, ImagesLike, dtype_name, network_of
 from beitzoo.models.inference_block import Attend, InferenceBlock, Parts
+from beitzoo.models.inference_linear import InferenceLinear, MakeLinear
 from beitzoo.models.kernels import PositionBias
-from beitzoo.models.packed import InferenceLinear, MakeLinear, linears_for
+from beitzoo.models.packed import linears_for
 
 Clock = Callable[[], float]
 Call = Callable[[], object]
@@ -52,7 +53,7 @@ def choose(model: Beit, dtype: Dtype, images_like: ImagesLike | None, clock: Clo
     """
     images_like = _checked(images_like or (1, model.config.in_chans, *model.config.img_size), model)
     choices = _plain(model, dtype, images_like)
-    names = list(_linears(choices, model, dtype))
+    names = list(_linears(choices, model, dtype, "qkv"))
     if model.cls_token.device.type != "cpu":
         return choices
     trial = Trial(model, dtype, images_like, clock)
@@ -77,9 +78,9 @@ def parts_of(choices: Choices, model: Beit, dtype: Dtype) -> Parts:
     Raises:
         ValueError: Something was chosen that cannot be had here.
     """
-    linears = _linears(choices, model, dtype)
     made: dict[str, MakeLinear] = {}
     for name in get_args(LinearName):
+        linears = _linears(choices, model, dtype, name)
         taken = getattr(choices, name).taken
         if taken not in linears:
             raise InvalidValueError(
@@ -125,7 +126,7 @@ class Trial:
 
     def linear(self, name: LinearName, choices: Choices) -> Choice:
         """Choose the kind of one linear, with what a block does behind it."""
-        kinds = _linears(choices, self.model, self.dtype)
+        kinds = _linears(choices, self.model, self.dtype, name)
         if name != "fc1":
             kinds.pop("packed_gelu_behind", None)
         weights = [_linear_of(block, name) for block in self.model.blocks]
@@ -209,10 +210,10 @@ def _plain(model: Beit, dtype: Dtype, images_like: ImagesLike) -> Choices:
     )
 
 
-def _linears(choices: Choices, model: Beit, dtype: Dtype) -> dict[str, MakeLinear]:
+def _linears(choices: Choices, model: Beit, dtype: Dtype, name: LinearName) -> dict[str, MakeLinear]:
     grid = inputs.grid_of(torch.empty(choices.images_like, device="meta"), model.config)
     images = _images_at_a_time(choices) or choices.images_like[0]
-    return linears_for(model.cls_token, dtype, images * (1 + grid[0] * grid[1]))
+    return linears_for(model.cls_token, dtype, images * (1 + grid[0] * grid[1]), behind_gelu=name == "fc2")
 
 
 def _images_at_a_time(choices: Choices) -> int | None:

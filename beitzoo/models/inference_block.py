@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from beitzoo.models import inputs, kernels
 from beitzoo.models.beit import Attention, Block
+from beitzoo.models.inference_linear import MakeLinear
 from beitzoo.models.kernels import PositionBias
-from beitzoo.models.packed import MakeLinear
 from beitzoo.zoo.networks import Pair
 
 Attend = Callable[[Tensor, Tensor | None], Tensor]

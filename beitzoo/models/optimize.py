@@ -18,8 +18,8 @@ from beitzoo.models import choosing, kernels
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp
 from beitzoo.models.choices import Choices, ImagesLike, dtype_name
 from beitzoo.models.inference_block import InferenceBlock
+from beitzoo.models.inference_linear import InferenceLinear
 from beitzoo.models.kernels import PositionBias
-from beitzoo.models.packed import InferenceLinear
 from beitzoo.models.segmentation import ConvNorm, Neck
 from beitzoo.zoo.networks import Pair
 

@@ -6,26 +6,24 @@ operators that PyTorch uses itself but does not promise to keep; without them th
 
 import functools
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitzoo.errors import InvalidValueError
-from beitzoo.models import kernels
+from beitzoo.models.inference_linear import InferenceLinear, MakeLinear
+from beitzoo.models.int8 import GELU_LEAST, Int8Linear
 
 MOST_REPACKS = 16  # of a convolution's weight
 
 _ONE_BY_ONE = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation and groups
 
-MakeLinear = Callable[[Tensor, Tensor | None], "InferenceLinear"]
-
 
 def linears_for(
-    like: Tensor, dtype: torch.dtype | Literal["int8"] | None, tokens: int | None = None
+    like: Tensor, dtype: torch.dtype | Literal["int8"] | None, tokens: int | None = None, behind_gelu: bool = False
 ) -> dict[str, MakeLinear]:
     """Return every kind of linear that can be had for a dtype and the device of `like`, by name, the plainest first.
 
@@ -33,6 +31,7 @@ def linears_for(
         like: A parameter of the network: its device, and its dtype if none is named.
         dtype: Of weights and outputs.
         tokens: Of one call, if they are known.
+        behind_gelu: Whether the input is what GELU returns.
 
     Raises:
         ValueError: There is none for this dtype.
@@ -44,7 +43,8 @@ def linears_for(
                 f"Got dtype='int8' on {like.device} here; it needs a CPU and a PyTorch with oneDNN. "
                 "Move the model to the CPU first, or use torch.bfloat16."
             )
-        return {"int8": lambda weight, bias: Int8Linear(weight.float(), None if bias is None else bias.float())}
+        kind = functools.partial(Int8Linear, least=GELU_LEAST if behind_gelu else None)
+        return {"int8": functools.partial(_make, kind, torch.float32)}
     wanted = like.dtype if dtype is None else dtype
     if wanted not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise InvalidValueError(f"Got dtype={dtype!r}; use torch.bfloat16, float16, float32, float64, 'int8', or None.")
@@ -69,31 +69,8 @@ def _kinds(dtype: torch.dtype, tokens: int | None) -> dict[str, MakeLinear]:
     return kinds
 
 
-def _make(kind: MakeLinear, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> "InferenceLinear":
+def _make(kind: MakeLinear, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> InferenceLinear:
     return kind(weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-class InferenceLinear(nn.Module):
-    """A linear, and what a block does behind it."""
-
-    in_graphs: ClassVar[bool] = True  # whether PyTorch can compile, export and trace it
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, inputs) to (B, N, outputs)."""
-        return F.linear(x, self.weight, self.bias)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """Apply the linear and an exact GELU."""
-        return F.gelu(self(x))
-
-    def add(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Apply the linear and add a residual."""
-        return residual + self(x)
 
 
 class PackedLinear(InferenceLinear):
@@ -214,61 +191,6 @@ class Packing:
         return Packing(weight, conditions, count)
 
 
-class Int8Linear(InferenceLinear):
-    """A linear that multiplies 8-bit integers: weights scaled per output channel, activations per token.
-
-    A scale per token, found as it comes, makes the output for an image independent of its batch.
-    """
-
-    in_graphs = False
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-        rounded = (weight / scale[:, None]).round().to(torch.int8)
-        super().__init__(torch.ops.onednn.qlinear_prepack(rounded.contiguous(), None), bias)
-        self.scale = scale
-        self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, inputs) to (B, N, outputs)."""
-        return self._scaled(x).to(x.dtype)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """Apply the linear and an exact GELU."""
-        return torch.ops.aten.gelu_(self._scaled(x)).to(x.dtype)
-
-    def add(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Apply the linear and add a residual."""
-        y, scale = self._product(x)
-        y = torch.addcmul(residual.float(), y, scale)
-        return (y if self.bias is None else y.add_(self.bias)).to(residual.dtype)
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        y, scale = self._product(x)
-        return y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
-
-    def _product(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outputs (B, N, outputs) that are yet to be multiplied by a scale per token, (B, N, 1), and that."""
-        levels = _levels()
-        x = x.float()
-        scale = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(1e-12).div_(levels)
-        # One pass that scales, shifts and prepares rounding by what is cut off; a second one cuts off.
-        rounded = torch.addcmul(x.new_tensor(levels + 1.5), x, scale.reciprocal()).to(torch.uint8)
-        product = torch.ops.onednn.qlinear_pointwise
-        to_float32: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-        weight = (self.weight, self.scale, self.zero_points)
-        y = product(rounded.flatten(0, -2), 1.0, levels + 1, *weight, *to_float32)
-        return y.unflatten(0, x.shape[:-1]), scale
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "weight": self.weight.to_dense()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(
-            {**state, "weight": torch.ops.onednn.qlinear_prepack(state["weight"].t().contiguous(), None)}
-        )
-
-
 def _as_image(x: Tensor) -> Tensor:
     """See tokens (B, N, C) as images (B, C, 1, N) with their channels side by side."""
     return x.transpose(1, 2).unsqueeze(2)
@@ -285,11 +207,3 @@ def _has_operators(*names: str) -> bool:
 
 def _has_bfloat16() -> bool:
     return _has_operators("_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _levels() -> int:
-    """Say how far activations are rounded, to each side of zero.
-
-    Without VNNI, products of 8 bits are added in pairs in 16 bits, which overflow if the activations use all 8.
-    """
-    return 127 if kernels.cpu_has("vnni") else 63

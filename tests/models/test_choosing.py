@@ -16,6 +16,7 @@ from torch import Tensor
 from beitzoo import Beit, optimize
 from beitzoo.models import choosing, kernels, packed
 from beitzoo.models.choices import Choices
+from beitzoo.models.inference_linear import InferenceLinear
 from beitzoo.zoo.architectures import ARCHITECTURES
 
 
@@ -108,7 +109,7 @@ def made_slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, s
             clock.work(1.0)
             return call(*args)
 
-        def timed_use(name: choosing.LinearName, linear: packed.InferenceLinear, *tensors: Tensor) -> choosing.Call:
+        def timed_use(name: choosing.LinearName, linear: InferenceLinear, *tensors: Tensor) -> choosing.Call:
             call = use(name, linear, *tensors)
             return call if _kind_of(linear) == fast[name] else partial(slow, call)
 
@@ -121,11 +122,11 @@ def made_slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, s
     yield arrange
 
 
-def _kind_of(linear: packed.InferenceLinear) -> str:
+def _kind_of(linear: InferenceLinear) -> str:
     if type(linear) is packed.PackedLinear:
         return "packed" if linear.tokens is None else "packed_for_tokens"
     names = {
-        packed.InferenceLinear: "plain",
+        InferenceLinear: "plain",
         packed.PackedGeluBehind: "packed_gelu_behind",
         packed.ConvolutionLinear: "convolution",
     }

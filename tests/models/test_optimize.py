@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import beitzoo
 from beitzoo import Beit, optimize
-from beitzoo.models import kernels, packed
 from beitzoo.models import optimize as optimize_module
+from beitzoo.models import packed
+from beitzoo.models.inference_linear import InferenceLinear
 from beitzoo.zoo.architectures import ARCHITECTURES
 
 SMALL = ARCHITECTURES["test_beit"]
@@ -34,7 +35,7 @@ def images(batch: int = 3, size: tuple[int, int] = (64, 64)) -> Tensor:
 
 
 CLASSES = {
-    "plain": packed.InferenceLinear,
+    "plain": InferenceLinear,
     "packed": packed.PackedLinear,
     "packed_for_tokens": packed.PackedLinear,
     "packed_gelu_behind": packed.PackedGeluBehind,
@@ -51,7 +52,7 @@ COPIES = [
 
 
 def kinds_in(fast: Beit) -> set[type]:
-    return {type(module) for module in fast.modules() if isinstance(module, packed.InferenceLinear)}
+    return {type(module) for module in fast.modules() if isinstance(module, InferenceLinear)}
 
 
 FLAGS: list[dict[str, object]] = [
@@ -115,7 +116,7 @@ def test_kinds_of_linears_follow_what_pytorch_has(
 
 def test_a_pytorch_without_these_operators_gets_plain_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
-    assert kinds_in(optimize(build())) == {packed.InferenceLinear}
+    assert kinds_in(optimize(build())) == {InferenceLinear}
 
 
 def test_shapes_that_keep_changing_end_in_a_plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,37 +342,6 @@ def test_bfloat16_is_no_further_from_float32_than_the_model_in_bfloat16() -> Non
 def test_a_dtype_that_the_processor_lacks_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"no arithmetic in torch.bfloat16; torch.float32 is faster"):
         optimize(build(), dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("vnni", [False, True])
-def test_int8_is_near_and_independent_of_the_batch(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if vnni and not kernels.cpu_has("vnni"):
-        pytest.skip("this CPU has no VNNI")
-    monkeypatch.setattr(kernels, "cpu_has", lambda feature: vnni)
-    model = build()
-    fast = optimize(model, dtype="int8")
-    x = images()
-    with torch.inference_mode():
-        assert 1e-4 < relative_error(fast(x), model(x)) <= 0.04
-        louder = torch.cat([x[:1], 50 * x])
-        torch.testing.assert_close(fast(louder)[:1], fast(x)[:1], rtol=1e-5, atol=1e-5)
-
-
-def test_int8_linear_is_the_rounded_product() -> None:
-    weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, 5, 64) * 3
-    levels = packed._levels()
-    weight_scale = weight.abs().amax(1, keepdim=True) / 127
-    scale = x.abs().amax(-1, keepdim=True) / levels
-    exact = (x / scale).round().double() @ (weight / weight_scale).round().double().t()
-    expected = (exact * scale * weight_scale.t() + bias).float()
-    torch.testing.assert_close(packed.Int8Linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_int8_never_overflows() -> None:
-    """All at full range: the largest sums there can be."""
-    x, weight = torch.ones(3, 3072), torch.ones(16, 3072)
-    torch.testing.assert_close(packed.Int8Linear(weight, None)(x), torch.full((3, 16), 3072.0), rtol=1e-5, atol=0)
-    torch.testing.assert_close(packed.Int8Linear(-weight, None)(x), torch.full((3, 16), -3072.0), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
