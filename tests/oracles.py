@@ -9,7 +9,7 @@ from scipy.special import erf
 from torch import Tensor, nn
 
 from beitzoo import Beit, BeitConfig
-from beitzoo.measure.peers import randomise as randomise
+from beitzoo.measure.comparison import randomise as randomise
 from beitzoo.models.segmentation import Segmenter
 
 Array = np.ndarray

@@ -32,7 +32,7 @@ DATA_MODEL = "beit_base_patch16_224.in22k_ft_in22k_in1k"
 _OF_FILES = {"model", "bench", "num_bench_iter", "images", "seed"}
 # What has a column of its own; all else that was asked for goes into the column `options`.
 _COLUMNS = {"model", "bench", "img_size", "input_size", "batch_size", "precision", "device", "peer", "subject"}
-_COLUMNS |= {"subject_precision", "num_warm_iter", "num_bench_iter", "retry"}
+_COLUMNS |= {"subject_precision", "num_warm_iter", "num_bench_iter", "retry", "memory"}
 # What is not timm's default where visual tokens or the classes of pixels are predicted: as in BEiT's own training.
 _OF_ORIGINAL: dict[str, Any] = {"opt": "adamw", "smoothing": 0.0}
 _HEADS: dict[object, type[Mim | Segment]] = {"mim": Mim, "segment": Segment}
@@ -139,6 +139,9 @@ class BenchmarkOptions:
     subject_precision: Annotated[
         Precision | None, Flag("Its precision where that differs from the peer's, such as int8.")
     ] = None
+    memory: Annotated[
+        bool, Flag("Compare the most memory in use too, of each side alone; of training and segmentation it always is.")
+    ] = False
     images: Annotated[
         tuple[Path, ...], Flag("Photographs for --bench data.", reads={"type": Path, "nargs": "+", "metavar": "FILE"})
     ] = ()

@@ -50,7 +50,13 @@ _OF_RATIOS = _OF_BOTH | {
     "subject_precision",
     "bench",
     "batch_size",
+    "subject_error",
+    "peer_error",
 }
+# Outputs that are this far off at the most, as a share of the largest, are those of float32 but for rounding.
+_ROUNDING = 1e-4
+# What rows of one picture have in common.
+_MACHINE = ("device", "threads", "torch")
 _IN_FILE_NAMES = str.maketrans("+ ", "--")
 
 
@@ -135,11 +141,14 @@ def measured_speeds(rows: Iterable[Row]) -> dict[str, Row]:
 
 
 def _of_one_machine(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows of the machine with the most of them: those of several cannot be compared."""
-    groups: dict[tuple[Value, Value], list[Row]] = {}
+    """Return the rows of one machine and version of torch: those of several cannot be compared.
+
+    It is the one of the newest row, and of several that were used on that day the one with the most rows.
+    """
+    groups: dict[tuple[Value, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["device"], row["threads"]), []).append(row)
-    return max(groups.values(), key=len, default=[])
+        groups.setdefault(tuple(row[name] for name in _MACHINE), []).append(row)
+    return max(groups.values(), key=lambda group: (max(str(row["date"]) for row in group), len(group)), default=[])
 
 
 def images_per_second(row: Row) -> float:
@@ -217,6 +226,7 @@ def _draw_ratios(rows: Sequence[Row], bench: str, precision: str, subject: str) 
         if row["ratio_low"]:
             axes.plot([_number(row, "ratio_low"), _number(row, "ratio_high")], [y, y], color=colour, linewidth=1.6)
         axes.plot(_number(row, "ratio"), y, marker, color=colour, markersize=6, markeredgecolor="white")
+        _say_errors(axes, row, y)
     for peer in peers:
         axes.plot([], [], _LOOKS[peer][1], color=_LOOKS[peer][0], label=peer)
     axes.axvline(1, color=_INK, linewidth=1, zorder=1)
@@ -237,18 +247,40 @@ def _draw_ratios(rows: Sequence[Row], bench: str, precision: str, subject: str) 
     return figure
 
 
+def _say_errors(axes: "Axes", row: Row, y: float) -> None:
+    """Write behind a ratio how far off both outputs are, if they are so by more than rounding."""
+    theirs, ours = _number(row, "peer_error"), _number(row, "subject_error")
+    if max(theirs, ours) > _ROUNDING:
+        axes.annotate(
+            f"off by {theirs:.1%}, ours {ours:.1%}",
+            (max(_number(row, "ratio"), _number(row, "ratio_high")), y),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color="#555555",
+        )
+
+
 def _groups(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Group the ratios of one machine by bench, precisions and subject; a later row replaces an earlier one."""
-    groups: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
-    drawn = [row for row in rows if row.keys() >= _OF_RATIOS and row["ratio"] and row["peer"] in _LOOKS]
-    for row in _of_one_machine(drawn):
-        ours, theirs = str(row["subject_precision"]), str(row["precision"])
-        precision = ours if ours == theirs else f"{ours} against {theirs}"
+    """Group ratios by bench, precisions and subject, each group of one machine; a later row replaces an earlier one."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.keys() >= _OF_RATIOS and row["ratio"] and row["peer"] in _LOOKS:
+            ours, theirs = str(row["subject_precision"]), str(row["precision"])
+            precision = ours if ours == theirs else f"{ours} against {theirs}"
+            groups.setdefault((str(row["bench"]), precision, str(row["subject"])), []).append(row)
+    return {group: _latest(_of_one_machine(members)) for group, members in groups.items()}
+
+
+def _latest(rows: Iterable[Row]) -> list[Row]:
+    """Return the last row of each scenario and peer, named by its scenario."""
+    latest: dict[tuple[str, str], Row] = {}
+    for row in rows:
         size = f" {other}" if (other := _other_size(row)) else ""
         name = f"{row['model']}{size}, batch {row['batch_size']} {row['options']}".rstrip()
-        group = groups.setdefault((str(row["bench"]), precision, str(row["subject"])), {})
-        group[name, str(row["peer"])] = {**row, "model": name}
-    return {group: list(members.values()) for group, members in groups.items()}
+        latest[name, str(row["peer"])] = {**row, "model": name}
+    return list(latest.values())
 
 
 def _canvas(width: float, height: float) -> "tuple[Figure, Axes]":

@@ -24,8 +24,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from beitzoo.errors import InvalidValueError, UserError, is_out_of_memory
 from beitzoo.factory import create_model
 from beitzoo.measure import data_path, steps
+from beitzoo.measure.comparison import compare, measure_memory
 from beitzoo.measure.options import BenchmarkOptions
-from beitzoo.measure.peers import check_installed, compare, measure_memory, peer_version
+from beitzoo.measure.peers import check_installed, peer_version
 from beitzoo.results import ENVIRONMENT, Row, Table
 from beitzoo.saving import save_pretrained, save_transformers
 from beitzoo.zoo import costs
@@ -184,7 +185,7 @@ def _measure_comparison(job: BenchmarkOptions) -> list[Row]:
     outcome = run_in_child(compare, job, limit_memory=job.device == "cpu")
     if outcome.result is None:
         return [{"error": outcome.error}]
-    takes_much = job.bench == "train" or job.segmenter is not None
+    takes_much = job.memory or job.bench == "train" or job.segmenter is not None
     return [outcome.result | _measure_memory(job)] if takes_much else [outcome.result]
 
 

@@ -23,7 +23,7 @@ FLAGS = """
     --batch-size -b --img-size --input-size --precision --device --checkpoint --num-classes --gp --model-kwargs
     --channels-last --torchcompile --torchcompile-mode --grad-checkpointing --num-warm-iter --num-bench-iter --no-retry
     --detail --seed --opt --opt-eps --opt-betas --momentum --weight-decay --lr --clip-grad --clip-mode --smoothing
-    --drop --drop-path --subject --subject-precision --images
+    --drop --drop-path --subject --subject-precision --memory --images
 """
 
 

@@ -12,9 +12,11 @@ from torch import nn
 
 import beitzoo
 from beitzoo.errors import UnsupportedError
-from beitzoo.measure import peers
+from beitzoo.measure import comparison, torch_peers
+from beitzoo.measure.comparison import compare, publishable
 from beitzoo.measure.options import BenchmarkOptions
-from beitzoo.measure.peers import PEERS, Peer, Side, check_installed, compare, publishable
+from beitzoo.measure.peers import PEERS, check_installed
+from beitzoo.measure.sides import Peer, Side
 from beitzoo.measure.sweep import COMPARISON_COLUMNS
 from beitzoo.results import read_rows
 from beitzoo.zoo import costs
@@ -79,8 +81,8 @@ MIM = replace(
 
 
 def test_transformers_has_the_same_loss_of_masked_patches(tmp_path: Path) -> None:
-    ours, theirs = (peers._training(peers._side(replace(MIM, peer=name), tmp_path / name)) for name in SIDES)
-    assert isinstance(theirs.network, peers._Logits)
+    ours, theirs = (comparison._training(comparison._side(replace(MIM, peer=name), tmp_path / name)) for name in SIDES)
+    assert isinstance(theirs.network, torch_peers._Outputs)
     assert type(theirs.network.network).__name__ == "BeitForMaskedImageModeling"
     assert theirs.outputs().shape == (12, 40)
     for _ in range(2):  # before the first step, and behind it
@@ -108,7 +110,7 @@ def test_without_its_head_a_masked_image_model_is_compared_as_features(tmp_path:
 
 
 def test_the_memory_of_training_is_measured() -> None:
-    assert float(peers.measure_memory(replace(MIM, peer="beitzoo"))["peak_memory"] or 0) > 100
+    assert float(comparison.measure_memory(replace(MIM, peer="beitzoo"))["peak_memory"] or 0) > 100
 
 
 @pytest.mark.parametrize("peer", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
@@ -163,13 +165,13 @@ def test_every_installed_peer_is_found() -> None:
 def test_the_row_of_known_times() -> None:
     model = beitzoo.create_model("test_beit")
     times = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 2.0, 12.0], "gemm": [0.5, 0.5, 0.5]}
-    row = peers._timed_columns(times, model.config, OPTIONS)
+    row = comparison._timed_columns(times, model.config, OPTIONS)
     assert (row["ratio"], row["ratio_low"], row["ratio_high"]) == (2.0, None, None)
     assert (row["step_time"], row["samples_per_sec"], row["peer_step_time"]) == (2000.0, 1.0, 2000.0)
     work = 2 * 2 * costs.macs(model.config)
     assert row["gflops"] == float(f"{work / 2.0 / 1e9:.4g}")
     share = float(row["gemm_share"] or 0)
-    trained = peers._gemm_columns(times, model.config, replace(OPTIONS, bench="train"))
+    trained = comparison._gemm_columns(times, model.config, replace(OPTIONS, bench="train"))
     assert share == pytest.approx(float(row["gflops"] or 0) / float(row["gemm_gflops"] or 1), rel=1e-3)
     assert trained["gemm_share"] == pytest.approx(3 * share, rel=1e-3)
 
@@ -198,15 +200,15 @@ def test_the_results_of_this_repository_are_publishable() -> None:
 
 
 def test_a_difference_is_relative_and_needs_like_shapes() -> None:
-    assert peers.relative_difference(torch.tensor([1.0, -2.0]), torch.tensor([1.5, -4.0])) == 0.5
+    assert comparison.relative_difference(torch.tensor([1.0, -2.0]), torch.tensor([1.5, -4.0])) == 0.5
     with pytest.raises(ValueError, match=r"shapes \(1,\) and \(2,\)"):
-        peers.relative_difference(torch.ones(1), torch.ones(2))
+        comparison.relative_difference(torch.ones(1), torch.ones(2))
 
 
 def test_matrix_products_have_the_shapes_of_the_linears() -> None:
     config = BeitConfig(embed_dim=64, num_heads=2, img_size=(32, 64))
-    products = peers.gemm_call(config, 3, torch.float32, torch.device("cpu"))()
+    products = comparison.gemm_call(config, 3, torch.float32, torch.device("cpu"))()
     assert [tuple(product.shape) for product in products] == [(27, 192), (27, 64), (27, 256), (27, 64)]  # type: ignore[attr-defined]
     deeper, attention = (2, 1), 2 * config.num_tokens**2 * config.embed_dim
     block = [costs.macs(BeitConfig(**{**vars(config), "depth": depth})) for depth in deeper]
-    assert peers.gemm_flops(config, 3) == 2 * 3 * (block[0] - block[1] - attention)
+    assert comparison.gemm_flops(config, 3) == 2 * 3 * (block[0] - block[1] - attention)

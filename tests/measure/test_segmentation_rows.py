@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from beitzoo.errors import UnsupportedError
-from beitzoo.measure import peers, steps
+from beitzoo.measure import comparison, steps
 from beitzoo.measure.benchmark import read_flags
+from beitzoo.measure.comparison import compare
 from beitzoo.measure.options import BenchmarkOptions
-from beitzoo.measure.peers import compare
 from beitzoo.measure.sweep import COMPARISON_COLUMNS
 from beitzoo.models.segmentation import Segmenter
 
@@ -48,7 +48,7 @@ def test_transformers_gives_the_same_pixels(subject: str) -> None:
 
 def test_transformers_has_the_same_loss_of_pixels(tmp_path: Path) -> None:
     sides = [
-        peers._training(peers._side(replace(TRAINED, peer=name), tmp_path / name))
+        comparison._training(comparison._side(replace(TRAINED, peer=name), tmp_path / name))
         for name in ("beitzoo", "transformers")
     ]
     ours, theirs = sides
@@ -59,7 +59,7 @@ def test_transformers_has_the_same_loss_of_pixels(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_that_of_all_labelled_pixels(tmp_path: Path) -> None:
-    training = peers._training(peers._side(replace(TRAINED, peer="beitzoo"), tmp_path / "ours"))
+    training = comparison._training(comparison._side(replace(TRAINED, peer="beitzoo"), tmp_path / "ours"))
     network = training.network
     assert isinstance(network, steps.PixelLoss) and isinstance(network.model, Segmenter)
     images, labels = training._inputs[0], training._labels
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_all_labelled_pixels(tmp_path: Path) -> None:
 def test_steps_are_compared_and_memory_is_measured() -> None:
     row = compare(replace(TRAINED, precision="amp_bfloat16"))
     assert 0 < float(row["output_difference"] or 0) < 3e-2
-    assert float(peers.measure_memory(replace(OPTIONS, peer="beitzoo"))["peak_memory"] or 0) > 100
+    assert float(comparison.measure_memory(replace(OPTIONS, peer="beitzoo"))["peak_memory"] or 0) > 100
 
 
 def test_a_model_is_timed_alone() -> None:

@@ -1,6 +1,5 @@
 """What is timed is what was asked for; clocks, and what is made of their readings."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -142,24 +141,43 @@ def test_throughput_is_of_the_mean_and_the_spread_is_beside() -> None:
     }
 
 
-def test_every_timed_step_is_kept_and_no_other() -> None:
-    calls: list[None] = []
-    times = steps.time_steps(lambda: calls.append(time.sleep(0.002)), warm=2, count=3, device=CPU)
-    assert (len(times), len(calls)) == (3, 5)
-    assert all(2 <= milliseconds < 1000 for milliseconds in times)
+class Clock:
+    """A clock that goes on only while something sleeps by it, in the place of the module time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def test_rounds_are_interleaved_in_an_order_that_a_seed_fixes() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(steps, "time", clock := Clock())
+    return clock
+
+
+def test_every_timed_step_is_kept_and_no_other(clock: Clock) -> None:
+    seconds = iter([0.5, 0.25, 0.002, 0.001, 0.003])
+    times = steps.time_steps(lambda: clock.sleep(next(seconds)), warm=2, count=3, device=CPU)
+    assert times == pytest.approx([2.0, 1.0, 3.0])
+    assert next(seconds, None) is None
+
+
+def test_rounds_are_interleaved_in_an_order_that_a_seed_fixes(clock: Clock) -> None:
     def orders(seed: int) -> list[str]:
         turns: list[str] = []
 
         def turn(name: str) -> None:
             turns.append(name)
-            time.sleep(0.06)  # longer than a turn lasts at least: it is not repeated
+            clock.sleep(0.06)  # longer than a turn lasts at least: it is not repeated
 
         calls = {"a": lambda: turn("a"), "b": lambda: turn("b")}
         times = steps.time_rounds(calls, 6, CPU, seed)
-        assert {name: len(values) for name, values in times.items()} == {"a": 6, "b": 6}
+        assert times == {name: pytest.approx([0.06] * 6) for name in calls}
         return turns[2:]  # behind the calls that find out how long a turn is
 
     first = orders(1)
@@ -168,11 +186,11 @@ def test_rounds_are_interleaved_in_an_order_that_a_seed_fixes() -> None:
     assert len({tuple(first[i : i + 2]) for i in range(0, 12, 2)}) == 2
 
 
-def test_what_is_quick_is_repeated_within_a_turn() -> None:
+def test_what_is_quick_is_repeated_within_a_turn(clock: Clock) -> None:
     calls: list[None] = []
-    times = steps.time_rounds({"quick": lambda: calls.append(time.sleep(0.005))}, 2, CPU)
-    assert len(calls) > 6
-    assert all(0.005 <= seconds < 1 for seconds in times["quick"])
+    times = steps.time_rounds({"quick": lambda: calls.append(clock.sleep(0.005))}, 2, CPU)
+    assert len(calls) == 1 + 2 * 10  # once to find out how quick it is, then 0.05 s in each of two rounds
+    assert times["quick"] == pytest.approx([0.005] * 2)
 
 
 def test_the_median_lies_in_its_interval_as_often_as_said() -> None:

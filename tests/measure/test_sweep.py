@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from beitzoo.errors import InvalidValueError
-from beitzoo.measure import peers, steps
+from beitzoo.measure import comparison, steps
 from beitzoo.measure import sweep as room
 from beitzoo.measure.data_path import ROUTES
 from beitzoo.measure.options import BenchmarkOptions
@@ -91,7 +91,7 @@ def test_a_batch_shrinks_for_want_of_memory_only(
 
 
 def test_an_absent_peer_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("beitzoo.measure.peers._version", lambda package: None)
+    monkeypatch.setattr("beitzoo.measure.sides.version_of", lambda package: None)
     job = BenchmarkOptions(model="test_beit", peer="openvino")
     (row,) = sweep([job], STAMP, table(None, "comparison"))
     assert row["peer"] == "openvino"
@@ -102,7 +102,7 @@ def test_memory_is_that_of_each_side_alone(monkeypatch: pytest.MonkeyPatch) -> N
     asked: list[tuple[str | None, str]] = []
 
     def run(function: object, job: BenchmarkOptions, limit_memory: bool) -> Outcome[Row]:
-        if function is peers.compare:
+        if function is comparison.compare:
             return Outcome({"ratio": 1.5})
         asked.append((job.peer, job.precision))
         return Outcome({"peak_memory": 10.0}) if job.peer == "beitzoo" else Outcome(error="no room")
