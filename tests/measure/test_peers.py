@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import beitzoo
-from beitzoo.errors import UnsupportedError
-from beitzoo.measure import comparison, torch_peers
+from beitzoo.errors import InvalidValueError, UnsupportedError
+from beitzoo.measure import comparison, runtime_peers, torch_peers
 from beitzoo.measure.comparison import compare, publishable
 from beitzoo.measure.options import BenchmarkOptions
 from beitzoo.measure.peers import PEERS, check_installed
@@ -122,10 +122,11 @@ def test_runtimes_take_our_network_as_onnx(peer: str) -> None:
 
 
 @pytest.mark.slow
-def test_int8_is_compared_with_what_it_is_not() -> None:
+@pytest.mark.parametrize("peer", ["onnxruntime", "openvino"])
+def test_int8_is_compared_with_what_it_is_not(peer: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        row = compare(replace(OPTIONS, peer="onnxruntime", precision="int8", subject_precision="float32"))
+        row = compare(replace(OPTIONS, peer=peer, precision="int8", subject_precision="float32"))
     assert 1e-4 < float(row["peer_error"] or 0) < 0.3
     assert "peer_gemm_share" not in row
 
@@ -135,7 +136,8 @@ def test_int8_is_compared_with_what_it_is_not() -> None:
     [
         (
             {"peer": "onnxruntime", "precision": "bfloat16"},
-            "onnxruntime is not measured in bfloat16",
+            "onnxruntime is not measured in bfloat16: its kernels for x86 have no bfloat16 or float16 products; "
+            "there are float32, int8",
         ),
         ({"peer": "openvino", "bench": "train"}, "openvino does not train"),
         ({"peer": "timm", "precision": "int8"}, "beitzoo has no int8"),
@@ -152,6 +154,12 @@ def test_int8_is_compared_with_what_it_is_not() -> None:
 def test_what_cannot_be_compared_says_why(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         compare(replace(OPTIONS, **changed))
+
+
+def test_int8_of_openvino_needs_its_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beitzoo.measure.sides.version_of", lambda package: None)
+    with pytest.raises(InvalidValueError, match=r"openvino in int8 needs nncf; .* 'beitzoo\[peers\]'"):
+        runtime_peers._calibrated(None, torch.zeros(0))  # type: ignore[arg-type]
 
 
 def test_every_installed_peer_is_found() -> None:

@@ -94,13 +94,30 @@ def test_no_label_covers_another(results: Path) -> None:
 
 def test_later_rows_replace_earlier_ones_and_failures_are_left_out(results: Path) -> None:
     add_ratio(results, model="beit_base_patch16_224", peer="timm", batch_size=1, ratio=1.5)
-    for other in ({"device": "another"}, {"peer": "unknown"}):
+    older = ({"device": "another"}, {"threads": "y"}, {"torch": "y"})
+    for other in (*older, {"peer": "unknown"}):
         add_ratio(results, **{"model": "beit_base_patch16_224", "peer": "timm", "batch_size": 1, "ratio": 7, **other})
     groups = report._groups(read_rows(results / "comparison.csv"))
     assert list(groups) == [("inference", "float32", "beitzoo"), ("train", "float32", "beitzoo")]
     rows = groups["inference", "float32", "beitzoo"]
     assert len(rows) == 14
     assert next(row["ratio"] for row in rows if row["peer"] == "timm") == "1.5"
+
+
+def test_a_picture_shows_one_machine_that_of_the_newest_row_and_names_it(results: Path) -> None:
+    newer = "AMD EPYC, 2 cores, AVX-512 VNNI"
+    asked = {"model": "test_beit", "batch_size": 1, "device": newer, "date": "x-later"}
+    add_ratio(results, **asked, peer="timm", ratio=2, subject_error=0.001, peer_error=0.0123)
+    add_ratio(results, **asked, peer="openvino", ratio=3, subject_error=1e-6, peer_error=1e-6)
+    rows = read_rows(results / "comparison.csv")
+    figures = report._figures(rows)
+    texts = [text.get_text() for text in figures["ratio-inference-float32-beitzoo"].axes[0].texts]
+    assert [text for text in texts if "off by" in text] == ["off by 1.2%, ours 0.1%"]
+    (caption,) = (text for text in texts if "threads" in text)
+    assert caption.endswith(f"\n{newer}, x threads, torch x. x-later.")
+    # Another picture is of its own newest rows.
+    texts = [text.get_text() for text in figures["ratio-train-float32-beitzoo"].axes[0].texts]
+    assert any(text.endswith("\nx, x threads, torch x. x.") for text in texts)
 
 
 def test_speed_is_the_newest_plain_row_of_the_checkpoint_or_its_architecture(tmp_path: Path) -> None:
@@ -118,7 +135,7 @@ def test_speed_is_the_newest_plain_row_of_the_checkpoint_or_its_architecture(tmp
     assert rate(name) == 1
     add_speed(tmp_path, name, infer_step_time_median=1000 / 3)
     assert rate(name) == pytest.approx(3)
-    add_speed(tmp_path, name, infer_step_time_median=1000 / 9, device="another", date="2027-01-01")
+    add_speed(tmp_path, name, infer_step_time_median=1000 / 9, device="another", date="2025-01-01")
     assert rate(name) == pytest.approx(3)
 
 

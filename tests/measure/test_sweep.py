@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
     assert len(list(sweep(jobs(4), {**STAMP, "date": "2030-01-01"}, table(path)))) == 4
     assert len(measured) == 2
     assert sizes(path) == [1, 2, 3, 4]
-    for other in ("commit", "device"):  # other code, another machine: another measurement
+    # Other code, another machine or part of it, other libraries: another measurement.
+    for other in ("commit", "device", "threads", "torch", "platform"):
         list(sweep(jobs(1), {**STAMP, other: "y"}, table(path)))
-    assert sizes(path) == [1, 2, 3, 4, 1, 1]
+    assert sizes(path) == [1, 2, 3, 4, 1, 1, 1, 1, 1]
 
 
 def test_each_row_is_on_disk_when_it_is_given(tmp_path: Path) -> None:
@@ -113,6 +115,10 @@ def test_memory_is_that_of_each_side_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [("beitzoo", "amp"), ("timm", "float32")]
     assert (row["ratio"], row["peak_memory"], row["peer_peak_memory"]) == (1.5, 10.0, None)
     assert row["error"] == "memory of timm: no room"
+    (row,) = sweep([replace(job, bench="inference")], STAMP, table(None, "comparison"))
+    assert (row["ratio"], row["peak_memory"]) == (1.5, None)
+    (row,) = sweep([replace(job, bench="inference", memory=True)], STAMP, table(None, "comparison"))
+    assert (row["peak_memory"], row["options"]) == (10.0, "")
 
 
 def load_in_process(function: Callable[[Any], Row], load: steps.Load, **_: object) -> Outcome[Row]:
