@@ -71,7 +71,7 @@ def reconstruct(
     for path, reason in failed:
         print(f"{path}: {reason}", file=sys.stderr)
     if failed:
-        print(f"{len(failed):,} of {len(paths):,} images are not in the picture.", file=sys.stderr)
+        print(f"The picture is without {len(failed):,} of {len(paths):,} images.", file=sys.stderr)
         raise typer.Exit(1)
 
 

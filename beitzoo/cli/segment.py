@@ -178,7 +178,7 @@ class _Tally:
         if not self.images:
             print("There were no images: nothing was listed on stdin.", file=sys.stderr)
         elif self.failed:
-            print(f"{len(self.failed):,} of {self.images:,} images have no label map.", file=sys.stderr)
+            print(f"No label map of {len(self.failed):,} of {self.images:,} images.", file=sys.stderr)
         if self.failed or not self.images:
             raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from beitzoo.errors import InvalidValueError
+from beitzoo.errors import InvalidValueError, some_of
 from beitzoo.images.files import ImageError, upright_size
 from beitzoo.images.label_maps import IGNORE, MaskError, UnlabelledError, unknown_colours
 from beitzoo.images.masked_sets import MaskedSet
@@ -53,21 +53,17 @@ class MaskCheck:
         shares = ", ".join(f"{name} {share:.1%}" for share, name in by_size if share)
         lines = [f"In {self.count:,} masks: {shares or 'no class at all'}; no class {self.ignored / total:.1%}."]
         if self.absent and self.count:
-            lines.append(f"Classes that never appear, {len(self.absent):,}: {_first(self.absent)}")
+            lines.append(f"Classes that never appear, {len(self.absent):,}: {some_of(self.absent)}")
         if self.empty:
-            lines.append(f"Left out as no pixel of the mask has a class, {len(self.empty):,}: {_first(self.empty)}")
+            lines.append(f"Left out as no pixel of the mask has a class, {len(self.empty):,}: {some_of(self.empty)}")
         if self.unknown:
             colours = [f"{colour} ({count:,} pixels)" for colour, count in Counter(self.unknown).most_common(4)]
             share = sum(self.unknown.values()) / total
-            lines.append(f"{share:.1%} of the pixels have colours that are not in the colour table: {_first(colours)}")
+            lines.append(f"{share:.1%} of the pixels have colours that are not in the colour table: {some_of(colours)}")
         if self.unreadable:
             failures = [f"{name}: {reason}" for name, reason in self.unreadable]
-            lines.append(f"Cannot be read, {len(self.unreadable):,}: {_first(failures)}")
+            lines.append(f"Cannot be read, {len(self.unreadable):,}: {some_of(failures)}")
         return lines
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def check_masks(masked: MaskedSet, indices: Sequence[int] | None = None, limit: int = 200) -> MaskCheck:

@@ -1,14 +1,11 @@
 """Whether labelled images fit what a recipe wants to learn of them: one class of each, or any number of labels."""
 
-from collections.abc import Sequence
 from typing import Literal
 
+from beitzoo.errors import some_of
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
 from beitzoo.training.recipe import RecipeError
-
-# Classes that a message names.
-_MOST_NAMED = 5
 
 
 def check_labels(images: ImageSet, labels: Literal["one", "many"]) -> None:
@@ -58,7 +55,7 @@ def check_parts(images: ImageSet, split: Split) -> None:
     unseen = [name for label, name in enumerate(images.names) if not trained[label]]
     if unseen:
         raise RecipeError(
-            f"Labels that no image to train on has: {_some(unseen)}. Add images that have them, leave these labels "
+            f"Labels that no image to train on has: {some_of(unseen)}. Add images that have them, leave these labels "
             f"out, draw another split with data.split_seed, {advice}."
         )
     for part, purpose in ((split.val, "to choose by"), (split.test, "held out")):
@@ -78,9 +75,7 @@ def describe_rare_labels(images: ImageSet, split: Split) -> list[str]:
         counts = images.class_sizes(part)
         absent = [name for label, name in enumerate(images.names) if not counts[label]]
         if absent:
-            drawn.append(f"No image {purpose} has {_some(absent)}: the mean average precision there is of the others.")
+            drawn.append(
+                f"No image {purpose} has {some_of(absent)}: the mean average precision there is of the others."
+            )
     return drawn
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MOST_NAMED]) + ", ..." * (len(names) > _MOST_NAMED)

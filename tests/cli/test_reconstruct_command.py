@@ -84,11 +84,11 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_drawn(saved: Path, tmp_pa
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 1)
     errors = result.stderr.splitlines()
     assert errors[0].startswith(f"{broken}: not an image that can be read")
-    assert errors[1:] == ["/absent.png: there is no such file", "2 of 3 images are not in the picture."]
+    assert errors[1:] == ["/absent.png: there is no such file", "The picture is without 2 of 3 images."]
     before = out.read_bytes()
     nothing = run("reconstruct", str(broken), *arguments)
     assert (nothing.exit_code, nothing.stdout) == (1, "")
-    assert "1 of 1 images are not in the picture." in nothing.stderr
+    assert "The picture is without 1 of 1 images." in nothing.stderr
     assert out.read_bytes() == before
 
 

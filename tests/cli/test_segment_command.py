@@ -72,7 +72,7 @@ def test_a_bad_image_is_one_listed_failure(model: str, tmp_path: Path) -> None:
     result = run("segment", *places, "-m", model, "--out", str(out))
     assert result.exit_code == 1
     assert f"{tmp_path}/text.png: not an image that can be read" in result.stderr
-    assert "2 of 3 images have no label map." in result.stderr
+    assert "No label map of 2 of 3 images." in result.stderr
     failed = {row["path"]: row for row in _rows(out) if row["error"]}
     assert list(failed) == places[1:]
     assert failed[places[2]]["error"] == "there is no such file"
