@@ -138,15 +138,19 @@ class Trial:
         for kind, make in kinds.items():
             made = [make(linear.weight.detach(), weights[0].bias) for linear in weights]
             calls[kind] = [_use(name, linear, x, residual) for linear in made]
-        return race(warm(calls), self.clock)
+        for call in calls.get("convolution", []):
+            call()  # packs its weight
+        return race(calls, self.clock)
 
     def block(self, choices: Choices) -> Choice:
         """Say whether a block that is made of all that was chosen is faster than the plain one."""
         plain = _plain(self.model, self.dtype, choices.images_like)
         x = self._random(self._images(choices), self.model.config.embed_dim)
         candidates = {"plain": self._blocks(plain), "chosen": self._blocks(choices)}
-        calls = {name: [partial(block, x, self.bias) for block in blocks] for name, blocks in candidates.items()}
-        return race(warm(calls), self.clock)
+        calls = {name: [partial(blocks[0], x, self.bias)] for name, blocks in candidates.items()}
+        for call in itertools.chain(*calls.values()):
+            call()  # packs and looks up what it has not yet
+        return race(calls, self.clock)
 
     def _blocks(self, choices: Choices) -> list[InferenceBlock]:
         parts = parts_of(choices, self.model, self.dtype)
@@ -158,13 +162,6 @@ class Trial:
 
     def _random(self, images: int, channels: int) -> Tensor:
         return torch.randn(images, self.tokens, channels, generator=self.generator).to(self.like.dtype)
-
-
-def warm(candidates: Mapping[str, Sequence[Call]]) -> Mapping[str, Sequence[Call]]:
-    """Make every call once: in the first one, kernels are made and weights are packed."""
-    for call in itertools.chain(*candidates.values()):
-        call()
-    return candidates
 
 
 def race(candidates: Mapping[str, Sequence[Call]], clock: Clock, work: Mapping[str, int] | None = None) -> Choice:
