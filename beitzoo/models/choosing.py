@@ -108,11 +108,14 @@ class Trial:
     def images_at_a_time(self, choices: Choices) -> Choice:
         """Choose how many images of the batch a block maps together."""
         counts = {"all": self.batch} | {str(n): n for n in reversed(FEW_IMAGES) if n < self.batch}
-        blocks = self._blocks(choices)
-        calls = {
-            name: [partial(block, self._random(n, self.model.config.embed_dim), self.bias) for block in blocks]
-            for name, n in counts.items()
-        }
+        size = self.like.element_size() * sum(weight.numel() for weight in self.model.blocks[0].parameters())
+        blocks = self._blocks(choices, 1 + math.ceil(COLD_BYTES / size)) if len(counts) > 1 else []
+        calls: dict[str, list[Call]] = {}
+        for place, (name, n) in enumerate(counts.items()):
+            x = self._random(n, self.model.config.embed_dim)
+            # Each call, of whichever candidate, gets the next block: none finds its weights in the cache.
+            turns = [blocks[(place + turn * len(counts)) % len(blocks)] for turn in range(len(blocks))]
+            calls[name] = [partial(block, x, self.bias) for block in turns]
         return race(calls, self.clock, counts)
 
     def attention(self, choices: Choices) -> Choice:
@@ -146,15 +149,15 @@ class Trial:
         """Say whether a block that is made of all that was chosen is faster than the plain one."""
         plain = _plain(self.model, self.dtype, choices.images_like)
         x = self._random(self._images(choices), self.model.config.embed_dim)
-        candidates = {"plain": self._blocks(plain), "chosen": self._blocks(choices)}
-        calls = {name: [partial(blocks[0], x, self.bias)] for name, blocks in candidates.items()}
+        candidates = {"plain": self._blocks(plain, 1), "chosen": self._blocks(choices, 1)}
+        calls = {name: [partial(block, x, self.bias) for block in blocks] for name, blocks in candidates.items()}
         for call in itertools.chain(*calls.values()):
             call()  # packs and looks up what it has not yet
         return race(calls, self.clock)
 
-    def _blocks(self, choices: Choices) -> list[InferenceBlock]:
+    def _blocks(self, choices: Choices, count: int) -> list[InferenceBlock]:
         parts = parts_of(choices, self.model, self.dtype)
-        blocks = [copy.deepcopy(block) for block in self.model.blocks[:FEWEST_TURNS] if isinstance(block, Block)]
+        blocks = [copy.deepcopy(block) for block in self.model.blocks[:count] if isinstance(block, Block)]
         return [InferenceBlock(block, parts).to(self.like.dtype).eval() for block in blocks]
 
     def _images(self, choices: Choices) -> int:

@@ -47,9 +47,10 @@ def optimize(
     """Return an inference copy of a model: the same outputs, faster.
 
     What its blocks are made of is chosen by measuring on this machine, with the threads that PyTorch has now. On two
-    cores that took a second for a base network and one image, and 5 for 32 images or a large network. `choices` of the copy (of its `backbone`, where a model holds
-    one) says what was taken and how much faster that was. Other batches and sizes than were measured give the same
-    outputs, but something else might be faster for them: name the batch that will be used.
+    cores that took a second for a base network and one image, and 5 for 32 images or a large network. `choices` of the
+    copy (of its `backbone`, where a model holds one) says what was taken and how much faster that was. Other batches
+    and sizes than were measured give the same outputs, but something else might be faster for them: name the batch
+    that will be used.
 
     The copy is a snapshot: it can be run, copied and pickled, but neither trained, moved nor saved as weights, and
     what later becomes of the model does not reach it. Compile or export the model itself: on a CPU, `torch.compile`
