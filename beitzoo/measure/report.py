@@ -242,19 +242,26 @@ def _draw_ratios(rows: Sequence[Row], bench: str, precision: str, subject: str) 
     axes.set_xlabel(f"time of the peer / time of {subject} (right of 1: {subject} is faster)")
     what = "Training step" if bench == "train" else "Inference"
     axes.set_title(f"{what}, {precision}: {subject} against its peers", loc="left", color=_INK, fontweight="bold")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
-    _caption(axes, rows, "Medians of ratios in interleaved rounds, with their 95 % intervals.")
+    off = any(map(_is_off, rows))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.22 if off else 1.01, 1))
+    errors = " Off by: largest error of an output against float32, as a share of the largest output." if off else ""
+    _caption(axes, rows, f"Medians of ratios in interleaved rounds, with their 95 % intervals.{errors}")
     return figure
 
 
+def _is_off(row: Row) -> bool:
+    return max(_number(row, "peer_error"), _number(row, "subject_error")) > _ROUNDING
+
+
 def _say_errors(axes: "Axes", row: Row, y: float) -> None:
-    """Write behind a ratio how far off both outputs are, if they are so by more than rounding."""
+    """Write beside a ratio how far off both outputs are, if they are so by more than rounding."""
     theirs, ours = _number(row, "peer_error"), _number(row, "subject_error")
-    if max(theirs, ours) > _ROUNDING:
+    if _is_off(row):
         axes.annotate(
-            f"off by {theirs:.1%}, ours {ours:.1%}",
-            (max(_number(row, "ratio"), _number(row, "ratio_high")), y),
-            xytext=(7, 0),
+            f"off by {100 * theirs:.1f} %, ours {100 * ours:.1f} %",
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
             textcoords="offset points",
             va="center",
             fontsize=7,

@@ -159,7 +159,7 @@ def test_what_cannot_be_compared_says_why(changed: dict[str, Any], message: str)
 def test_int8_of_openvino_needs_its_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("beitzoo.measure.sides.version_of", lambda package: None)
     with pytest.raises(InvalidValueError, match=r"openvino in int8 needs nncf; .* 'beitzoo\[peers\]'"):
-        runtime_peers._calibrated(None, torch.zeros(0))  # type: ignore[arg-type]
+        runtime_peers._calibrated(None, [])  # type: ignore[arg-type]
 
 
 def test_every_installed_peer_is_found() -> None:

@@ -112,7 +112,7 @@ def test_a_picture_shows_one_machine_that_of_the_newest_row_and_names_it(results
     rows = read_rows(results / "comparison.csv")
     figures = report._figures(rows)
     texts = [text.get_text() for text in figures["ratio-inference-float32-beitzoo"].axes[0].texts]
-    assert [text for text in texts if "off by" in text] == ["off by 1.2%, ours 0.1%"]
+    assert [text for text in texts if "off by" in text] == ["off by 1.2 %, ours 0.1 %"]
     (caption,) = (text for text in texts if "threads" in text)
     assert caption.endswith(f"\n{newer}, x threads, torch x. x-later.")
     # Another picture is of its own newest rows.
