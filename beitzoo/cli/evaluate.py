@@ -72,9 +72,8 @@ def evaluate(
     output = Output(rows.results_file, as_json, running, rows.retry_failed)
     if are_segmenters(names):
         check(
-            (judged, rows.retry_failed) == (Judged(), False),
-            "--split-seed, --dtype, --crop, --sizes, --outputs, --real-labels and --retry-failed are for classifiers. "
-            "Leave them out.",
+            judged == Judged(),
+            "--split-seed, --dtype, --crop, --sizes, --outputs and --real-labels are for classifiers. Leave them out.",
         )
         measured: Sequence[Evaluation] = evaluate_segmenters(names, data, masks, looking, output)
     else:

@@ -125,18 +125,19 @@ def evaluate_classifiers(
         "The images may have several labels each, which are confused with nothing; leave --confusion out.",
     )
     print("\n".join(images.describe()), file=sys.stderr)
-    sweep = Sweep(models, dtypes, images, data, judging, running.checkpoint, where, running.loading, running.optimized)
 
     def load(name: str) -> "Beit":
         return load_networks([name], running.checkpoint, where)[name]
 
+    asked = (models, dtypes, images, data, judging, load)
+    planned = Sweep(*asked, running.checkpoint, where, running.loading, running.optimized).rows
     evaluations = []
-    rows = run_sweep(sweep, load, kept, retry_failed=output.retry_failed, again=confusion is not None)
+    rows = run_sweep(planned, kept, retry_failed=output.retry_failed, again=confusion is not None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
-        for evaluation, was_there in tqdm(rows, "rows", len(sweep.rows), unit="row", disable=None):
+        for evaluation, was_there in tqdm(rows, "rows", len(planned), unit="row", disable=None):
             evaluations.append(evaluation)
-            if len(sweep.rows) > 1 or was_there:
+            if len(planned) > 1 or was_there:
                 tqdm.write(_line(evaluation.row, f" in {kept.path} already" * was_there), sys.stderr)
     comment(evaluations)
     if confusion is not None:

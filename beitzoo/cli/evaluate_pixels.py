@@ -21,6 +21,7 @@ from beitzoo.errors import InvalidValueError, check
 if TYPE_CHECKING:
     from beitzoo.evaluation.segmentation import SegmenterEvaluation
     from beitzoo.images.masked_sets import MaskedSet
+    from beitzoo.models.segmentation import Segmenter
 
 # Classes that a terminal has lines for.
 _MOST_PRINTED = 30
@@ -98,12 +99,17 @@ class Masks:
         except ValueError as error:
             raise InvalidValueError(f"--ignore {self.ignore!r} are no numbers; write some such as 0,11.") from error
 
+    @property
+    def wants_details(self) -> bool:
+        """Whether more than a row is asked for."""
+        return self.per_class is not None or self.confusion is not None
+
     def check(self, models: int) -> None:
         """Make sure, before anything is measured, that the details can be written."""
         from beitzoo.evaluation.confusion_picture import check_picture
 
         check(
-            models == 1 or (self.per_class is None and self.confusion is None),
+            models == 1 or not self.wants_details,
             "--per-class and --confusion are of one model; name one.",
         )
         if self.confusion is not None:
@@ -111,12 +117,14 @@ class Masks:
             check_picture(self.confusion)
 
     def write(self, evaluation: "SegmenterEvaluation") -> None:
-        """Write the details of a measurement, and print a table of the classes if they are few."""
+        """Write the details of a measurement."""
         from beitzoo.evaluation.confusion import CLASS_COLUMNS, class_rows
         from beitzoo.evaluation.confusion_picture import write_confusion
         from beitzoo.files import full_path, write_text
         from beitzoo.results import csv_text
 
+        if evaluation.matrix is None:
+            return
         if self.per_class is not None:
             rows = class_rows(evaluation.matrix, evaluation.names)
             write_text(full_path(self.per_class), csv_text(CLASS_COLUMNS, rows))
@@ -198,47 +206,58 @@ def evaluate_segmenters(
 ) -> "Sequence[SegmenterEvaluation]":
     """Measure segmentation models; each row is written and printed when it is measured."""
     from beitzoo import results
-    from beitzoo.evaluation.segmentation import COLUMNS, evaluate_segmenter
-    from beitzoo.evaluation.subjects import Subject, summarise
+    from beitzoo.evaluation.segmentation import COLUMNS, KEY, PlannedSegmenter
+    from beitzoo.evaluation.subjects import Origin, summarise
+    from beitzoo.evaluation.sweep import run_sweep
     from beitzoo.measure.options import usable_device
 
     running, options = output.running, looking.options
     masks.check(len(models))
-    kept = results.Table(output.results_file, COLUMNS)
+    kept = results.Table(output.results_file, COLUMNS, KEY)
     kept.check()
     where = usable_device(running.device)
     masked = masks.load(data, models)
     print("\n".join(masked.describe()), file=sys.stderr)
+
+    def plan(name: str) -> PlannedSegmenter:
+        def load() -> "Segmenter":
+            return load_segmenter(name, running.checkpoint, where)[1]
+
+        return PlannedSegmenter(Origin(name, running.checkpoint), masked, data, options, running.workers, load, where)
+
     evaluations: list[SegmenterEvaluation] = []
+    sweep = run_sweep(
+        [plan(name) for name in models], kept, retry_failed=output.retry_failed, again=masks.wants_details
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed
-        for name in models:
-            _, model = load_segmenter(name, running.checkpoint, where)
-            subject = Subject(model, name, running.checkpoint)
-            evaluations.append(evaluate_segmenter(subject, masked, data, options, running.workers))
-            kept.append(evaluations[-1].row)
-            masks.write(evaluations[-1])
-            if not output.as_json:
-                _print(evaluations[-1])
+        for evaluation, was_there in sweep:
+            evaluations.append(evaluation)
+            masks.write(evaluation)
+            if evaluation.row.get("error"):
+                print(f"{evaluation.row['model']}: failed: {evaluation.row['error']}", file=sys.stderr)
+            elif not output.as_json:
+                _print(evaluation, f", in {kept.path} already" * was_there)
     comment(evaluations)
     rows = [evaluation.row for evaluation in evaluations]
     if output.as_json:
         print(json.dumps(rows, indent=2))
-    elif len(rows) > 1:
+    elif sum(not row.get("error") for row in rows) > 1:
         print(summarise(rows, "miou", "mIoU"))
     return evaluations
 
 
-def _print(evaluation: "SegmenterEvaluation") -> None:
+def _print(evaluation: "SegmenterEvaluation", addition: str) -> None:
     """Print the scores of one model, and those of its classes if they are few."""
     from beitzoo.evaluation.confusion import class_rows
 
     row = evaluation.row
     scores = ", ".join(
-        f"{name} {row[column]:.2f}" for name, column in (("mIoU", "miou"), ("mAcc", "macc"), ("aAcc", "aacc"))
+        f"{name} {float(row[column] or 0):.2f}"
+        for name, column in (("mIoU", "miou"), ("mAcc", "macc"), ("aAcc", "aacc"))
     )
-    print(f"{row['model']}: {scores} ({row['count']} images, {row['failures']} failures)", flush=True)
-    if len(evaluation.names) > _MOST_PRINTED:
+    print(f"{row['model']}: {scores} ({row['count']} images, {row['failures']} failures{addition})", flush=True)
+    if evaluation.matrix is None or len(evaluation.names) > _MOST_PRINTED:
         return
     table = Table("class", "IoU", "Acc", "pixels", "predicted", box=None, pad_edge=False)
     for one in class_rows(evaluation.matrix, evaluation.names):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from beitzoo.cli import extras
 from beitzoo.cli.embed import block_numbers
-from beitzoo.cli.measured import list_failures
+from beitzoo.cli.measured import is_clean, list_failures
 from beitzoo.cli.models import AsJson
 from beitzoo.cli.networks import fastest, load_networks
 from beitzoo.cli.probe_data import Data
@@ -158,7 +158,7 @@ def probe(
         print(json.dumps(rows, indent=2))
     else:
         _print_tables(rows)
-    if failures:
+    if not all(map(is_clean, rows)):
         raise typer.Exit(1)
 
 

@@ -85,7 +85,7 @@ class Data:
         parts = images.parts
         val_fraction = _val_fraction(images, parts.get("train"), has_test=len(parts) > ("train" in parts))
         split = split_images(images, section, test_fraction=_TEST_FRACTION, val_fraction=val_fraction)
-        return LabelledData(images, self._few(split), self._asked())
+        return LabelledData(images, self._few(split), {**self._asked(), "data_version": images.version})
 
     def load_features(self, path: Path) -> "tuple[LabelledData, FeatureTable]":
         """Read a file of features and split its images by the parts in it, or else as a recipe would."""

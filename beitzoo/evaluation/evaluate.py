@@ -37,6 +37,7 @@ _OWN_COLUMNS = (
     "crop_pct",
     "interpolation",
     "data",
+    "data_version",
     "split_seed",
     "count",
     "failures",
@@ -50,7 +51,8 @@ _OWN_COLUMNS = (
     "weights",
 )
 COLUMNS = [*_OWN_COLUMNS, *ENVIRONMENT, "error"]
-_ASKED = ("model", "weights", "data", "split_seed", "dtype", "crop", "sizes", "flip", "outputs", "real_labels")
+_LOOKS = ("dtype", "crop", "sizes", "flip", "outputs", "real_labels")
+_ASKED = ("model", "weights", "data", "data_version", "split_seed", *_LOOKS)
 # What makes two rows the same measurement: what was asked for, and where; not when.
 KEY = (*_ASKED, *(name for name in ENVIRONMENT if name != "date"))
 
@@ -147,12 +149,17 @@ def asked(origin: Origin, dtype: str, data: str, images: ImageSet, judging: Judg
     """Return the columns that say what is measured, which are known before it is.
 
     `weights` is empty where they are those of a name, which do not change.
+
+    Raises:
+        InvalidValueError: The model was trained on all images, or on some that the seed holds out.
     """
     looks, labelling = judging.looks, judging.labelling
+    indices, _ = images_for(origin, images, judging.split_seed)
     return {
         "model": origin.shown,
         "weights": origin.fingerprint(),
         "data": data,
+        "data_version": labelling.version(images, indices),
         "split_seed": judging.split_seed,
         "dtype": dtype,
         "crop": looks.crop,

@@ -21,7 +21,7 @@ from beitzoo.models.beit import Beit
 from beitzoo.models.inputs import take_indices
 from beitzoo.results import ENVIRONMENT, Row, Table, environment
 
-_DATA = ("data", "test_data", "split_seed", "train_per_class", "train_images", "label_seed")
+_DATA = ("data", "test_data", "data_version", "split_seed", "train_per_class", "train_images", "label_seed")
 _ASKED = ("model", "weights", *_DATA, "block", "pooling", "probe", "neighbours")
 _FOUND = ("img_size", "top1", "top1_err", "val_top1", "count", "train_count", "val_count", "failures")
 COLUMNS = (*_ASKED, *_FOUND, *ENVIRONMENT)
@@ -130,8 +130,6 @@ def probe_rows(
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """Probe features and append a row for each block, pooling and probe; those that the table has are taken from it.
 
-    Rows that were measured when there were other images are measured anew.
-
     Args:
         probed: The features.
         data: The images that they are of.
@@ -156,7 +154,7 @@ def probe_rows(
         for block in probed.blocks
         for pooling, probe in probing.pairs(probed.poolings)
     ]
-    there = [_of_as_many(kept.find(row), data.split) for row in asked]
+    there = [kept.find(row) for row in asked]
     if all(there):
         return [row for row in there if row], []
     findings = probe_features(probed.features(), np.asarray(data.images.labels), data.split, probing)
@@ -164,16 +162,6 @@ def probe_rows(
     for old, row, scores in zip(there, asked, _scores(findings), strict=True):
         rows.append(old or kept.replace({**row, **scores, "img_size": probed.img_size}))
     return rows, findings.failures
-
-
-def _of_as_many(row: Row | None, split: Split) -> Row | None:
-    """Return a row that was found, if it is of as many images as there are now; some of them could not be read."""
-    if row is None:
-        return None
-    readable = sum(int(row[name] or 0) for name in ("count", "train_count", "val_count"))
-    images = len(split.train) + len(split.val) + len(split.test)
-    # A file of features may have failures that are in no part.
-    return row if readable <= images <= readable + int(row["failures"] or 0) else None
 
 
 def _scores(findings: Findings) -> list[Row]:

@@ -1,6 +1,6 @@
 """How right a segmentation model is: mIoU, mAcc and aAcc on images with masks that it was not trained on, as a row."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beitzoo.errors import InvalidValueError, check, some_of
 from beitzoo.evaluation.confusion import ConfusionMatrix
-from beitzoo.evaluation.subjects import Evaluation, Subject, unseen_images
+from beitzoo.evaluation.subjects import Evaluation, Origin, Subject, unseen_images
 from beitzoo.images.files import ImageError
 from beitzoo.images.label_maps import IGNORE, LabelMap
 from beitzoo.images.masked_sets import MaskedSet
@@ -21,23 +21,12 @@ from beitzoo.progress import watch
 from beitzoo.results import ENVIRONMENT, Row, environment
 from beitzoo.zoo.labels import outputs_of
 
-COLUMNS = (
-    "model",
-    "img_size",
-    "mode",
-    "short_side",
-    "stride",
-    "scales",
-    "flip",
-    "miou",
-    "macc",
-    "aacc",
-    "param_count",
-    "data",
-    "count",
-    "failures",
-    *ENVIRONMENT,
-)
+_LOOKS = ("mode", "short_side", "stride", "scales", "flip")
+_DATA = ("data", "data_version", "reduce_zero_label", "ignore")
+_FOUND = ("miou", "macc", "aacc", "param_count")
+COLUMNS = ("model", "img_size", *_LOOKS, *_FOUND, *_DATA, "count", "failures", "weights", *ENVIRONMENT, "error")
+# What makes two rows the same measurement: what was asked for, and where; not when.
+KEY = ("model", "weights", *_DATA, *_LOOKS, *(name for name in ENVIRONMENT if name != "date"))
 
 
 @dataclass(kw_only=True)
@@ -45,10 +34,11 @@ class SegmenterEvaluation(Evaluation):
     """One measurement of a segmentation model.
 
     Attributes:
-        matrix: What the scores are of, its classes in the order of the names.
+        matrix: What the scores are of, its classes in the order of the names; None of a row that was there already, or
+            that failed.
     """
 
-    matrix: ConfusionMatrix
+    matrix: ConfusionMatrix | None = None
 
 
 def evaluate_segmenter(
@@ -79,23 +69,82 @@ def evaluate_segmenter(
     count = count_measured(len(indices), failures)
     scores = matrix.scores()
     row: Row = {
-        "model": subject.origin.shown,
+        **environment(matrix.counts.device),
+        **asked(subject.origin, masked, data, options),
         "img_size": max(model.backbone.config.img_size),
+        **{name: round(getattr(scores, name), 3) for name in ("miou", "macc", "aacc")},
+        # Of the whole, the auxiliary head too, as the published figures count.
+        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
+        "count": count,
+        "failures": len(failures),
+    }
+    names = model.class_names or masked.labels.names
+    return SegmenterEvaluation({name: row.get(name) for name in COLUMNS}, failures, notes, names, matrix=matrix)
+
+
+def asked(origin: Origin, masked: MaskedSet, data: str, options: SegmentOptions) -> Row:
+    """Return the columns that say what is measured, which are known before it is.
+
+    `weights` is empty where they are those of a name, which do not change.
+
+    Raises:
+        InvalidValueError: The model was trained on all images.
+    """
+    indices, _ = unseen_images(origin.name, masked.images, origin.split(masked.images))
+    return {
+        "model": origin.shown,
+        "weights": origin.fingerprint(),
+        "data": data,
+        "data_version": masked.version_of(indices),
+        "reduce_zero_label": masked.labels.reduce_zero_label,
+        "ignore": " ".join(map(str, sorted(masked.labels.ignore))) or None,
         "mode": options.mode,
         "short_side": options.short_side,
         "stride": options.stride,
         "scales": " ".join(f"{scale:g}" for scale in options.scales),
         "flip": options.flip,
-        **{name: round(getattr(scores, name), 3) for name in ("miou", "macc", "aacc")},
-        # Of the whole, the auxiliary head too, as the published figures count.
-        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
-        "data": data,
-        "count": count,
-        "failures": len(failures),
-        **environment(matrix.counts.device),
     }
-    names = model.class_names or masked.labels.names
-    return SegmenterEvaluation({name: row[name] for name in COLUMNS}, failures, notes, names, matrix=matrix)
+
+
+@dataclass(frozen=True)
+class PlannedSegmenter:
+    """The row of a segmentation model in a sweep.
+
+    Attributes:
+        origin: Where its weights are from.
+        masked: Images with masks of its classes.
+        data: What the row calls them.
+        options: How the model looks at images.
+        workers: Threads that decode images and masks.
+        load: Makes the model.
+        device: Where it runs.
+    """
+
+    origin: Origin
+    masked: MaskedSet
+    data: str
+    options: SegmentOptions
+    workers: int
+    load: Callable[[], Segmenter]
+    device: torch.device
+
+    @property
+    def known(self) -> Row:
+        """Columns that are known even where it cannot be measured."""
+        return {**environment(self.device), "model": self.origin.shown, "data": self.data}
+
+    def asked(self) -> Row:
+        """Return the columns of its key; see the function `asked`."""
+        return {**self.known, **asked(self.origin, self.masked, self.data, self.options)}
+
+    def recall(self, row: Row) -> SegmenterEvaluation:
+        """Return what a row says that is there already, or that failed."""
+        return SegmenterEvaluation(row)
+
+    def measure(self) -> SegmenterEvaluation:
+        """Load and measure the model."""
+        subject = Subject(self.load(), self.origin.name, self.origin.checkpoint)
+        return evaluate_segmenter(subject, self.masked, self.data, self.options, self.workers)
 
 
 def measure_segmenter(

@@ -3,7 +3,7 @@
 import hashlib
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -18,7 +18,7 @@ from beitzoo.results import Row
 from beitzoo.weights.names import find_weights
 from beitzoo.weights.shards import INDEX_SUFFIX, shards
 from beitzoo.zoo.checkpoints import LocalFile
-from beitzoo.zoo.registry import DEFAULT_MODEL
+from beitzoo.zoo.registry import DEFAULT_MODEL, UnknownModelError, find
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -49,13 +49,19 @@ class Origin:
         return [source.path for source in sources if isinstance(source, LocalFile)]
 
     def fingerprint(self) -> str | None:
-        """Return the first digits of the sha256 of weights in files; None for those of a name, which do not change."""
+        """Return the first digits of a sha256 of what the model is made of, wherever it lies; None for a released one.
+
+        It is of the weights in files, or of their revision on the hub, and of what is known of the network, its classes
+        and its transform. A released checkpoint, by its name in the table, does not change.
+        """
         files = self.files()
-        if not files:
+        if not files and _is_released(self.name):
             return None
-        weights = find_weights(files[0])
-        is_index = weights.name.endswith(INDEX_SUFFIX)
-        return fingerprint([weights.with_name(name) for name in shards(weights)] if is_index else [weights])
+        entry, weights = look_up(self.name), [] if not files else _with_shards(find_weights(files[0]))
+        known = entry.pretrained
+        if known is not None:
+            known = replace(known, sources=tuple(one for one in known.sources if not isinstance(one, LocalFile)))
+        return fingerprint(weights, repr((entry.config, known)))
 
     def split(self, images: ImageSet) -> Split | None:
         """Find the split that the model was trained with: in the file that its run wrote; seed 0 of the shipped one."""
@@ -116,13 +122,25 @@ def summarise(rows: Sequence[Row], column: str, called: str | None = None) -> st
     return f"{called or column} {spread} (mean ± sd of {len(values)})"
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """Return the first digits of a sha256 of what is in these files."""
-    digest = hashlib.sha256()
+def fingerprint(files: Sequence[Path], said: str = "") -> str:
+    """Return the first digits of a sha256 of what is in these files, and of what is said of them."""
+    digest = hashlib.sha256(said.encode("utf-8", "surrogateescape"))
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def _is_released(name: str) -> bool:
+    try:
+        return find(name).pretrained is not None
+    except UnknownModelError:
+        return False
+
+
+def _with_shards(weights: Path) -> list[Path]:
+    is_index = weights.name.endswith(INDEX_SUFFIX)
+    return [weights.with_name(name) for name in shards(weights)] if is_index else [weights]
 
 
 def images_for(origin: Origin, images: ImageSet, split_seed: int | None) -> tuple[list[int], list[str]]:

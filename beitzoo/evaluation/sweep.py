@@ -1,14 +1,15 @@
-"""Many models, each in several precisions: measured one after the other, each row in its table before the next."""
+"""Many rows of models that are measured one after the other, each in its table before the next."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
 from beitzoo.errors import UserError
-from beitzoo.evaluation.evaluate import COLUMNS, ClassifierEvaluation, Dtype, Judging, asked, evaluate
-from beitzoo.evaluation.subjects import Origin, Subject, images_for
+from beitzoo.evaluation.evaluate import ClassifierEvaluation, Dtype, Judging, asked, evaluate
+from beitzoo.evaluation.subjects import Evaluation, Origin, Subject, images_for
 from beitzoo.evaluation.truth import real_labels_of
 from beitzoo.images.image_set import ImageSet
 from beitzoo.inference.fastest import OPTIMIZED, for_many_images
@@ -17,10 +18,70 @@ from beitzoo.models.beit import Beit
 from beitzoo.models.optimize import InferenceBeit, optimize
 from beitzoo.results import Row, Table, environment
 
+Found = TypeVar("Found", bound=Evaluation, covariant=True)
+
+
+class Planned(Protocol[Found]):
+    """A row that may have to be measured."""
+
+    @property
+    def known(self) -> Row:
+        """Columns that are known even where it cannot be measured."""
+
+    def asked(self) -> Row:
+        """Return the columns of its key.
+
+        Raises:
+            UserError: It cannot be measured.
+        """
+
+    def measure(self) -> Found:
+        """Measure it.
+
+        Raises:
+            UserError: It cannot be measured.
+        """
+
+    def recall(self, row: Row) -> Found:
+        """Return what a row says that is there already, or that failed."""
+
+
+def run_sweep(
+    rows: Sequence[Planned[Found]], table: Table, *, retry_failed: bool = False, again: bool = False
+) -> Iterator[tuple[Found, bool]]:
+    """Measure what is not in the table yet; give each row as soon as it is there, and whether it was before.
+
+    Where several rows are asked for, one that cannot be measured is a row as well, and its `error` says why.
+
+    Args:
+        rows: What is asked for.
+        table: Where rows are looked for and go; checked already.
+        retry_failed: Measure again what failed before.
+        again: Measure again whatever is there.
+
+    Raises:
+        UserError: The only row cannot be measured.
+    """
+    for planned in rows:
+        known = planned.known
+        try:
+            known = planned.asked()
+            found = None if again else table.find(known)
+            if found and not (found["error"] and retry_failed):
+                yield planned.recall(found), True
+                continue
+            evaluation = planned.measure()
+        except UserError as error:
+            if len(rows) == 1:
+                raise
+            evaluation = planned.recall({**known, "error": str(error)})
+        evaluation.row = table.replace(evaluation.row)
+        yield evaluation, False
+
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is measured: every model in every precision, on the same images in the same way.
+    """Classifiers that are measured: every model in every precision, on the same images in the same way.
 
     Attributes:
         models: Names, as in `create_model`.
@@ -28,6 +89,7 @@ class Sweep:
         images: The images.
         data: What rows call them.
         judging: What models see, and what counts as right.
+        load: Makes the model of a name; called once for each row, as an inference copy takes the model's place.
         checkpoint: The file of the weights of the only model, where they are not those of its name.
         device: Where models run.
         loading: Batch size and threads.
@@ -39,85 +101,75 @@ class Sweep:
     images: ImageSet
     data: str
     judging: Judging
+    load: Callable[[str], Beit]
     checkpoint: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     loading: Loading = field(default_factory=Loading)
     optimized: bool = True
 
     @property
-    def rows(self) -> list[tuple[str, Dtype]]:
-        """Model and precision of each row, in order."""
-        return [(name, dtype) for name in self.models for dtype in self.dtypes]
-
-    def asked(self, name: str, dtype: Dtype) -> Row:
-        """Return what is known of a row before it is measured."""
-        row = asked(Origin(name, self.checkpoint), dtype, self.data, self.images, self.judging)
-        return {**environment(self.device), **row}
-
-    def count(self, name: str) -> int:
-        """Return how many images a model is measured on."""
-        indices, _ = images_for(Origin(name, self.checkpoint), self.images, self.judging.split_seed)
-        labelling = self.judging.labelling
-        return len(real_labels_of(self.images, indices, labelling) if labelling.real_labels else indices)
+    def rows(self) -> "list[PlannedClassifier]":
+        """The rows of every model in every precision, in order."""
+        return [PlannedClassifier(self, name, dtype) for name in self.models for dtype in self.dtypes]
 
 
-def run_sweep(
-    sweep: Sweep, load: Callable[[str], Beit], table: Table, *, retry_failed: bool = False, again: bool = False
-) -> Iterator[tuple[ClassifierEvaluation, bool]]:
-    """Measure what is not in the table yet; give each row as soon as it is there, and whether it was before.
+@dataclass(frozen=True)
+class PlannedClassifier:
+    """The row of one model in one precision.
 
-    A row is measured anew where there were other images then. Where several rows are asked for, one that cannot be
-    measured is a row as well, and its `error` says why.
-
-    Args:
-        sweep: What is measured.
-        load: Makes the model of a name; called once for each row, as an inference copy takes the model's place.
-        table: Where rows are looked for and go; checked already.
-        retry_failed: Measure again what failed before.
-        again: Measure again whatever is there.
-
-    Raises:
-        UserError: The only row cannot be measured.
+    Attributes:
+        sweep: What it is of.
+        name: Of the model.
+        dtype: What it computes in.
     """
-    for name, dtype in sweep.rows:
-        try:
-            wanted, count = sweep.asked(name, dtype), sweep.count(name)
-            found = None if again else table.find(wanted)
-            if found and ((found["error"] and not retry_failed) or _images_in(found) == count):
-                yield ClassifierEvaluation(found), True
-                continue
-            evaluation = _measure(sweep, name, dtype, load(name), count)
-        except UserError as error:
-            if len(sweep.rows) == 1:
-                raise
-            row = {**_facts_of_failure(sweep, name, dtype), "error": str(error)}
-            evaluation = ClassifierEvaluation({column: row.get(column) for column in COLUMNS})
-        table.replace(evaluation.row)
-        yield evaluation, False
 
+    sweep: Sweep
+    name: str
+    dtype: Dtype
 
-def _measure(sweep: Sweep, name: str, dtype: Dtype, model: Beit, count: int) -> ClassifierEvaluation:
-    if dtype == "float32":
-        batch_size = sweep.loading.batch_size
-        model = for_many_images(model, count, batch_size, inplace=True) if sweep.optimized else model
-    elif dtype == "int8" or sweep.optimized:
-        model = optimize(model, "int8" if dtype == "int8" else getattr(torch, dtype), inplace=True)
-    else:
-        model = model.to(getattr(torch, dtype))
-    subject = Subject(model, name, sweep.checkpoint, dtype)
-    evaluation = evaluate(subject, sweep.images, sweep.data, sweep.judging, sweep.loading)
-    if isinstance(model, InferenceBeit):
-        evaluation.notes.append(OPTIMIZED)
-    return evaluation
+    @property
+    def origin(self) -> Origin:
+        """Where its weights are from."""
+        return Origin(self.name, self.sweep.checkpoint)
 
+    @property
+    def known(self) -> Row:
+        """Columns that are known even where it cannot be measured."""
+        own = {"model": self.origin.shown, "data": self.sweep.data, "dtype": self.dtype}
+        return {**environment(self.sweep.device), **own}
 
-def _facts_of_failure(sweep: Sweep, name: str, dtype: Dtype) -> Row:
-    """Return what is known of a row of which even what was asked for may not be."""
-    try:
-        return sweep.asked(name, dtype)
-    except UserError:
-        return {**environment(sweep.device), "model": name, "data": sweep.data, "dtype": dtype}
+    def asked(self) -> Row:
+        """Return the columns of its key; see `evaluate.asked`."""
+        sweep = self.sweep
+        return {**self.known, **asked(self.origin, self.dtype, sweep.data, sweep.images, sweep.judging)}
 
+    def recall(self, row: Row) -> ClassifierEvaluation:
+        """Return what a row says that is there already, or that failed."""
+        return ClassifierEvaluation(row)
 
-def _images_in(row: Row) -> int:
-    return sum(int(row[name] or 0) for name in ("count", "failures"))
+    def measure(self) -> ClassifierEvaluation:
+        """Load and measure the model."""
+        sweep = self.sweep
+        model = self._computing(sweep.load(self.name))
+        subject = Subject(model, self.name, sweep.checkpoint, self.dtype)
+        evaluation = evaluate(subject, sweep.images, sweep.data, sweep.judging, sweep.loading)
+        if isinstance(model, InferenceBeit):
+            evaluation.notes.append(OPTIMIZED)
+        return evaluation
+
+    def _computing(self, model: Beit) -> Beit:
+        """Return what computes in the precision in the place of the model, which is not to be used again."""
+        sweep = self.sweep
+        if self.dtype == "float32":
+            batch_size = sweep.loading.batch_size
+            return for_many_images(model, self._count(), batch_size, inplace=True) if sweep.optimized else model
+        if self.dtype == "int8" or sweep.optimized:
+            return optimize(model, "int8" if self.dtype == "int8" else getattr(torch, self.dtype), inplace=True)
+        return model.to(getattr(torch, self.dtype))
+
+    def _count(self) -> int:
+        """Return how many images the model is measured on."""
+        images, judging = self.sweep.images, self.sweep.judging
+        indices, _ = images_for(self.origin, images, judging.split_seed)
+        is_real = judging.labelling.real_labels is not None
+        return len(real_labels_of(images, indices, judging.labelling) if is_real else indices)

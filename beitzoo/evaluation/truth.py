@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from beitzoo.errors import InvalidValueError, check, some_of
 from beitzoo.files import full_path, read_text
-from beitzoo.images.image_set import ImageSet
+from beitzoo.images.image_set import ImageSet, digest_of
 from beitzoo.inference.classify import tells_several
 from beitzoo.models.beit import Beit
 from beitzoo.zoo.labels import imagenet_1k_synsets, imagenet_subset, outputs_of, real_labels
@@ -45,6 +45,11 @@ class Labelling:
         if self.outputs != "auto":
             return self.outputs
         return "data" if self.real_labels is None and imagenet_subset(images.names) else "all"
+
+    def version(self, images: ImageSet, indices: Sequence[int]) -> str:
+        """Return the first digits of a sha256 that is another where there are other images or labels."""
+        own = images.version_of(indices)
+        return own if self.real_labels in (None, SHIPPED) else digest_of([own, read_text(full_path(self.real_labels))])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The record of a data set of images, whatever it was made of."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from beitzoo.errors import InvalidValueError
 from beitzoo.images.files import Encoded
 from beitzoo.images.folders import LeftOut
 
+# Digits of a sha256 that tell one version of the images from another.
+_DIGITS = 12
 # What stands before the names of images that are held out in a place of their own.
 _HELD_OUT = "held out:"
 
@@ -104,6 +108,26 @@ class ImageSet:
         without = f", {several[0]:,} without any" if several[0] else ""
         return f"with up to {max(several)} of {len(self.names):,} labels each{where}: {even}{without}"
 
+    @cached_property
+    def version(self) -> str:
+        """First digits of a sha256 that is another when images were exchanged or their classes or parts are others.
+
+        It is of the names of images, of sizes and times of change of their files, of classes and of parts. What is in
+        the files is not read, which would take as long as measuring them.
+        """
+        return digest_of(self._lines())
+
+    def version_of(self, indices: Iterable[int]) -> str:
+        """Return first digits of a sha256 of the `version`, and of which of the images are meant."""
+        return digest_of([self.version, repr([*indices])])
+
+    def _lines(self) -> Iterator[str]:
+        """Say what the set is, and what each image is."""
+        changed = TimesOfChange()
+        yield repr((self.names, {name: (part.start, part.stop) for name, part in self.parts.items()}))
+        for index, image in enumerate(self.images):
+            yield repr((*self.identity(index), changed.of(image), self.classes_of(index)))
+
     def identity(self, index: int) -> tuple[str, str]:
         """Say which image it is wherever the data set lies, and how many bytes its file has.
 
@@ -117,10 +141,43 @@ class ImageSet:
         root = self.test_root if is_held_out else self.root
         file, place = (image.container, f":{image.place}") if isinstance(image, Encoded) else (image, "")
         name = (file if root is None else file.relative_to(root)).as_posix()
-        return f"{_HELD_OUT * is_held_out}{name}{place}", _size(image)
+        return f"{_HELD_OUT * is_held_out}{name}{place}", size_of(image)
 
 
-def _size(image: Path | Encoded) -> str:
+def digest_of(lines: Iterable[str]) -> str:
+    """Return the first digits of a sha256 of lines."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()[:_DIGITS]
+
+
+class TimesOfChange:
+    """When the files that images are in were changed last; each is asked for once."""
+
+    def __init__(self) -> None:
+        self._of_containers: dict[Path, int | None] = {}
+
+    def of(self, image: Image.Image | Path | Encoded) -> int | None:
+        """Return the time in nanoseconds; None of an image in memory, and where the file is not there."""
+        if isinstance(image, Image.Image):
+            return None
+        if isinstance(image, Path):
+            return _changed(image)
+        if image.container not in self._of_containers:
+            self._of_containers[image.container] = _changed(image.container)
+        return self._of_containers[image.container]
+
+
+def _changed(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # it is found to be unreadable when it is opened
+        return None
+
+
+def size_of(image: Path | Encoded) -> str:
+    """Return how many bytes an image file has, as text; empty where that is not known."""
     try:
         size = image.size if isinstance(image, Encoded) else image.stat().st_size
     except OSError:  # it is found to be unreadable when it is opened

@@ -2,8 +2,9 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from beitzoo.images.classes import CLASSES_FILE, names_in
 from beitzoo.images.csv_rows import NOT_THERE, file_in, part_in, read_rows
 from beitzoo.images.files import Encoded, ImageError, as_image
 from beitzoo.images.folders import WITHOUT_IMAGE, WITHOUT_MASK, LeftOut, images_below, why_not
-from beitzoo.images.image_set import ImageSet, Joined, with_held_out
+from beitzoo.images.image_set import ImageSet, Joined, TimesOfChange, digest_of, size_of, with_held_out
 from beitzoo.images.label_maps import IGNORE, LabelMap, MaskLabels, UnlabelledError, read_label_map
 from beitzoo.images.shards import PART_OF, arrange
 from beitzoo.images.tables import find_mask_tables
@@ -100,6 +101,25 @@ class MaskedSet:
         path, place = (mask.container, f":{mask.place}") if isinstance(mask, Encoded) else (mask, "")
         root = self.images.root
         return f"{path.relative_to(root) if root is not None and path.is_relative_to(root) else path}{place}"
+
+    @cached_property
+    def version(self) -> str:
+        """First digits of a sha256 that is another when images or masks were exchanged, or masks stand for others.
+
+        As `ImageSet.version`, nothing in the files is read.
+        """
+        return digest_of(self._lines())
+
+    def version_of(self, indices: Iterable[int]) -> str:
+        """Return first digits of a sha256 of the `version`, and of which of the images are meant."""
+        return digest_of([self.version, repr([*indices])])
+
+    def _lines(self) -> Iterator[str]:
+        changed, labels = TimesOfChange(), self.labels
+        colours = None if labels.colours is None else [*labels.colours.items()]
+        yield repr((self.images.version, labels.names, labels.reduce_zero_label, sorted(labels.ignore), colours))
+        for index, mask in enumerate(self.masks):
+            yield repr((self.mask_name(index), size_of(mask), changed.of(mask)))
 
     def describe(self) -> list[str]:
         """Say what was found and what was left out, in a few lines."""

@@ -139,7 +139,9 @@ def test_no_file_name_ends_a_run(tmp_path: Path) -> None:
             image.save(tmp_path / name, format="png")
     ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
     result = beitzoo_process("predict", str(tmp_path), "-mbeit_nano_patch4_32", "--format", "csv", **ascii_only)
-    assert (result.returncode, result.stderr) == (0, b"")
+    # A busy machine takes long enough to be told how far it is.
+    said = [line for line in result.stderr.splitlines() if not line.endswith(b" per second")]
+    assert (result.returncode, said) == (0, [])
     assert rb"/\xe9\u65e5.png" in result.stdout
     assert b"/\xff.png" in result.stdout
 

@@ -11,6 +11,7 @@ from commands import SAMPLES, run
 
 import beitzoo
 from beitzoo.cli.networks import names_with_weights
+from beitzoo.evaluation.subjects import Origin
 from beitzoo.inference import fastest
 from beitzoo.inference.fastest import OPTIMIZED
 from beitzoo.zoo.checkpoints import Classify
@@ -110,9 +111,13 @@ def test_a_sweep_goes_on_where_it_was_and_measures_changed_data_anew(data: Path,
     (data / "7" / "b.png").write_bytes((SAMPLES / "digit_1.png").read_bytes())
     assert run(*asked).exit_code == 0
     assert [(row["dtype"], row["count"], row["top1"]) for row in rows_of(table)] == [
+        ("float32", "3", "100.0"),
         ("bfloat16", "3", "100.0"),
         ("float32", "4", "75.0"),
     ]
+    (data / "7" / "b.png").write_bytes((SAMPLES / "digit_7.png").read_bytes())  # as many images as before
+    assert [run(*asked).exit_code for _ in range(2)] == [0, 0]
+    assert [row["top1"] for row in rows_of(table)] == ["100.0", "100.0", "75.0", "100.0"]
 
 
 def test_many_images_are_measured_by_the_optimized_copy(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +134,8 @@ def test_many_images_are_measured_by_the_optimized_copy(data: Path, monkeypatch:
     assert (row["dtype"], row["top1"], OPTIMIZED in half.stderr) == ("bfloat16", 100.0, False)
 
 
-def test_weights_that_were_trained_since_are_measured_anew(data: Path, tmp_path: Path) -> None:
+def test_rows_of_other_weights_or_transforms_are_measured_anew(data: Path, tmp_path: Path) -> None:
+    """A run that was trained on, a transform that was changed, weights that are of another network by their name."""
     model = beitzoo.create_model("beit_nano_patch4_32", pretrained=True, num_classes=3)
     (data / "3" / "broken.png").unlink()
     counts = []
@@ -138,7 +144,17 @@ def test_weights_that_were_trained_since_are_measured_anew(data: Path, tmp_path:
         beitzoo.save_pretrained(model, tmp_path / "run")
         run("evaluate", str(tmp_path / "run"), "--data", str(data), "--results-file", str(tmp_path / "r.csv"))
         counts.append(len(rows_of(tmp_path / "r.csv")))
-    assert counts == [1, 1, 2]
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"crop_pct": 1.0', '"crop_pct": 0.5'))
+    run("evaluate", str(tmp_path / "run"), "--data", str(data), "--results-file", str(tmp_path / "r.csv"))
+    first, _, last = rows_of(tmp_path / "r.csv")
+    assert (counts, first["crop_pct"], last["crop_pct"]) == ([1, 1, 2], "1.0", "0.5")
+    weights = tmp_path / "run" / "model.safetensors"
+    names = ["beit_nano_patch4_32", str(tmp_path / "run")]
+    origins = [Origin(name, checkpoint) for checkpoint in (weights, None) for name in names]
+    assert len({origin.fingerprint() for origin in origins}) == 3
+    assert origins[0].fingerprint() == Origin(names[0], weights).fingerprint()
+    assert Origin(MODEL).fingerprint() is None
 
 
 def test_a_model_that_fails_in_a_sweep_is_a_row_with_an_error(data: Path, tmp_path: Path) -> None:

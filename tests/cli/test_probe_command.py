@@ -163,9 +163,11 @@ def test_rows_of_other_weights_or_images_are_measured_anew(data: list[str], tmp_
     assert [count(own, *data, "--keep-features", str(kept)), count("--features", str(kept))] == [3, 4]
     assert count("--features", str(kept)) == 4
     digits().images[5].save(tmp_path / "measure" / "1" / "other.png")  # type: ignore[union-attr]
-    assert count(own, *data) == 4
+    assert count(own, *data) == 5
+    digits().images[7].save(tmp_path / "measure" / "1" / "other.png")  # type: ignore[union-attr]
+    assert [count(own, *data), count(own, *data)] == [6, 6]
     rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert [row["count"] for row in rows] == ["30", "30", "30", "31"]
+    assert [row["count"] for row in rows] == ["30"] * 4 + ["31"] * 2
     assert len({row["weights"] for row in rows}) == 4
 
 

@@ -146,6 +146,35 @@ def test_the_command_prints_rows_and_writes_classes_and_a_picture(saved: Path, t
     assert "Left out 2 of 4 images" in result.stderr
 
 
+def test_a_sweep_goes_on_and_measures_what_changed_anew(saved: Path, tmp_path: Path) -> None:
+    """Other masks, other numbers of no class, another way to look; and what failed stays a row."""
+    root, table = tmp_path / "data", tmp_path / "r.csv"
+    write_pairs(root, count=1)
+    torch.manual_seed(0)
+    foreign: object = beitzoo.create_model("test_beit", head="segment", num_classes=2, img_size=32, decoder="linear")
+    assert isinstance(foreign, Segmenter)
+    beitzoo.save_pretrained(foreign, tmp_path / "foreign")
+    models = [str(saved), str(tmp_path / "foreign")]
+
+    def rows(*options: str) -> list[dict[str, str]]:
+        result = run("evaluate", *models, "--data", str(root), "--results-file", str(table), *options)
+        assert result.exit_code == 1, result.stderr
+        assert "foreign: failed: " in result.stderr and "tells 2 classes apart" in result.stderr
+        return list(csv.DictReader(table.read_text().splitlines()))
+
+    first = rows()
+    assert [(row["miou"] == "", row["error"] == "") for row in first] == [(False, True), (True, False)]
+    assert "" != first[0]["weights"] != first[1]["weights"] != ""
+    assert rows() == first
+    assert rows("--retry-failed") == first
+    assert len(rows("--scales", "1,1.5")) == 4
+    mask = root / "annotations" / "0.png"
+    mask.write_bytes(mask.read_bytes())  # of as many bytes, and written later
+    assert len(rows()) == 6
+    again = rows("--classes", ",".join(NAMES), "--ignore", "9")
+    assert (len(again), again[-1]["ignore"], len({row["data_version"] for row in again})) == (8, "9", 3)
+
+
 def test_the_command_lists_bad_images_and_masks(saved: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_pairs(root, count=5)
@@ -188,7 +217,9 @@ def test_masks_in_colour_are_measured_as_a_recipe_says(saved: Path, tmp_path: Pa
     )
     result = run("evaluate", str(saved), "--data", str(tmp_path / "data"), "--recipe", str(recipe), "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout) == json.loads(plain.stdout)
+    (row,), (other,) = (json.loads(one.stdout) for one in (result, plain))
+    assert row.pop("data_version") != other.pop("data_version")
+    assert row == other
     refused = run("evaluate", str(saved), "--data", "x", "--recipe", str(recipe), "--ignore", "3")
     assert (refused.exit_code, "leave --classes" in refused.stderr) == (2, True)
 
