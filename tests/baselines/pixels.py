@@ -7,7 +7,7 @@ one of `beitzoo collect`, whose `start` says that it started from pixels.
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +55,8 @@ def pixels_of(images: ImageSet, indices: Sequence[int], channels: int) -> NDArra
     return np.stack(rows)
 
 
-def measure(recipe_name: str, settings: Sequence[str]) -> list[Row]:
-    """Fit all classifiers to the images of a recipe; return their rows."""
+def measure(recipe_name: str, settings: Sequence[str]) -> Iterator[Row]:
+    """Fit one classifier after the other to the images of a recipe; yield their rows."""
     recipe = load_recipe(recipe_name, settings, kind="finetune")
     images = load_images(recipe.data)
     assert images.labels is not None
@@ -66,30 +66,26 @@ def measure(recipe_name: str, settings: Sequence[str]) -> list[Row]:
     train, test = (pixels_of(images, part, channels) for part in (split.train, split.test))
     data = recipe.data.source if recipe.data.path is None else recipe.data.path.name
     few = f"-{recipe.data.train_per_class}" * bool(recipe.data.train_per_class)
-    rows = []
     for name, classifier in classifiers(recipe.train.seed).items():
         started = time.process_time()
         answers = classifier.fit(train, labels[split.train]).predict(test)
         seconds = time.process_time() - started
-        rows.append(
-            {
-                "run": f"pixels/{data}{few}-{recipe.train.seed} {name}",
-                "task": "baseline",
-                "model": name,
-                "start": "pixels",
-                "data": data,
-                "train_per_class": recipe.data.train_per_class,
-                "train_images": len(split.train),
-                "seed": recipe.train.seed,
-                "split_seed": recipe.data.split_seed,
-                "label_seed": recipe.data.label_seed,
-                "top1": round(100 * float((answers == labels[split.test]).mean()), 5),
-                "count": len(split.test),
-                "train_seconds": round(seconds, 3),
-                **environment(torch.device("cpu")),
-            }
-        )
-    return rows
+        yield {
+            "run": f"pixels/{data}{few}-{recipe.train.seed} {name}",
+            "task": "baseline",
+            "model": name,
+            "start": "pixels",
+            "data": data,
+            "train_per_class": recipe.data.train_per_class,
+            "train_images": len(split.train),
+            "seed": recipe.train.seed,
+            "split_seed": recipe.data.split_seed,
+            "label_seed": recipe.data.label_seed,
+            "top1": round(100 * float((answers == labels[split.test]).mean()), 5),
+            "count": len(split.test),
+            "train_seconds": round(seconds, 3),
+            **environment(torch.device("cpu")),
+        }
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -101,9 +97,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     options = parser.parse_args(arguments)
     kept = Table(options.results_file, COLUMNS, KEY)
     kept.check()
-    rows = [kept.replace(row) for row in measure(options.recipe, options.settings)]
-    for row in rows:
-        print(f"{row['run']}: {row['top1']:.2f} of {row['count']}, {row['train_seconds']:.0f} s")
+    rows = []
+    for row in measure(options.recipe, options.settings):
+        rows.append(kept.replace(row))
+        print(f"{row['run']}: {row['top1']:.2f} of {row['count']}, {row['train_seconds']:.0f} s", flush=True)
     return rows
 
 
