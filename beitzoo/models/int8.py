@@ -16,8 +16,6 @@ WEIGHT_LEVELS = 127  # to each side of zero
 SMALLEST = 1e-12  # of all largest values, so that nothing is divided by zero
 GELU_LEAST = -0.17  # just below what GELU returns at the least, -0.16997
 
-_SIGN_BIT = 128
-
 
 class Int8Linear(InferenceLinear):
     """A linear that rounds its weight to 8 bits once, and activations in each call.
@@ -62,20 +60,27 @@ class Int8Linear(InferenceLinear):
 
     def _product(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs (B, N, outputs) that are yet to be multiplied by a scale per token, (B, N, 1), and that."""
-        levels = activation_levels()
-        if self.least is None:
-            zero = levels + 1
-            scale = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
-            scale = scale.clamp_min_(SMALLEST).div_(levels)
-            rounded = _round(x, scale, x.new_tensor(float(zero)))
-        else:
-            zero = 0
-            scale = x.amax(-1, keepdim=True).sub_(self.least).clamp_min_(SMALLEST).div_(2 * levels + 1)
-            rounded = _round(x, scale, -self.least / scale)
+        rounded, scale, zero = self._rounded(x)
         weight = (self.weight, self.scale, self.zero_points)
         to_float32: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
         y = torch.ops.onednn.qlinear_pointwise(rounded.flatten(0, -2), 1.0, zero, *weight, *to_float32)
         return y.unflatten(0, x.shape[:-1]), scale
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return x / scale + zero in unsigned 8 bits, a scale per token, and zero.
+
+        By way of signed ones: PyTorch's own conversion to unsigned ones takes seven times as long. Each step is one
+        that PyTorch does for many numbers at a time; `addcmul` does not where its first operand is to be expanded.
+        """
+        levels = activation_levels()
+        if self.least is None:
+            scale = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
+            scale = scale.clamp_min_(SMALLEST).div_(levels)
+            steps, zero = x * scale.reciprocal(), levels + 1
+            return steps.round_().to(torch.int8).view(torch.uint8).add_(zero), scale, zero
+        scale = x.amax(-1, keepdim=True).sub_(self.least).clamp_min_(SMALLEST).div_(2 * levels + 1)
+        steps = (x * scale.reciprocal()).add_(-self.least / scale - 128)  # from -128 on, as signed ones have no more
+        return steps.round_().to(torch.int8).view(torch.uint8).add_(128), scale, 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "weight": self.weight.to_dense()}
@@ -94,12 +99,3 @@ def activation_levels() -> int:
 
 def _pack(rounded: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(rounded.contiguous(), None)
-
-
-def _round(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Return x / scale + zero, rounded to unsigned 8 bits.
-
-    By way of signed ones, and the highest bit turned: PyTorch's conversion to unsigned ones takes seven times as long.
-    """
-    shifted = torch.addcmul(zero - _SIGN_BIT, x, scale.reciprocal()).round_()
-    return shifted.to(torch.int8).view(torch.uint8).bitwise_xor_(_SIGN_BIT)
