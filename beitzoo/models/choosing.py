@@ -69,7 +69,9 @@ def choose(model: Beit, dtype: Dtype, images_like: ImagesLike | None, clock: Clo
         fc2=trial.linear("fc2", choices),
     )
     block = trial.block(choices)
-    return replace(choices, block=block) if block.taken == "chosen" else _plain(model, dtype, images_like)
+    if block.taken == "chosen":
+        return replace(choices, block=block)
+    return replace(_plain(model, dtype, images_like), images_at_a_time=choices.images_at_a_time)
 
 
 def parts_of(choices: Choices, model: Beit, dtype: Dtype) -> Parts:
@@ -146,14 +148,17 @@ class Trial:
         return race(calls, self.clock)
 
     def block(self, choices: Choices) -> Choice:
-        """Say whether a block that is made of all that was chosen is faster than the plain one."""
+        """Say whether a block that is made of all that was chosen is faster than the plain one.
+
+        By however little: each part was clearly faster by itself.
+        """
         plain = _plain(self.model, self.dtype, choices.images_like)
         x = self._random(self._images(choices), self.model.config.embed_dim)
         candidates = {"plain": self._blocks(plain, 1), "chosen": self._blocks(choices, 1)}
         calls = {name: [partial(block, x, self.bias) for block in blocks] for name, blocks in candidates.items()}
         for call in itertools.chain(*calls.values()):
             call()  # packs and looks up what it has not yet
-        return race(calls, self.clock)
+        return race(calls, self.clock, noise=0.0)
 
     def _blocks(self, choices: Choices, count: int) -> list[InferenceBlock]:
         parts = parts_of(choices, self.model, self.dtype)
@@ -167,13 +172,19 @@ class Trial:
         return torch.randn(images, self.tokens, channels, generator=self.generator).to(self.like.dtype)
 
 
-def race(candidates: Mapping[str, Sequence[Call]], clock: Clock, work: Mapping[str, int] | None = None) -> Choice:
-    """Return the fastest candidate, the first one of those that are equal but for `NOISE`.
+def race(
+    candidates: Mapping[str, Sequence[Call]],
+    clock: Clock,
+    work: Mapping[str, int] | None = None,
+    noise: float = NOISE,
+) -> Choice:
+    """Return the fastest candidate, the first one of those that are equal but for noise.
 
     Args:
         candidates: Of each, calls that do the same with one weight after the other. The plainest comes first.
         clock: Gives seconds.
         work: How much a call of each one does, where that is not the same.
+        noise: Share by which times differ that are called equal.
     """
     times = dict.fromkeys(candidates, math.inf)
     start = clock()
@@ -188,7 +199,7 @@ def race(candidates: Mapping[str, Sequence[Call]], clock: Clock, work: Mapping[s
             call()
             times[name] = min(times[name], (clock() - begin) / (work[name] if work else 1))
     plain, shortest = next(iter(times.values())), min(times.values())
-    taken = next(name for name, seconds in times.items() if seconds <= shortest * (1 + NOISE))
+    taken = next(name for name, seconds in times.items() if seconds <= shortest * (1 + noise))
     return Choice(taken, round(plain / times[taken], 3) if len(candidates) > 1 else 1.0)
 
 

@@ -169,8 +169,10 @@ def test_choices_together_are_held_against_the_plain_block(monkeypatch: pytest.M
 
     monkeypatch.setattr(choosing.Trial, "linear", lambda *_: choosing.Choice("packed", 9.0))
     monkeypatch.setattr(packed.PackedLinear, "add", slow_add)
-    choices = choosing.choose(build(), torch.float32, None, clock)
+    monkeypatch.setattr(choosing.Trial, "images_at_a_time", lambda *_: choosing.Choice("1", 2.0))
+    choices = choosing.choose(build(), torch.float32, (2, 3, 64, 64), clock)
     assert (choices.block.taken, choices.fc2.taken, choices.fc2.speedup) == ("plain", "plain", 1.0)
+    assert choices.images_at_a_time == choosing.Choice("1", 2.0)  # in which both were measured
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 12])
