@@ -16,16 +16,16 @@ def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
     return torch.where(counts > 0, weights, 0.0)
 
 
-def positive_weights(targets: Tensor) -> Tensor:
-    """Return for each class how many images lack it for each that has it, (classes,); 1 where none has it.
+def positive_weights(positive: Tensor, images: int) -> Tensor:
+    """Return for each class how many images lack it for each that has it, (classes,); 1 where none or all have it.
 
     So both weigh the same in binary cross-entropy, as `pos_weight` of PyTorch's documentation.
 
     Args:
-        targets: 1 where an image has a class, else 0, (images, classes).
+        positive: How many images have each class, (classes,) float32.
+        images: How many there are.
     """
-    positive = targets.sum(0)
-    return torch.where(positive > 0, (len(targets) - positive) / positive, 1.0)
+    return torch.where((positive > 0) & (positive < images), (images - positive) / positive, 1.0)
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:

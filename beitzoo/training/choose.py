@@ -17,6 +17,8 @@ _SEEN = {"labels": 40_000, "masked": 100_000, "random": 200_000}
 _EPOCHS = {"labels": (10, 40), "masked": (30, 100), "random": (60, 200)}
 # Peak learning rate for 32 images per update and the width of a base network.
 _RATE = {"labels": 3e-4, "masked": 3e-4, "random": 1e-3}
+# Likewise of adapters, which start with no effect and need larger steps (configs/finetune/lora.toml).
+_ADAPTERS_RATE = 1.25e-3
 # Learning rate of the patch embedding as a share of the head's: unilm's 0.75 and 0.65 per layer of base networks.
 _STEM_SHARE = {"labels": 0.75**13, "masked": 0.65**13, "random": 1.0}
 # Sides up to which an image is small: it has few patches, and cropping or erasing takes away too much of it.
@@ -89,13 +91,17 @@ def _batch_size(at: Situation) -> int:
 
 def _rates(at: Situation) -> Iterator[Rule]:
     config = at.config
+    peak = _ADAPTERS_RATE if at.adapters else _RATE[at.start]
     # Adam's steps keep their noise if they grow with the square root of the batch (Malladi et al. 2022), and the
     # best ones shrink with the width (Yang et al. 2022, muP), as unilm's of large networks are below those of base.
-    rate = _RATE[at.start] * math.sqrt(_batch_size(at) / 32) * min(768 / config.embed_dim, 2.0)
-    yield Rule("train.lr", float(f"{rate:.2g}"), "by the start, the square root of the batch and the width")
+    rate = peak * math.sqrt(_batch_size(at) / 32) * min(768 / config.embed_dim, 2.0)
+    what = "those of adapters (recipe lora)" if at.adapters else "the start"
+    yield Rule("train.lr", float(f"{rate:.2g}"), f"by {what}, the square root of the batch and the width")
     yield Rule("train.min_lr", 1e-6, "as unilm")
     yield Rule("train.clip_grad", 3.0, "a wild update of few images does no harm")
-    if at.start != "random":
+    if at.adapters:
+        yield Rule("train.weight_decay", 0.0, "as peft's guide to adapters; these learn at one rate in all blocks")
+    elif at.start != "random":
         decay = max(_STEM_SHARE[at.start] ** (1 / (config.depth + 1)), 0.65)
         yield Rule("train.layer_decay", round(decay, 2), f"by {config.depth} blocks; unilm's for base networks")
         if config.depth >= 12:

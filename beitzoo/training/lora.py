@@ -82,12 +82,19 @@ def merged(model: Beit) -> Beit:
     return plain
 
 
-def describe_adapters(model: Beit, section: Lora) -> str:
-    """Say in a line what is adapted."""
+def describe_adapters(model: Beit, section: Lora, layer_decay: float) -> list[str]:
+    """Say what is adapted, and whether it learns as slowly as a whole network would."""
     from peft.tuners.lora import LoraLayer
 
+    depth = model.config.depth
     adapted = sum(any(isinstance(part, LoraLayer) for part in block.modules()) for block in model.blocks)
-    return (
+    lines = [
         f"LoRA of rank {section.rank}, scaled by {section.alpha / section.rank:g}, on {', '.join(section.targets)} of "
-        f"{adapted} of {model.config.depth} blocks; it is merged into the weights that are saved."
-    )
+        f"{adapted} of {depth} blocks; it is merged into the weights that are saved."
+    ]
+    if layer_decay < 1:
+        lines.append(
+            f"train.layer_decay: adapters of the first block learn at {layer_decay**depth:.2g} of train.lr, as in "
+            "recipes for whole networks; the recipe lora has one rate for all blocks, 1.25e-3, and says why."
+        )
+    return lines

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from beitzoo.evaluation.answers import Answers
 from beitzoo.evaluation.label_answers import LabelAnswers
 from beitzoo.evaluation.metrics import AccuracySum
+from beitzoo.images.image_set import ImageSet
 from beitzoo.training.balance import class_weights, positive_weights
 from beitzoo.training.sections import Finetune
 from beitzoo.training.task import Metrics
@@ -66,23 +67,32 @@ class Objective(Protocol):
         """Begin a measurement."""
 
 
+def make_objective(section: Finetune, images: ImageSet, indices: Sequence[int]) -> Objective:
+    """Make what a recipe learns of images with classes, one each or several; `indices` are those to train on."""
+    classes = len(images.names)
+    if images.labels is not None:
+        return OneClass(section, [images.labels[index] for index in indices], classes)
+    sizes = images.class_sizes(indices)
+    return ManyLabels(section, torch.tensor([float(sizes[label]) for label in range(classes)]), len(indices))
+
+
 class OneClass:
     """Cross-entropy; the better model is right on more images, and of equally accurate ones has the lower loss.
 
     Args:
         section: Smoothing and balance.
-        targets: Class of each image to train on, (N,).
+        labels: Class of each image to train on.
         num_classes: Outputs of the head.
     """
 
     activation: Activation = "softmax"
 
-    def __init__(self, section: Finetune, targets: Tensor, num_classes: int) -> None:
+    def __init__(self, section: Finetune, labels: Sequence[int], num_classes: int) -> None:
         # Of five classes, the right one is always among the five likeliest.
         self.metric_names = ("val_top1", *(("val_top5",) * (num_classes > 5)), "val_loss")
         self._num_classes = num_classes
         self._smoothing = section.label_smoothing
-        self._weights = class_weights(targets.tolist(), num_classes) if section.balance == "loss" else None
+        self._weights = class_weights(labels, num_classes) if section.balance == "loss" else None
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean over images; targets are classes (B,), or the share of each in an image (B, classes)."""
@@ -149,14 +159,15 @@ class ManyLabels:
 
     Args:
         section: Smoothing and balance.
-        targets: 1 for each class that an image to train on has, else 0, (N, classes).
+        positive: How many of the images to train on have each class, (classes,) float32.
+        images: How many there are.
     """
 
     activation: Activation = "sigmoid"
     metric_names: tuple[str, ...] = ("val_map", "val_loss")
 
-    def __init__(self, section: Finetune, targets: Tensor) -> None:
-        weights = positive_weights(targets) if section.balance == "loss" else None
+    def __init__(self, section: Finetune, positive: Tensor, images: int) -> None:
+        weights = positive_weights(positive, images) if section.balance == "loss" else None
         self._loss = BinaryCrossEntropy(section.label_smoothing, smooth_dense=True, pos_weight=weights)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:

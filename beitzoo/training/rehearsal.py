@@ -6,11 +6,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from beitzoo.errors import FileAccessError, InvalidValueError, OutOfMemoryError, is_out_of_memory
 from beitzoo.files import full_path
@@ -88,8 +89,9 @@ def rehearse(recipe: Recipe, prepare: Prepare, directory: Path) -> Rehearsal:
     directory = full_path(directory)
     check_folder(directory, recipe)
     task, state, alone = _prepared(recipe, prepare)
-    parameters = sum(parameter.numel() * parameter.element_size() for parameter in state.model.parameters())
-    saved = parameters * (3 + (state.ema is not None))  # a state: with two moments of each parameter
+    parameters = _bytes(state.model.parameters())
+    learned = _bytes(parameter for parameter in state.model.parameters() if parameter.requires_grad)
+    saved = parameters * (1 + (state.ema is not None)) + 2 * learned  # a state: with two moments of what is trained
     disk = 2 * (saved + parameters)  # two of them while one is written, `best` and `last`
     writing = _try_disk(directory, disk)
     update = _measure(task, state, recipe, alone)
@@ -177,6 +179,10 @@ def _update(task: Task, state: TrainState, recipe: Recipe, processes: Processes,
     if processes.device.type == "cuda":
         torch.cuda.synchronize()
     return UpdateSeconds(loading, time.perf_counter() - started - loading)
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _try_disk(directory: Path, needed: int) -> float:

@@ -34,6 +34,7 @@ class Situation:
         in_colour: Whether its images have colours.
         memory: Bytes that activations may take; None if that is not known.
         several_labels: Whether an image may have several labels.
+        adapters: Whether adapters are trained instead of the whole network.
         workers: Processes that can load images beside the one that trains; none where it needs all cores itself.
     """
 
@@ -45,6 +46,7 @@ class Situation:
     in_colour: bool
     memory: int | None
     several_labels: bool = False
+    adapters: bool = False
     workers: int = 0
 
     @property

@@ -10,7 +10,7 @@ from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import draw_split
 from beitzoo.training.choose import choose
 from beitzoo.training.memory import activation_bytes
-from beitzoo.training.recipe import Recipe
+from beitzoo.training.recipe import Recipe, load_recipe
 from beitzoo.training.sections import CropAugment, DataSection, Finetune
 from beitzoo.training.situation import Situation
 from beitzoo.zoo.registry import find
@@ -74,6 +74,15 @@ def test_a_small_network_from_random_weights_is_trained_as_on_digits() -> None:
     assert (nano.train.bias_lr_scale, nano.train.batch_size, nano.train.patience) == (10, 64, 0)
     assert augmentation(nano).auto_augment == ""
     assert chosen(config=find("beit_nano_patch4_32").config, start="random", in_colour=False).model.overrides == {}
+
+
+def test_adapters_are_trained_as_in_their_recipe() -> None:
+    ours, theirs = chosen(adapters=True), load_recipe("lora")
+    assert ours.train.lr == pytest.approx(theirs.train.lr, rel=0.05)
+    assert ours.train.lr > 4 * chosen().train.lr
+    for name in ("batch_size", "epochs", "min_lr", "weight_decay", "layer_decay", "clip_grad", "patience"):
+        assert getattr(ours.train, name) == getattr(theirs.train, name), name
+    assert ours.model.overrides == theirs.model.overrides == {}
 
 
 def test_parts_of_a_data_set_are_kept() -> None:

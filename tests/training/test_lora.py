@@ -20,7 +20,7 @@ from beitzoo.errors import InvalidOptionError, InvalidValueError, UnsupportedErr
 from beitzoo.models.beit import Beit
 from beitzoo.training import loop
 from beitzoo.training.loop import Run, fit
-from beitzoo.training.lora import add_adapters, merged
+from beitzoo.training.lora import add_adapters, describe_adapters, merged
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from beitzoo.training.sections import Finetune, Lora
@@ -257,6 +257,16 @@ def test_what_is_trained_is_printed(colours: Path, tmp_path: Path) -> None:
     assert f"Trains {3072 + 323:,} of {total:,} parameters." in result.stderr
     assert "LoRA of rank 3, scaled by 2, on qkv, proj, fc1, fc2 of 1 of 2 blocks" in result.stderr
     assert "Frozen weights start random and stay so" in result.stderr
+
+
+def test_a_layer_decay_of_whole_networks_is_told() -> None:
+    model, section = beitzoo.create_model("test_beit"), Lora(rank=3)
+    add_adapters(model, section)
+    what, slow = describe_adapters(model, section, 0.7)
+    assert slow.startswith(
+        "train.layer_decay: adapters of the first block learn at 0.49 of train.lr, as in recipes for"
+    )
+    assert describe_adapters(model, section, 1.0) == [what]
 
 
 def test_adapters_of_a_user_are_merged_and_saved(tmp_path: Path) -> None:

@@ -74,14 +74,15 @@ def test_mixed_and_weighted_labels_are_those_of_timm() -> None:
         seed_generators(seed)
         expected, smoothed = theirs(images.clone(), several)
         assert torch.equal(ours, expected)
-        loss = ManyLabels(section, several).loss(logits, targets)
+        loss = ManyLabels(section, several.sum(0), len(several)).loss(logits, targets)
         positive, negative = logits.sigmoid().log() * weights, (-logits).sigmoid().log()
         plain = -(smoothed * positive + (1 - smoothed) * negative).mean()
         assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
-def test_a_class_that_no_image_has_weighs_one() -> None:
-    assert positive_weights(torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 0, 0]])).tolist() == [0, 1, 2]
+def test_a_class_that_no_image_has_or_all_have_weighs_one() -> None:
+    """There is nothing to balance; with a weight of 0 what all images have would never be learned."""
+    assert positive_weights(torch.tensor([3.0, 0, 1, 2]), 3).tolist() == [1, 1, 2, 0.5]
 
 
 def test_mixing_draws_from_nothing_but_its_seed() -> None:

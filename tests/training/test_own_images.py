@@ -14,6 +14,7 @@ from beitzoo.training import rehearsal
 from beitzoo.training.first_probe import first_probe
 from beitzoo.training.folder import RunError
 from beitzoo.training.own_images import data_at, going_on, make_plan, resumed
+from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import RecipeError, change_recipe, load_recipe
 from beitzoo.training.rehearsal import rehearse
 from beitzoo.training.sections import Finetune
@@ -63,6 +64,20 @@ def test_a_length_in_updates_replaces_the_chosen_epochs(colours: Path) -> None:
         line for line in plan.describe() if line.startswith(("  train.epochs", "  train.updates", "  train.warmup"))
     ]
     assert lines == ["  train.warmup_updates = 2: a tenth of the run", "  train.updates = 20: as set"]
+
+
+def test_adapters_get_rates_of_their_own_and_less_disk(colours: Path, tmp_path: Path) -> None:
+    plan, whole = (make_plan("test_beit", data_at(colours), [*SHORT, *more]) for more in (["task.lora.rank=2"], []))
+    assert (plan.recipe.train.weight_decay, whole.recipe.train.weight_decay) == (0, 0.05)
+    assert plan.recipe.train.lr == pytest.approx(1.25e-3 * 8**-0.5 * 2, rel=0.05)  # of 4 images an update, and narrow
+    assert "  task.lora.rank = 2: as set" in plan.describe()
+    model = prepare(plan.recipe, Processes(0, 1, torch.device("cpu")))[1]
+    learned, all_there = (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or every)
+        for every in (False, True)
+    )
+    # Twice a state, with two moments of what is learned, and two models, of 4 bytes each.
+    assert rehearse(plan.recipe, prepare, tmp_path).disk == 4 * (4 * all_there + 4 * learned)
 
 
 def test_a_csv_of_several_labels_is_recognised(tmp_path: Path) -> None:

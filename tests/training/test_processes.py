@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import mim_recipe, write_colours
+from colours import colour_recipe, mim_recipe, mixture_recipe, write_colours, write_mixtures
 from safetensors.torch import load_file
 from squares import squares_recipe, write_squares
 
 from beitzoo.factory import create_model, create_tokenizer
 from beitzoo.saving import save_tokenizer
 from beitzoo.training.recipe import Recipe, dump_recipe
+from beitzoo.training.tasks.finetune import finetune
 from beitzoo.training.tasks.pretrain import pretrain
 from beitzoo.training.tasks.segment import train_segmenter
 
@@ -167,7 +168,39 @@ def test_two_processes_choose_one_recipe_and_say_so_once(tmp_path: Path) -> None
         for line in ("18 images of 3 classes", "images to train on", "The recipe for test_beit", "An update takes"):
             assert said.count(line) == 1, line
     assert json.loads(result.stdout)["processes"] == 2
-    assert result.stderr.count("3 updates of 4 images, 1 epochs") == 1
+    assert "3 updates of 4 images, 1.5 epochs of 2 updates, in" in result.stderr
+    assert result.stderr.count(" on 2 x cpu, which have the weights in shards. Starting.") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("labels", "sharding", "task"),
+    [
+        ("one", "full", {"lora": {"rank": 2, "besides": "all"}, "freeze_blocks": 1}),
+        ("many", "none", {"mixup": 0.8, "cutmix": 1.0, "balance": "loss", "label_smoothing": 0.1}),
+    ],
+)
+def test_two_processes_fine_tune_as_one_does(
+    tmp_path: Path, labels: str, sharding: str, task: dict[str, object]
+) -> None:
+    """Adapters in shards; several labels, mixed and balanced. Both in parts, and averaged; an image is broken."""
+    train = {"epochs": 2, "warmup_epochs": 0, "batch_size": 8, "ema_decay": 0.5}
+    if labels == "many":
+        recipe = mixture_recipe(write_mixtures(tmp_path / "data", rounds=3), **train)
+    else:
+        recipe = colour_recipe(write_colours(tmp_path / "data"), **train)
+    document = recipe.model_dump()
+    document["task"].update(task)
+    document["model"]["overrides"]["drop_path_rate"] = 0.0
+    whole, parts = (
+        Recipe.model_validate({**document, "train": {**document["train"], "accumulation": count}}) for count in (4, 2)
+    )
+    train_by_two(parts, tmp_path / "two", sharding)
+    torch.set_num_threads(1)
+    finetune(whole, tmp_path / "one")
+    for name in ("best", "last"):
+        ours, theirs = (load_file(tmp_path / run / name / "model.safetensors") for run in ("one", "two/whole"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -102,9 +102,16 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("balance", "sharding"), [("loss", "none"), ("sampling", "full")])
-def test_two_processes_with_everything_go_on_together(tmp_path: Path, balance: str, sharding: str) -> None:
-    recipe = _with_everything(tmp_path / "data", {"balance": balance}, epochs=3, batch_size=8)
+@pytest.mark.parametrize(
+    ("task", "sharding"),
+    [
+        ({"balance": "loss"}, "none"),
+        ({"balance": "sampling"}, "full"),
+        ({"balance": "loss", "lora": {"rank": 2, "dropout": 0.2, "besides": "all"}}, "full"),
+    ],
+)
+def test_two_processes_with_everything_go_on_together(tmp_path: Path, task: dict[str, Any], sharding: str) -> None:
+    recipe = _with_everything(tmp_path / "data", task, epochs=3, batch_size=8)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"sharding": sharding})})
     check_that_kills_change_nothing(recipe, tmp_path, 1, 2, "events", 100, 2)
 

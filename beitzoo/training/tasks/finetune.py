@@ -25,7 +25,6 @@ from beitzoo.training.data import (
     UnreadableImages,
     load_images,
     split_images,
-    targets_of,
     training_transform,
 )
 from beitzoo.training.findings import describe_classes, look_at_images
@@ -33,7 +32,7 @@ from beitzoo.training.generators import derive_seed, seed_generators
 from beitzoo.training.label_checks import check_labels, check_parts, describe_rare_labels
 from beitzoo.training.lora import add_adapters, describe_adapters, merged
 from beitzoo.training.mixing import make_mixup, mix
-from beitzoo.training.objectives import ManyLabels, Measurement, Objective, OneClass
+from beitzoo.training.objectives import Measurement, make_objective
 from beitzoo.training.optim import freeze_up_to, parameter_groups, spread_bias_tables
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
@@ -122,14 +121,10 @@ class FinetuneTask:
         self.log_names: tuple[str, ...] = ()
         assert isinstance(self.recipe.task, Finetune)
         self.section = self.recipe.task
-        targets = targets_of(self.images, self.split.train)
-        self.objective: Objective
-        if self.images.label_sets is None:
-            self.objective = OneClass(self.section, targets, len(self.images.names))
-        else:
-            self.objective = ManyLabels(self.section, targets)
+        self.objective = make_objective(self.section, self.images, self.split.train)
         self.metric_names: tuple[str, ...] = self.objective.metric_names
-        balanced = targets.tolist() if self.section.balance == "sampling" else None
+        labels = self.images.labels if self.section.balance == "sampling" else None
+        balanced = None if labels is None else [labels[index] for index in self.split.train]
         self.order = Order(self.split.train, self.recipe.train, self.processes, balanced)
         self.updates_per_epoch = self.order.updates_per_epoch
         self._shape = (self.model.config.in_chans, *self.model.config.img_size)
@@ -180,7 +175,8 @@ class FinetuneTask:
         if section.lora is None and section.freeze_blocks is None:
             return []
         random = "Frozen weights start random and stay so; set model.pretrained=true, or name a model.checkpoint."
-        adapters = [] if section.lora is None else [describe_adapters(self.model, section.lora)]
+        decay = self.recipe.train.layer_decay
+        adapters = [] if section.lora is None else describe_adapters(self.model, section.lora, decay)
         return [*adapters, *([random] * self.recipe.model.is_random)]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
