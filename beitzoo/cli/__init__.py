@@ -92,6 +92,8 @@ app.command()(measure.report)
 def main() -> None:
     """Run a command; what the user got wrong is one message and exit code 2, not a traceback."""
     _silence_libraries()
+    # Read when PyTorch is imported: large tensors in huge pages, where the system leaves that to programs.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _accept_any_file_name(sys.stdout, sys.stderr)
     app(prog_name="beitzoo")
 

@@ -12,7 +12,7 @@ from beitzoo.evaluation.evaluate import ClassifierEvaluation, Dtype, Judging, as
 from beitzoo.evaluation.subjects import Evaluation, Origin, Subject, images_for
 from beitzoo.evaluation.truth import real_labels_of
 from beitzoo.images.image_set import ImageSet
-from beitzoo.inference.fastest import OPTIMIZED, for_many_images
+from beitzoo.inference.fastest import OPTIMIZED, batch_like, for_many_images
 from beitzoo.inference.pipeline import Loading
 from beitzoo.models.beit import Beit
 from beitzoo.models.optimize import InferenceBeit, optimize
@@ -159,12 +159,13 @@ class PlannedClassifier:
 
     def _computing(self, model: Beit) -> Beit:
         """Return what computes in the precision in the place of the model, which is not to be used again."""
-        sweep = self.sweep
+        sweep, count = self.sweep, self._count()
         if self.dtype == "float32":
-            batch_size = sweep.loading.batch_size
-            return for_many_images(model, self._count(), batch_size, inplace=True) if sweep.optimized else model
+            return for_many_images(model, count, sweep.loading.batch_size, inplace=True) if sweep.optimized else model
         if self.dtype == "int8" or sweep.optimized:
-            return optimize(model, "int8" if self.dtype == "int8" else getattr(torch, self.dtype), inplace=True)
+            stored = "int8" if self.dtype == "int8" else getattr(torch, self.dtype)
+            images_like = batch_like(model, count, sweep.loading.batch_size)
+            return optimize(model, stored, inplace=True, images_like=images_like)
         return model.to(getattr(torch, self.dtype))
 
     def _count(self) -> int:

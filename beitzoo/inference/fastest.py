@@ -7,15 +7,16 @@ from typing import TypeVar
 from beitzoo.errors import UserError
 from beitzoo.models import kernels
 from beitzoo.models.beit import Beit
+from beitzoo.models.choices import ImagesLike
 from beitzoo.models.optimize import InferenceBeit, optimize
 
 Item = TypeVar("Item")
 
 # What a user of a command is told.
 OPTIMIZED = "The optimized copy computes, the same to rounding; --no-optimize leaves it out."
-# An estimate: `optimize` measures for up to 3 seconds with a base network, which is as long as its passes over about
-# ten images on two cores, and the copy saves about a tenth of a pass: it has paid for itself after about a hundred.
-HANDFUL = 100
+# An estimate: `optimize` measures for a second with a base network and two cores, which is as long as its passes over
+# five images, and the copy saves about a tenth of a pass: it has paid for itself after about fifty.
+HANDFUL = 50
 
 
 def for_many_images(model: Beit, count: int, batch_size: int, *, inplace: bool = False) -> Beit:
@@ -36,10 +37,14 @@ def for_many_images(model: Beit, count: int, batch_size: int, *, inplace: bool =
     if any(map(kernels.is_hooked, model.modules())):
         return model
     try:
-        size = (min(count, batch_size), model.config.in_chans, *model.config.img_size)
-        return optimize(model, inplace=inplace, images_like=size)
+        return optimize(model, inplace=inplace, images_like=batch_like(model, count, batch_size))
     except UserError:  # not of the plain network, which is no fault here
         return model
+
+
+def batch_like(model: Beit, count: int, batch_size: int) -> ImagesLike:
+    """Return batch, channels, height and width of the passes over so many images."""
+    return min(count, batch_size), model.config.in_chans, *model.config.img_size
 
 
 def count_ahead(images: Iterable[Item]) -> tuple[int, Iterable[Item]]:

@@ -29,10 +29,13 @@ _HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 def optimized_call(side: Side) -> Callable[[], Tensor]:
     """Return a call of the optimized copy of our network."""
     _refuse(side, "beitzoo.optimize", ("float32", "bfloat16", "float16", "int8"))
+    precision, images = side.options.precision, side.images
+    batch, channels, height, width = images.shape
     network = optimize(
-        side.model, dtype="int8" if side.options.precision == "int8" else steps.stored_dtype(side.options.precision)
+        side.model,
+        dtype="int8" if precision == "int8" else steps.stored_dtype(precision),
+        images_like=(batch, channels, height, width),
     )
-    images = side.images
 
     def run() -> Tensor:
         with torch.inference_mode():

@@ -57,6 +57,9 @@ def optimize(
     leaves a copy as it is. Where convolutions were taken, weights are packed in the first pass of each shape of input,
     which is slower; where shapes keep changing, that ends, and with it most of what is gained.
 
+    Where the system gives huge pages to those who ask for them (`madvise`), `THP_MEM_ALLOC_ENABLE=1` in the environment
+    before PyTorch is imported makes passes up to a tenth faster; the commands set it themselves.
+
     Args:
         model: A `Beit`, or what holds one (`BeitFeatures`, a `Segmenter`), on the device where it shall run, without
             adapters or hooks inside its blocks.
