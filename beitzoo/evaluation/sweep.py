@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
@@ -163,7 +163,7 @@ class PlannedClassifier:
         if self.dtype == "float32":
             return for_many_images(model, count, sweep.loading.batch_size, inplace=True) if sweep.optimized else model
         if self.dtype == "int8" or sweep.optimized:
-            stored = "int8" if self.dtype == "int8" else getattr(torch, self.dtype)
+            stored: torch.dtype | Literal["int8"] = "int8" if self.dtype == "int8" else getattr(torch, self.dtype)
             images_like = batch_like(model, count, sweep.loading.batch_size)
             return optimize(model, stored, inplace=True, images_like=images_like)
         return model.to(getattr(torch, self.dtype))
