@@ -1,11 +1,13 @@
 """How a classifier looks at images when it is measured: which part, at which sizes, mirrored too; and their mean."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from beitzoo.errors import check
 from beitzoo.images.transforms import resolve_data_config
@@ -91,4 +93,7 @@ def answer(model: Beit, looks: Sequence[Tensor], competing: Tensor | None) -> tu
     probabilities = probabilities_of(model, logits).mean(0)
     if len(logits) == 1:
         return logits[0], probabilities
-    return (probabilities.logit() if tells_several(model) else probabilities.log()), probabilities
+    # Not from the probabilities: of very sure answers they are 0 or 1, which would all be equal.
+    if tells_several(model):
+        return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0), probabilities
+    return F.log_softmax(logits, 1).logsumexp(0) - math.log(len(logits)), probabilities

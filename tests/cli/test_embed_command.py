@@ -1,6 +1,8 @@
 """embed: the files that it writes, what it says, and how it fails."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +65,34 @@ def test_an_unreadable_image_is_a_row_and_exit_code_one(tmp_path: Path) -> None:
     table = read_features(tmp_path / "f.npz")
     assert table.status == ["the file is empty", "ok"]
     assert np.isnan(table.features).all(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("model", [[], ["-m", "beit_nano_patch4_32"]])
+def test_a_file_of_features_names_the_weights_that_were_given(model: list[str], tmp_path: Path) -> None:
+    beitzoo.save_pretrained(beitzoo.create_model("beit_nano_patch4_32"), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    result = run("embed", str(DIGITS[0]), *model, "--checkpoint", str(weights), "--out", str(tmp_path / "f.npz"))
+    assert result.exit_code == 0, result.stderr
+    table = read_features(tmp_path / "f.npz")
+    assert table.description.model == str(weights)
+    expected = beitzoo.embed(beitzoo.create_model(str(tmp_path), pretrained=True), DIGITS[:1])
+    np.testing.assert_allclose(table.features, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["npz", "npy", "parquet"])
+def test_an_interrupted_run_leaves_what_was_there(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that were written before stay as they are, and nothing half written is beside them."""
+    out = tmp_path / f"f.{ending}"
+    out.write_bytes(b"of before")
+
+    def interrupted(embeddings: Iterable[Any], *_: object) -> Iterator[Any]:
+        yield next(iter(embeddings))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("beitzoo.progress.watch", interrupted)
+    result = run("embed", *map(str, DIGITS), "-m", MODEL, "--out", str(out))
+    assert result.exit_code != 0
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(out.name, b"of before")]
 
 
 @pytest.mark.parametrize(

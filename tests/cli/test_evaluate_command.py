@@ -80,6 +80,10 @@ def test_evaluate_and_predict_take_models_of_several_labels(tmp_path: Path) -> N
     (row,) = csv.DictReader(table.read_text().splitlines())
     assert 0 < float(row["map"]) <= 100
     assert (row["top1"], row["count"], row["failures"]) == ("", "7", "1")
+    several = run("evaluate", name, "--data", str(labels), "--sizes", "32,48", "--dtype", "float32,int8", "--json")
+    assert [0 < one["map"] <= 100 for one in json.loads(several.stdout)] == [True] * 2, several.stderr
+    unnamed = run("evaluate", name, "--data", str(labels), "--real-labels", "timm")
+    assert (unnamed.exit_code, "is none of the 50,000 validation images" in unnamed.stderr) == (2, True)
     refused = run("evaluate", name, "--data", str(labels), "--confusion", str(tmp_path / "c.png"))
     assert (refused.exit_code, "may have several labels each" in refused.stderr) == (2, True)
     (answer,) = json.loads(run("predict", str(labels.parent / "7.png"), "-m", name, "--format", "json").stdout)

@@ -76,6 +76,14 @@ def test_draws_of_few_labels_are_measured_on_the_same_images(data: list[str], tm
     assert len({row["top1"] for row in rows}) > 1
 
 
+def test_many_images_are_probed_by_the_optimized_copy(data: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beitzoo.inference.fastest.HANDFUL", 50)
+    copied, plain = (run("probe", MODEL, *data, "--probes", "knn", *more) for more in ([], ["--no-optimize"]))
+    assert ("optimized copy" in copied.stderr, "optimized copy" in plain.stderr) == (True, False)
+    for one, other in zip(json.loads(copied.stdout), json.loads(plain.stdout), strict=True):
+        assert one["top1"] == pytest.approx(other["top1"], abs=4)  # one image is 3.3
+
+
 def test_unreadable_images_are_listed_and_the_exit_code_is_one(data: list[str], tmp_path: Path) -> None:
     (tmp_path / "measure" / "0" / "broken.png").write_bytes(b"no image")
     result = run("probe", MODEL, *data)
@@ -83,6 +91,8 @@ def test_unreadable_images_are_listed_and_the_exit_code_is_one(data: list[str], 
     assert "broken.png: not an image that can be read" in result.stderr
     row = json.loads(result.stdout)[0]
     assert (row["count"], row["train_count"], row["val_count"], row["failures"]) == (30, 27, 3, 1)
+    rows = ["--results-file", str(tmp_path / "r.csv")]
+    assert [run("probe", MODEL, *data, *rows).exit_code for _ in range(2)] == [1, 1]  # also of rows that are there
 
 
 def test_a_network_that_was_trained_on_the_images_is_told(data: list[str], tmp_path: Path) -> None:
