@@ -9,14 +9,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from colours import COLOURS, colour_recipe
 from PIL import Image
 from torch import Tensor
 
 from beitzoo.images.loading import Sample
+from beitzoo.images.splits import Split
 from beitzoo.training.data import LoadedImages
+from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe
-from beitzoo.training.tasks.finetune import finetune
+from beitzoo.training.tasks.finetune import finetune, prepare
 
 PARTS = {"train": 6, "val": 3, "test": 3}
 
@@ -89,19 +92,27 @@ def as_tars(root: Path) -> Path:
     return root
 
 
+def recipe_of(data: Path, source: str, labels: str = "one") -> Recipe:
+    document = colour_recipe(data, {"tensorboard": False}, epochs=1, batch_size=3).model_dump()
+    document["data"].update(source=source, val_fraction=None)
+    document["task"]["labels"] = labels
+    return Recipe.model_validate(document)
+
+
 @pytest.mark.parametrize(
-    ("source", "labels", "write"),
-    [
-        ("folder", "one", as_folders),
-        ("csv", "one", as_csv),
-        ("csv", "many", as_csv_of_several),
-        ("parquet", "one", as_tables),
-        ("arrow", "one", as_saved),
-        ("webdataset", "one", as_tars),
-    ],
+    ("source", "write"),
+    [("folder", as_folders), ("csv", as_csv), ("parquet", as_tables), ("arrow", as_saved), ("webdataset", as_tars)],
 )
+def test_parts_are_what_they_are_called(source: str, write: Callable[[Path], Path], tmp_path: Path) -> None:
+    task, _ = prepare(recipe_of(write(tmp_path), source), Processes(0, 1, torch.device("cpu")))
+    assert task.split == Split([*range(6)], [*range(6, 9)], [*range(9, 12)])
+    parts = [part for part, count in PARTS.items() for _ in range(count)]
+    assert all(task.images.identity(index)[0].startswith(part) for index, part in enumerate(parts))
+
+
+@pytest.mark.parametrize(("labels", "write"), [("one", as_csv), ("many", as_csv_of_several)])
 def test_a_test_part_is_used_once_at_the_end(
-    source: str, labels: str, write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    labels: str, write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Sample] = []
     plain = LoadedImages._load
@@ -112,10 +123,7 @@ def test_a_test_part_is_used_once_at_the_end(
 
     monkeypatch.setattr(LoadedImages, "_load", watched)
     (tmp_path / "data").mkdir()
-    document = colour_recipe(write(tmp_path / "data"), {"tensorboard": False}, epochs=1, batch_size=3).model_dump()
-    document["data"].update(source=source, val_fraction=None)
-    document["task"]["labels"] = labels
-    metrics = finetune(Recipe.model_validate(document), tmp_path / "run")
+    metrics = finetune(recipe_of(write(tmp_path / "data"), "csv", labels), tmp_path / "run")
     train, val, test = range(6), range(6, 9), range(9, 12)
     assert {sample.image for sample in seen if sample.epoch is not None} == set(train)
     measured = [sample.image for sample in seen if sample.epoch is None]
