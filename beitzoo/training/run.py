@@ -147,6 +147,11 @@ def _check(recipe: Recipe, processes: Processes) -> None:
             f"{train.batch_size} images per update cannot be shared evenly by {processes.count} processes in "
             f"{train.accumulation} parts each; change train.batch_size, train.accumulation or the number of processes."
         )
+    if train.compile and recipe.run.sharding == "full" and processes.count > 1:
+        raise RecipeError(
+            "Whether a compiled network can have its weights in shards has not been tried; leave out train.compile or "
+            "run.sharding."
+        )
     if train.precision == "bf16" and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise RecipeError("This GPU has no bfloat16; set train.precision to fp16 or fp32.")
 

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from beitzoo.factory import create_tokenizer
 from beitzoo.models.beit import Beit
 from beitzoo.saving import save_tokenizer
+from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError
-from beitzoo.training.tasks.finetune import finetune
+from beitzoo.training.run import prepare_task
+from beitzoo.training.tasks.finetune import finetune, prepare
 from beitzoo.training.tasks.pretrain import pretrain
 
 TASKS = {"finetune": finetune, "pretrain": pretrain}
@@ -75,6 +77,15 @@ def test_half_precision_is_near(recipes: dict[str, Recipe], tmp_path: Path, prec
     near, _ = trained(recipes["pretrain"], tmp_path / precision, lr=1e-6, precision=precision)
     assert near == pytest.approx(exact, rel=5e-3)
     assert near != exact
+
+
+def test_compiling_with_weights_in_shards_is_refused(recipes: dict[str, Recipe]) -> None:
+    document = recipes["finetune"].model_dump()
+    changed = {"train": {**document["train"], "compile": True, "batch_size": 4}, "run": {"sharding": "full"}}
+    recipe = Recipe.model_validate({**document, **changed})
+    with pytest.raises(RecipeError, match=r"in shards has not been tried; leave out train\.compile or run\.sharding"):
+        prepare_task(recipe, Processes(0, 2, torch.device("cpu")), prepare)
+    prepare_task(recipe, Processes(0, 1, torch.device("cpu")), prepare)  # alone it has them whole
 
 
 @pytest.mark.slow
