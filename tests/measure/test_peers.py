@@ -26,12 +26,6 @@ SIDES = ("beitzoo", "transformers")
 OPTIONS = BenchmarkOptions(model="test_beit", batch_size=2, num_warm_iter=0, num_bench_iter=1, peer="timm")
 
 
-@pytest.fixture
-def no_inference_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do without inference mode: transformers keeps indices for the whole process, here for tests that train, too."""
-    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
-
-
 @pytest.mark.usefixtures("no_inference_tensors")
 @pytest.mark.parametrize("peer", ["timm", "transformers"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])

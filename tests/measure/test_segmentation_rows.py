@@ -16,6 +16,8 @@ from beitzoo.measure.options import BenchmarkOptions
 from beitzoo.measure.sweep import COMPARISON_COLUMNS
 from beitzoo.models.segmentation import Segmenter
 
+pytestmark = pytest.mark.usefixtures("no_inference_tensors")
+
 NAME = "beit_base_patch16_640.in22k_ft_in22k_ade20k"
 SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 6, "auxiliary_channels": 10, "decoder_drop_rate": 0.0}
 OPTIONS = BenchmarkOptions(
@@ -29,12 +31,6 @@ OPTIONS = BenchmarkOptions(
     model_kwargs=(*SMALL.items(), ("out_indices", (0, 1, 2, 3))),
 )
 TRAINED = replace(OPTIONS, bench="train", opt="adamw", smoothing=0.0)
-
-
-@pytest.fixture(autouse=True)
-def no_inference_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do without inference mode: transformers keeps indices for the whole process, here for tests that train, too."""
-    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
 
 
 @pytest.mark.parametrize("subject", ["beitzoo", "beitzoo+optimize"])
