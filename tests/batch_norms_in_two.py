@@ -5,14 +5,13 @@ The model is in float64, its last block is not read, and of the second update th
 """
 
 import copy
-import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from forks import run_together
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,28 +96,7 @@ def train(out: Path) -> None:
 def main(out: str, count: str) -> None:
     if count == "1":
         return train(Path(out))
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    children = [_fork(Path(out), rank, int(count), port) for rank in range(int(count))]
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, statuses)))
-
-
-def _fork(out: Path, rank: int, count: int, port: int) -> int:
-    child = os.fork()
-    if child:
-        return child
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    status = 1
-    try:
-        train(out)
-        torch.distributed.destroy_process_group()
-        status = 0
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+    sys.exit(run_together(lambda: train(Path(out)), int(count)))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import itertools
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import sklearn.model_selection  # noqa: F401  (here and not in each attempt)
 import timm.data  # noqa: F401
 import torch
 import torch.utils.tensorboard
+from forks import fork, free_port
 
 from beitzoo.training.folder import METRICS
 from beitzoo.training.recipe import read_resolved
@@ -52,9 +53,10 @@ def main(seed: str, processes: str, kind: str, longest: str, least: str, *recipe
 
 def _attempt(recipe: str, out: str, processes: int, kind: str, moment: float) -> bool:
     """Train until the end or a moment; tell whether that moment came first."""
-    port = _free_port()
+    port = free_port()
     at_event = max(round(moment), 1) if kind == "events" else 0
-    running = {_fork(recipe, out, rank, processes, port, at_event) for rank in range(processes)}
+    works = [partial(_train, recipe, out, at_event if rank == 0 else 0) for rank in range(processes)]
+    running = {fork(work, rank, processes, port) for rank, work in enumerate(works)}
     deadline = time.monotonic() + moment if kind == "time" else float("inf")
     statuses: list[int] = []
     while running:
@@ -71,26 +73,11 @@ def _attempt(recipe: str, out: str, processes: int, kind: str, moment: float) ->
     return -signal.SIGKILL in statuses
 
 
-def _fork(recipe: str, out: str, rank: int, count: int, port: int, at_event: int) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        if count > 1:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            os.environ.update({name: str(value) for name, value in names.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        if at_event and rank == 0:
-            _die_at(at_event)
-        chosen = read_resolved(Path(recipe))
-        _TRAIN[chosen.task.kind](chosen, Path(out))
-        if count > 1:
-            torch.distributed.destroy_process_group()
-        status = 0
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+def _train(recipe: str, out: str, at_event: int) -> None:
+    if at_event:
+        _die_at(at_event)
+    chosen = read_resolved(Path(recipe))
+    _TRAIN[chosen.task.kind](chosen, Path(out))
 
 
 def _die_at(moment: int) -> None:
@@ -109,12 +96,6 @@ def _die_at(moment: int) -> None:
     for name in ("fsync", "rename", "replace", "rmdir", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
     torch.optim.AdamW.step = counted(torch.optim.AdamW.step)  # type: ignore[method-assign]
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ is frozen, and nothing is dropped, so that one process can do the same.
 """
 
 import copy
-import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from forks import run_together
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -152,28 +151,7 @@ def _train_in_all_ways(out: Path) -> None:
 
 
 def main(out: str) -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    children = [_fork(Path(out), rank, port) for rank in range(2)]
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, statuses)))
-
-
-def _fork(out: Path, rank: int, port: int) -> int:
-    child = os.fork()
-    if child:
-        return child
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    status = 1
-    try:
-        _train_in_all_ways(out)
-        torch.distributed.destroy_process_group()
-        status = 0
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+    sys.exit(run_together(lambda: _train_in_all_ways(Path(out)), 2))
 
 
 if __name__ == "__main__":
