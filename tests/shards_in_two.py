@@ -1,8 +1,8 @@
 """A program in which two processes train a small classifier, with whole weights in each and with a part in each.
 
-`python shards_in_two.py OUT` fills `OUT/RUN` with what each of these runs leaves, and `OUT/RANK.pt` with the weights
-after its last update, their average and the metrics of the best model, by run. The model is in float64, its first block
-is frozen, and nothing is dropped, so that one process can do the same.
+`python shards_in_two.py OUT [all]` fills `OUT/RUN` with what each of these runs leaves, and `OUT/RANK.pt` with the
+weights after its last update, their average and the metrics of the best model, by run. The model is in float64, its
+first block is frozen, and nothing is dropped, so that one process can do the same.
 """
 
 import copy
@@ -132,11 +132,11 @@ def _result(state: TrainState) -> dict[str, Any]:
     return {**tensors, "best": state.best, "moments": moments}
 
 
-def _train_in_all_ways(out: Path) -> None:
+def _train_in_many_ways(out: Path, all_ways: bool) -> None:
     together = Processes.join()
     runs: dict[str, dict[str, Any]] = {"whole": train(out / "whole", together)}
     runs["sharded"] = train(out / "sharded", together, in_shards=True)
-    for name, in_shards in (("stopped whole", False), ("stopped sharded", True)):
+    for name, in_shards in {"stopped sharded": True, "stopped whole": False}.items() if all_ways else ():
         train(out / name, together, in_shards, last=_SAVED)
         if together.is_main:
             for way in ("whole", "sharded", "alone"):
@@ -146,12 +146,13 @@ def _train_in_all_ways(out: Path) -> None:
         runs[f"{name}, sharded"] = train(out / f"{name}, sharded", together, in_shards=True)
     if together.is_main:
         runs["alone"] = train(out / "alone", ALONE)
-        runs["stopped sharded, alone"] = train(out / "stopped sharded, alone", ALONE)
+        if all_ways:
+            runs["stopped sharded, alone"] = train(out / "stopped sharded, alone", ALONE)
     torch.save(runs, out / f"{together.rank}.pt")
 
 
-def main(out: str) -> None:
-    sys.exit(run_together(lambda: _train_in_all_ways(Path(out)), 2))
+def main(out: str, ways: str = "some") -> None:
+    sys.exit(run_together(lambda: _train_in_many_ways(Path(out), ways == "all"), 2))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def test_they_are_fitted_and_measured_as_by_hand(tmp_path: Path, monkeypatch: py
     assert [(kept["run"], tuple(kept)) for kept in read_rows(table)] == [(row["run"], COLUMNS)]
 
 
+@pytest.mark.slow
 def test_all_of_them_tell_colours_apart(tmp_path: Path) -> None:
     (write_colours(tmp_path / "colours", 20) / "red" / "0.png").unlink()
     recipe = tmp_path / "colours.toml"

@@ -72,26 +72,27 @@ def test_two_processes_equal_one_in_two_parts(tmp_path: Path, sharding: str) -> 
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_in_shards_learn_as_whole_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ways", ["some", pytest.param("all", marks=pytest.mark.slow)])
+def test_weights_in_shards_learn_as_whole_ones(ways: str, tmp_path: Path) -> None:
     """Two processes with whole weights, two with parts of them, and one by itself end with the same model.
 
-    So do runs that are broken off and go on in another of these ways; in the same way, they end bit-equal.
+    In all ways, so do runs that are broken off and go on in another of these; in the same way, they end bit-equal.
     """
     program = Path(__file__).parents[1] / "shards_in_two.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(program), str(tmp_path)]
+    command = [sys.executable, str(program), str(tmp_path), ways]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert result.returncode == 0, result.stderr
     runs, others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = runs.pop("alone")
-    assert len(runs) == 7
+    assert len(runs) == {"some": 2, "all": 7}[ways]
     for name, run in runs.items():
         for kind in ("model", "average"):
             torch.testing.assert_close(run[kind], alone[kind], rtol=0, atol=1e-13)
             if name in others:
                 torch.testing.assert_close(others[name][kind], run[kind], rtol=0, atol=0)
         assert run["best"] == pytest.approx(alone["best"], rel=1e-12)
-    for way in ("whole", "sharded"):
+    for way in ("whole", "sharded") if ways == "all" else ():
         for kind in ("model", "average"):
             torch.testing.assert_close(runs[way][kind], runs[f"stopped {way}, {way}"][kind], rtol=0, atol=0)
     assert runs["sharded"]["moments"] == pytest.approx(alone["moments"] / 2, rel=0.01)
