@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beitzoo.errors import InvalidValueError, check, some_of
 from beitzoo.evaluation.confusion import ConfusionMatrix
-from beitzoo.evaluation.subjects import Evaluation, Origin, Subject, unseen_images
+from beitzoo.evaluation.subjects import Evaluation, Origin, Subject, check_unnamed, unseen_images
 from beitzoo.images.files import ImageError
 from beitzoo.images.label_maps import IGNORE, LabelMap
 from beitzoo.images.masked_sets import MaskedSet
@@ -251,11 +251,7 @@ def _outputs(subject: Subject[Segmenter], masked: MaskedSet) -> list[int]:
     name, model, names = subject.name, subject.model, masked.labels.names
     own = model.class_names
     if own is None:
-        check(
-            len(names) == model.num_classes,
-            f"{name} tells {model.num_classes} classes apart and nobody named them, the masks have "
-            f"{len(names)} ({some_of(names, 5)}). Evaluate a model that was trained on these classes.",
-        )
+        check_unnamed(name, model.num_classes, names)
         return list(range(len(names)))
     outputs = outputs_of(model.pretrained.head, names)
     unknown = [one for one, output in zip(names, outputs, strict=True) if output is None]

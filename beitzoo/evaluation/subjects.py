@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from beitzoo.errors import check
+from beitzoo.errors import check, some_of
 from beitzoo.factory import look_up
 from beitzoo.files import full_path
 from beitzoo.images.image_set import ImageSet
@@ -193,3 +193,12 @@ def unseen_images(name: str, images: ImageSet, own: Split | None) -> tuple[list[
 def _split_of_digits(images: ImageSet, seed: int) -> Split:
     check(images.root is None, "--split-seed draws a part of the digits, and this is a folder. Leave it out.")
     return draw_split(images, val_fraction=0.1, test_fraction=1 / 3, seed=seed)
+
+
+def check_unnamed(model: str, outputs: int, names: Sequence[str]) -> None:
+    """Refuse to compare a model whose classes nobody named with data of another number of classes."""
+    check(
+        len(names) == outputs,
+        f"{model} tells {outputs} classes apart and nobody named them, the data has {len(names)}: {some_of(names)}. "
+        "Evaluate a model that was trained on these classes.",
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from beitzoo.errors import InvalidValueError, check, some_of
+from beitzoo.evaluation.subjects import check_unnamed
 from beitzoo.files import full_path, read_text
 from beitzoo.images.image_set import ImageSet, digest_of
 from beitzoo.inference.classify import tells_several
@@ -147,11 +148,7 @@ def _outputs(model: Beit, name: str, classes: tuple[str, ...]) -> list[int]:
     """Find the output of the model that stands for each class of the data."""
     own = model.class_names
     if own is None:
-        check(
-            len(classes) == model.num_classes,
-            f"{name} tells {model.num_classes} classes apart and nobody named them, the data has "
-            f"{len(classes)}; evaluate a model that was trained on these classes.",
-        )
+        check_unnamed(name, model.num_classes, classes)
     outputs = outputs_of(model.pretrained.head, classes)
     unknown = [name for name, output in zip(classes, outputs, strict=True) if output is None]
     check(

@@ -17,7 +17,7 @@ from beitzoo.errors import InvalidValueError, UnsupportedError
 from beitzoo.models import choosing, kernels
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp
 from beitzoo.models.choices import Choices, ImagesLike, dtype_name
-from beitzoo.models.inference_block import InferenceBlock
+from beitzoo.models.inference_block import InferenceBlock, Parts
 from beitzoo.models.inference_linear import InferenceLinear
 from beitzoo.models.kernels import PositionBias
 from beitzoo.models.segmentation import ConvNorm, Neck
@@ -84,11 +84,7 @@ def optimize(
     result = model if inplace else copy.deepcopy(model)
     result.eval().requires_grad_(False)
     for backbone, chosen in zip(_backbones(result), taken, strict=True):
-        backbone.set_grad_checkpointing(False)
-        parts = choosing.parts_of(chosen, backbone, _dtype_for(backbone, dtype))
-        for index, block in enumerate(backbone.blocks):
-            assert isinstance(block, Block)
-            backbone.blocks[index] = InferenceBlock(block, parts)
+        _replace_blocks(backbone, choosing.parts_of(chosen, backbone, _dtype_for(backbone, dtype)))
     _fold_norms(result)
     if isinstance(dtype, torch.dtype):
         result.to(dtype)
@@ -98,6 +94,14 @@ def optimize(
         backbone.choices = chosen
         backbone.ready_biases()
     return result
+
+
+def _replace_blocks(backbone: Beit, parts: Parts) -> None:
+    """Put an inference block in the place of each block, one after the other, so that its weights are free again."""
+    backbone.set_grad_checkpointing(False)
+    for index, block in enumerate(backbone.blocks):
+        assert isinstance(block, Block)
+        backbone.blocks[index] = InferenceBlock(block, parts)
 
 
 def _backbones(model: nn.Module) -> list[Beit]:
@@ -224,7 +228,7 @@ class InferenceBeit(Beit):
             for block in self._blocks():  # with a record for each, as each has one workspace
                 block.attn.make_ready(super().position_bias(config.grid_size), like)
 
-    def _blocks(self) -> list["InferenceBlock"]:
+    def _blocks(self) -> list[InferenceBlock]:
         return [block for block in self.blocks if isinstance(block, InferenceBlock)]
 
     def embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, PositionBias]:

@@ -110,7 +110,7 @@ def test_names_of_ade20k_may_be_those_of_elsewhere() -> None:
 def test_a_model_without_names_needs_as_many_classes(tmp_path: Path) -> None:
     model: object = beitzoo.create_model("test_beit", head="segment", num_classes=2, img_size=32, decoder="linear")
     assert isinstance(model, Segmenter)
-    with pytest.raises(InvalidValueError, match="tells 2 classes apart and nobody named them, the masks have 3"):
+    with pytest.raises(InvalidValueError, match="tells 2 classes apart and nobody named them, the data has 3"):
         evaluate_segmenter(Subject(model, "test_beit"), write_pairs(tmp_path), "data")
 
 

@@ -45,11 +45,6 @@ OF_TIME = ("seconds", "images_per_sec", "wait_share")
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_colours(tmp_path_factory.mktemp("data") / "colours")
-
-
-@pytest.fixture(scope="module")
 def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     finetune(colour_recipe(colours), out)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import COLOURS, write_colours, write_mixtures
+from colours import COLOURS, write_mixtures
 
 import beitzoo
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, OutOfMemoryError
@@ -22,11 +22,6 @@ from beitzoo.training.tasks.finetune import prepare
 from beitzoo.zoo.registry import UnknownModelError
 
 SHORT = ["train.epochs=3", "train.precision=fp32", "run.tensorboard=false"]
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_colours(tmp_path_factory.mktemp("data") / "colours")
 
 
 @pytest.fixture(scope="module")
