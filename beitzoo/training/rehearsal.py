@@ -50,7 +50,8 @@ class Rehearsal:
         task: As the run will have it.
         seconds: Of one update.
         updates: Of the whole run.
-        total_seconds: Of the whole run, with its validations and what it writes; early stopping may make it shorter.
+        total_seconds: Of the whole run to its last update, with its validations and what it writes.
+        may_end_early: Whether the run ends before that once validations find no better model.
         memory: Bytes that were in use at most; None if that is not known.
         disk: Bytes that the folder of the run takes at most, while a state is written.
     """
@@ -59,15 +60,17 @@ class Rehearsal:
     seconds: float
     updates: int
     total_seconds: float
+    may_end_early: bool
     memory: int | None
     disk: int
 
     def describe(self) -> str:
         """Say it in a line."""
         memory = "" if self.memory is None else f", {self.memory / 1e9:.2g} GB of memory"
+        early = " (less if it ends early, see train.patience)" if self.may_end_early else ""
         return (
             f"An update takes {self.seconds:.2g} s here, so that {self.updates:,} with their validations take about "
-            f"{_spelled(self.total_seconds)}{memory} and up to {self.disk / 1e9:.2g} GB of disk."
+            f"{_spelled(self.total_seconds)}{early}{memory} and up to {self.disk / 1e9:.2g} GB of disk."
         )
 
 
@@ -98,11 +101,13 @@ def rehearse(recipe: Recipe, prepare: Prepare, directory: Path) -> Rehearsal:
     workers, epochs = recipe.run.workers, recipe.train.count_epochs(task.updates_per_epoch)
     # A validation has no backward pass, which takes twice as long as the forward pass.
     forward = UpdateSeconds(update.loading, update.computing / 3).with_workers(workers) / recipe.train.batch_size
-    measured = -(-epochs // recipe.train.val_epochs) * len(task.split.val) + len(task.split.test)
+    validations, patience = -(-epochs // recipe.train.val_epochs), recipe.train.patience
+    measured = validations * len(task.split.val) + len(task.split.test)
     seconds, updates = update.with_workers(workers), state.schedule.updates
     written = (epochs // recipe.run.save_epochs * saved + 2 * epochs * parameters) * writing
     total = updates * seconds + measured * forward + written
-    return Rehearsal(task, seconds, updates, total, _memory(alone.device), disk)
+    early = 0 < patience < validations - 1  # the first is always the best so far
+    return Rehearsal(task, seconds, updates, total, early, _memory(alone.device), disk)
 
 
 def measure_update(recipe: Recipe, prepare: Prepare) -> UpdateSeconds:

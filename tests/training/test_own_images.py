@@ -153,6 +153,9 @@ def test_a_rehearsal_measures_and_writes_nothing(
     # Between what computing alone, and loading alone, would take: 3 validations of 6 images and a test of 7.
     assert found.seconds * (15 + 25 / 4 / 3) < found.total_seconds < found.seconds * (15 + 25 / 4) + 5
     assert found.describe().startswith(f"An update takes {found.seconds:.2g} s here, so that 15 with their validations")
+    for patience, early in ((0, False), (1, True), (2, False)):  # the third validation is the last one anyway
+        patient = change_recipe(recipe, [f"train.patience={patience}"])
+        assert ("(less if it ends early" in rehearse(patient, prepare, tmp_path / "out").describe()) is early
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(FileAccessError, match=r"Nothing can be written in .*file: Not a directory"):
