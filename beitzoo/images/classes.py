@@ -115,6 +115,20 @@ def _label_sets_of(shards: Shards, found: Sequence[Found], noted: Sequence[str])
     return Classes(known, tuple(noted) if flat.names is None else flat.names, sets)
 
 
+def fault_among(labels: Sequence[object]) -> str | None:
+    """Say what is wrong among the labels of one image; None if they are whole numbers from 0 or words, each once."""
+    for label in labels:
+        if label is None or label == "":
+            return "an empty one"
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            return f"{label!r}, which is no whole number and no word"
+        if isinstance(label, int) and label < 0:
+            return "a negative one"
+        if labels.count(label) > 1:
+            return f"{label!r} twice"
+    return None
+
+
 def _array(numbers: list[int]) -> Numbers:
     return np.array(numbers, dtype=np.int64)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from beitzoo.errors import InvalidValueError
+from beitzoo.errors import InvalidValueError, check
+from beitzoo.images.classes import fault_among
 
 # Columns that are looked for before those that the hub's notes in a file call images and classes.
 _IMAGE_NAMES = ("image", "img")
@@ -119,14 +120,12 @@ def _label_lists(path: Path, name: str, column: Any) -> list[tuple[int | str, ..
     """Read a column of lists of labels."""
     lists = [None if own is None else tuple(own) for own in column.to_pylist()]
     for row, own in enumerate(lists):
-        for label in own or ():
-            what = "an empty one" if label is None else "a negative one" if isinstance(label, int) and label < 0 else ""
-            what = what or (f"{label!r} twice" if own is not None and own.count(label) > 1 else "")
-            if what:
-                raise InvalidValueError(
-                    f"{path}, row {row}: among the labels in the column {name} is {what}. Correct it; an image "
-                    "without labels has an empty list."
-                )
+        fault = fault_among(own or ())
+        check(
+            fault is None,
+            f"{path}, row {row}: among the labels in the column {name} is {fault}. Correct it; an image without labels "
+            "has an empty list.",
+        )
     return lists
 
 

@@ -1,10 +1,9 @@
 """WebDataset tars: image files read one by one, by their place in the tar."""
 
-import json
 import logging
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,7 @@ from beitzoo.images.files import Encoded, ImageError
 from beitzoo.images.folders import SUFFIXES, LeftOut
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.shards import find_shards
+from beitzoo.images.tar_labels import Stated, found_labels, stated_label
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5":
 _COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # The key of a sample, and which of its files this is: all up to the first dot of the last name, and all behind it.
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-_NUMBER = re.compile(r"-?\d{1,18}")
 # Above, an index takes long enough to say so.
 _MANY_BYTES = 2**31
 
@@ -85,26 +84,30 @@ def find_tars(path: Path) -> ImageSet:
     """Return the images of WebDataset tars, and their classes if they have any.
 
     Members of one name up to the first dot are a sample. Its image is the first member that has an image's suffix and
-    no other; its class is the number or word in `cls`, or else `label` in `json`. A `classes.txt` beside the tars
-    names classes that are numbers. Samples without a class are left out, unless none has one.
+    no other; its class is the number or word in `cls`, or else `label` or `labels` in `json`. A `classes.txt` beside
+    the tars names classes that are numbers. Samples without a class are left out, unless none has one.
+
+    An image may have any number of labels (`ImageSet.label_sets`): `json` then has a list of them, `cls` separates them
+    by `;` or `|` and is empty where an image has none. A `txt` is a caption, as img2dataset writes it, and not read.
 
     Raises:
         MissingFileError: There are no such files, or no images in them.
-        InvalidValueError: A file is no tar, is compressed or cut short.
+        InvalidValueError: A file is no tar, is compressed or cut short; or labels are not as they should be.
     """
     shards = find_shards(path, (".tar", *_COMPRESSED_SUFFIXES), "tars")
     if sum(file.stat().st_size for file in shards.files) > _MANY_BYTES:
         _logger.warning("Looking through %d tars for where each image is.", len(shards.files))
     left_out = LeftOut()
-    tars, labels = zip(*(_indexed(file, shards.root, left_out) for file in shards.files), strict=True)
+    tars, stated = zip(*(_indexed(file, shards.root, left_out) for file in shards.files), strict=True)
+    labels = found_labels([(tar.path, own, tar.names) for tar, own in zip(tars, stated, strict=True)])
     return images_of(shards, tars, classes_of(shards, labels, ()), left_out)
 
 
-def _indexed(path: Path, root: Path, left_out: LeftOut) -> tuple[Tar, list[int | str | None]]:
+def _indexed(path: Path, root: Path, left_out: LeftOut) -> tuple[Tar, list[Stated]]:
     """Look through a tar once, without reading the images."""
     names: list[str] = []
     places: list[tuple[int, int]] = []
-    labels: list[int | str | None] = []
+    labels: list[Stated] = []
     seen: set[str] = set()
     for key, image, label in _samples(path):
         if image is None or image.name in seen:
@@ -119,14 +122,14 @@ def _indexed(path: Path, root: Path, left_out: LeftOut) -> tuple[Tar, list[int |
     return Tar(path, names, offsets, sizes), labels
 
 
-def _samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo | None, int | str | None]]:
-    """Yield the key, the image and the class of each sample."""
+def _samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo | None, Stated]]:
+    """Yield the key, the image and the stated class of each sample."""
     try:
         with tarfile.open(path, "r:") as tar:
             for key, members in groupby(_members(tar), key=lambda member: member.key):
                 fields = {member.suffix: member.info for member in reversed(list(members))}
                 images = [info for suffix, info in fields.items() if f".{suffix}" in SUFFIXES]
-                yield key, images[-1] if images else None, _label(tar, fields)
+                yield key, images[-1] if images else None, stated_label(tar, fields)
     except tarfile.TarError as error:
         raise InvalidValueError(_what_is_wrong(path, error)) from error
     except OSError as error:
@@ -151,27 +154,6 @@ def _members(tar: Any) -> Iterator[_Member]:
     tar.fileobj.seek(tar.offset)
     if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # `next` takes a damaged header for the end
         raise tarfile.ReadError(f"no header at byte {tar.offset}")
-
-
-def _label(tar: tarfile.TarFile, fields: Mapping[str, tarfile.TarInfo]) -> int | str | None:
-    """Read the class of a sample; None if none is there, or what is there is none."""
-    if "cls" in fields:
-        label = _content(tar, fields["cls"]).decode(errors="replace").strip()
-        return int(label) if _NUMBER.fullmatch(label) else label or None
-    if "json" in fields:
-        try:
-            label = json.loads(_content(tar, fields["json"]))["label"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        return label if isinstance(label, int | str) else None
-    return None
-
-
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(info)
-    assert file is not None  # it is a regular file
-    with file:
-        return file.read()
 
 
 def _what_is_wrong(path: Path, error: tarfile.TarError) -> str:

@@ -150,3 +150,56 @@ def test_a_member_is_sent_by_its_place(tmp_path: Path) -> None:
     received = pickle.loads(sent)
     assert isinstance(received, Encoded)
     assert received.read() == bytes(10**5)
+
+
+def test_several_labels_of_each_image(tmp_path: Path) -> None:
+    """By lists in json or separated in cls, of which one alone is a list too; what states nothing is left out."""
+    lists = {
+        "1.json": b'{"labels": ["b", "a"]}',
+        "1.png": png(1),
+        "2.json": b'{"label": []}',
+        "2.png": png(2),
+        "3.png": png(3),
+        "4.json": b'{"label": "c; d"}',
+        "4.png": png(4),
+    }
+    images = find_images("webdataset", write_tar(tmp_path / "lists" / "t.tar", lists))
+    assert (images.names, images.labels) == (("a", "b", "c; d"), None)
+    assert (images.label_sets, shades(images)) == ([(0, 1), (), (2,)], [1, 2, 4])
+    assert images.describe()[1:] == ["Left out 1, without one of the classes: t.tar:3.png"]
+    words = {b"2 ; 0\n": "train", b"": "train", b"1": "train", b"-1": "test", b"0;1": "test"}
+    for number, (text, part) in enumerate(words.items()):
+        write_tar(tmp_path / "words" / f"{part}-{number}.tar", {f"{number}.cls": text, f"{number}.png": png(number)})
+    (tmp_path / "words" / "classes.txt").write_text("ant\nbee\ncat\n")
+    images = find_images("webdataset", tmp_path / "words")
+    assert (images.names, images.label_sets) == (("ant", "bee", "cat"), [(0, 2), (), (1,), (0, 1)])
+    assert images.parts == {"train": range(3), "test": range(3, 4)}
+    one = {"1.cls": b"a", "1.png": png(1), "2.cls": b"", "2.png": png(2), "2.txt": b"a; b"}
+    images = find_images("webdataset", write_tar(tmp_path / "one.tar", one))
+    assert (images.names, images.labels, images.label_sets) == (("a",), [0], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("2.cls", b"a;;b", "t.tar:2.png: among the labels is an empty one"),
+        ("2.cls", b"a;a", "t.tar:2.png: among the labels is 'a' twice"),
+        ("2.cls", b"0;-1", "t.tar:2.png: among the labels is a negative one"),
+        ("2.cls", b"a|b", r"separated in two ways: that of .*t.tar:1.png by ';' and that of .*t.tar:2.png by '\|'"),
+        ("2.cls", b"a;b|c", "separated in two ways"),
+        ("2.json", b'{"label": [1, 0.5]}', "t.tar:2.json: among the labels is 0.5, which is no whole number and no wo"),
+        ("2.json", b'{"label": [true]}', "t.tar:2.json: among the labels is True, which is no whole number"),
+        ("2.json", b'{"label": [null]}', "t.tar:2.json: among the labels is an empty one"),
+    ],
+)
+def test_wrong_labels_name_the_sample(name: str, text: bytes, reason: str, tmp_path: Path) -> None:
+    members = {"1.cls": b"x;y", "1.png": png(1), name: text, "2.png": png(2)}
+    with pytest.raises(InvalidValueError, match=reason):
+        find_images("webdataset", write_tar(tmp_path / "t.tar", members))
+
+
+def test_label_numbers_without_a_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    path = write_tar(tmp_path / "t.tar", {"1.json": b'{"labels": [0, 2]}', "1.png": png(1)})
+    with pytest.raises(InvalidValueError, match="the class number 2, but only 2 classes are named"):
+        find_images("webdataset", path)
