@@ -61,11 +61,12 @@ def evaluate(
 ) -> None:
     """Measure top-1 and top-5 accuracy, or of segmentation models mIoU, mAcc and aAcc.
 
-    Of several models also mean and standard deviation. An unreadable image or mask is listed and not counted, and the
-    exit code is then 1. A sweep that is stopped and started again with the same --results-file goes on; a model that
-    fails in it is a row with an error. Segmentation models have --mode, --short-side, --stride, --scales and --flip as
-    in `beitzoo segment`, and all options of masks; classifiers have --flip and --confusion of these, and --batch-size,
-    --split-seed, --dtype, --crop, --sizes, --outputs and --real-labels.
+    Of models whose runs differ in their seeds only also mean and standard deviation. An unreadable image or mask is
+    listed and not counted, and the exit code is then 1. A sweep that is stopped and started again with the same
+    --results-file goes on; a model that fails in it is a row with an error. Segmentation models have --mode,
+    --short-side, --stride, --scales and --flip as in `beitzoo segment`, and all options of masks; classifiers have
+    --flip and --confusion of these, and --batch-size, --split-seed, --dtype, --crop, --sizes, --outputs and
+    --real-labels.
     """
     names = names_with_weights(models or (), rows.model_list)
     check(running.checkpoint is None or len(names) == 1, "--checkpoint is one file; name the one model that it is of.")

@@ -142,7 +142,7 @@ def evaluate_classifiers(
     comment(evaluations)
     if confusion is not None:
         _draw(confusion, evaluations[0])
-    _print([evaluation.row for evaluation in evaluations], output.as_json, len(dtypes))
+    _print([evaluation.row for evaluation in evaluations], output.as_json)
     return evaluations
 
 
@@ -180,8 +180,8 @@ def _score(row: "Row") -> str:
     return "top1" if row.get("map") in (None, "") else "map"
 
 
-def _print(rows: Sequence["Row"], as_json: bool, dtypes: int) -> None:
-    from beitzoo.evaluation.subjects import summarise
+def _print(rows: Sequence["Row"], as_json: bool) -> None:
+    from beitzoo.training.collect import summarise_models
 
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -193,5 +193,5 @@ def _print(rows: Sequence["Row"], as_json: bool, dtypes: int) -> None:
         counts = [str(row.get("count") or 0), str(row.get("error") or row["failures"])]
         table.add_row(str(row["model"]), str(row["dtype"]), *scores, *counts)
     Console().print(table)
-    if dtypes == 1 and sum(not row.get("error") for row in rows) > 1:
-        print(summarise(rows, scored[0]))
+    for line in summarise_models(rows, scored[0]):
+        print(line)

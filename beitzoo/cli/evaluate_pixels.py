@@ -207,9 +207,10 @@ def evaluate_segmenters(
     """Measure segmentation models; each row is written and printed when it is measured."""
     from beitzoo import results
     from beitzoo.evaluation.segmentation import COLUMNS, KEY, PlannedSegmenter
-    from beitzoo.evaluation.subjects import Origin, summarise
+    from beitzoo.evaluation.subjects import Origin
     from beitzoo.evaluation.sweep import run_sweep
     from beitzoo.measure.options import usable_device
+    from beitzoo.training.collect import summarise_models
 
     running, options = output.running, looking.options
     masks.check(len(models))
@@ -242,8 +243,9 @@ def evaluate_segmenters(
     rows = [evaluation.row for evaluation in evaluations]
     if output.as_json:
         print(json.dumps(rows, indent=2))
-    elif sum(not row.get("error") for row in rows) > 1:
-        print(summarise(rows, "miou", "mIoU"))
+    else:
+        for line in summarise_models(rows, "miou", "mIoU"):
+            print(line)
     return evaluations
 
 

@@ -1,7 +1,6 @@
 """Models that are measured: which weights they have, which images they were not trained on, and what was found."""
 
 import hashlib
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,13 +112,6 @@ class Evaluation:
     failures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     names: tuple[str, ...] = ()
-
-
-def summarise(rows: Sequence[Row], column: str, called: str | None = None) -> str:
-    """Say mean and sample standard deviation of a column over several rows; those without a value are left out."""
-    values = [float(value) for row in rows if (value := row.get(column)) is not None and value != ""]
-    spread = f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
-    return f"{called or column} {spread} (mean ± sd of {len(values)})"
 
 
 def fingerprint(files: Sequence[Path], said: str = "") -> str:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beitzoo.errors import MissingFileError
+from beitzoo.errors import MissingFileError, UserError
+from beitzoo.evaluation.subjects import Origin
 from beitzoo.files import full_path, read_text
 from beitzoo.results import ENVIRONMENT, Row, Value
 from beitzoo.training.folder import LOG, METRICS, RECIPE
 from beitzoo.training.pretrain_sections import Pretrain, TrainTokenizer
 from beitzoo.training.recipe import Recipe, read_resolved
 from beitzoo.training.sections import Finetune
+from beitzoo.weights.names import find_weights
 
 # What makes two runs draws of the same experiment: all that was asked for but the seeds.
 _WHAT = ("task", "model", "overrides", "start", "tokenizer", "teacher", "data", "train_per_class", "train_images")
@@ -144,22 +146,73 @@ def row_of(run: FinishedRun, name: str) -> Row:
 
 def summarise(rows: Sequence[Row]) -> list[str]:
     """Say mean and sample standard deviation of top-1, mAP or mIoU over runs that differ in their seeds only."""
-    groups: dict[tuple[str, tuple[Value, ...]], list[float]] = {}
+    groups: dict[tuple[str, Experiment], list[float]] = {}
     for row, measure in itertools.product(rows, ("top1", "map", "miou")):
         if row[measure] not in (None, ""):
-            same = tuple(row[name] for name in _SAME)
-            groups.setdefault((measure, same), []).append(float(row[measure] or 0))
+            groups.setdefault((measure, Experiment.of(row)), []).append(float(row[measure] or 0))
     lines = []
-    for (measure, same), values in groups.items():
-        facts = dict(zip(_SAME, same, strict=True))
-        labels = f"{facts['train_per_class']} labels per class" if facts["train_per_class"] else "all labels"
+    for (measure, experiment), values in groups.items():
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        origin = f"{facts['start']}" + f" ({facts['tokenizer']})" * bool(facts["tokenizer"])
-        lines.append(
-            f"{facts['data']}, {labels}, {facts['updates']} updates from {origin}{_methods(facts)}: "
-            f"{measure} {statistics.fmean(values):.2f}{spread} (n={len(values)})"
-        )
+        lines.append(f"{experiment}: {measure} {statistics.fmean(values):.2f}{spread} (n={len(values)})")
     return lines
+
+
+def summarise_models(rows: Sequence[Row], column: str, called: str | None = None) -> list[str]:
+    """Say mean and sample standard deviation of a measure over models that differ in the seeds of their runs only.
+
+    Other models are nobody's draws, so nothing is said of them: those of no finished run, or of another experiment.
+
+    Args:
+        rows: Of models that were measured on the same images, with their `model`; those without a value do not count.
+        column: The measure.
+        called: What it is called; as the column if None.
+    """
+    groups: dict[tuple[Value | Path | Experiment, ...], dict[Path, float]] = {}
+    for row in rows:
+        if row.get(column) in (None, "") or (drawn := _drawn(str(row["model"]))) is None:
+            continue
+        weights, run = drawn
+        same = (Experiment.of(row_of(run, str(run.folder))), weights.relative_to(run.folder.resolve()))
+        computed = (row.get("dtype"), row.get("computed_by"))
+        groups.setdefault((*same, *computed), {})[weights] = float(row[column] or 0)
+    return [
+        f"{called or column} {statistics.fmean(found.values()):.2f} ± {statistics.stdev(found.values()):.2f} "
+        f"(mean ± sd of {len(found)} runs that differ in seeds only: {experiment})"
+        for (experiment, *_), found in groups.items()
+        if len(found) > 1
+    ]
+
+
+def _drawn(model: str) -> tuple[Path, FinishedRun] | None:
+    """Return the file of a model's weights and the run that trained them; None if they are of no finished run."""
+    try:
+        weights = next((find_weights(file).resolve() for file in Origin(model).files()), None)
+        run = None if weights is None else run_at(weights)
+    except UserError:  # a run whose recipe is damaged or of another version is no draw of anything
+        return None
+    return None if weights is None or run is None else (weights, run)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that was asked of a run but its seeds: runs of one experiment are draws of it, whose mean says something.
+
+    Attributes:
+        asked: The columns that say it, in order.
+    """
+
+    asked: tuple[Value, ...]
+
+    @classmethod
+    def of(cls, row: Row) -> "Experiment":
+        """Return the experiment of the row of a run."""
+        return cls(tuple(row[name] for name in _SAME))
+
+    def __str__(self) -> str:
+        facts = dict(zip(_SAME, self.asked, strict=True))
+        labels = f"{facts['train_per_class']} labels per class" if facts["train_per_class"] else "all labels"
+        origin = f"{facts['start']}" + f" ({facts['tokenizer']})" * bool(facts["tokenizer"])
+        return f"{facts['data']}, {labels}, {facts['updates']} updates from {origin}{_methods(facts)}"
 
 
 def _methods(facts: Row) -> str:
@@ -170,9 +223,11 @@ def _methods(facts: Row) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def _run_at(name: str | Path) -> FinishedRun | None:
+def run_at(name: str | Path) -> FinishedRun | None:
     """Return the run that a model's or a tokenizer's name points into, if it is finished and there."""
     path = full_path(str(name).removeprefix("local-dir:"))
+    if str(name) == path.name and not path.exists():
+        return None  # the name of a checkpoint, which is no place in the folder where the command was called
     for folder in (path, *path.parents[:2]):
         if (folder / RECIPE).is_file() and (folder / METRICS).is_file():
             return read_run(folder)
@@ -181,13 +236,13 @@ def _run_at(name: str | Path) -> FinishedRun | None:
 
 def _network(recipe: Recipe) -> str:
     """Name the network of a recipe; of one that names a run, with or without its weights, that of the run."""
-    named = _run_at(recipe.model.name)
+    named = run_at(recipe.model.name)
     return recipe.model.name if named is None else _network(named.recipe)
 
 
 def _overrides(recipe: Recipe) -> dict[str, Any]:
     """Return the fields in which a network differs from its architecture, those of the run that it is of among them."""
-    named = _run_at(recipe.model.name)
+    named = run_at(recipe.model.name)
     return {**({} if named is None else _overrides(named.recipe)), **recipe.model.overrides}
 
 
@@ -216,14 +271,14 @@ def _start_of(run: FinishedRun) -> FinishedRun | None:
     """Return the run that gave a run the weights it started from."""
     model = run.recipe.model
     if model.checkpoint is not None:
-        return _run_at(model.checkpoint)
-    return _run_at(model.name) if model.pretrained else None
+        return run_at(model.checkpoint)
+    return run_at(model.name) if model.pretrained else None
 
 
 def _tokenizer_of(run: FinishedRun) -> FinishedRun | None:
     """Return the run that trained the tokenizer by which a run, or the one it started from, was pretrained."""
     if isinstance(run.recipe.task, Pretrain):
-        return _run_at(run.recipe.task.tokenizer)
+        return run_at(run.recipe.task.tokenizer)
     start = _start_of(run)
     return None if start is None else _tokenizer_of(start)
 

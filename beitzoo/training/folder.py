@@ -1,15 +1,17 @@
 """The folder of a run: whether a recipe may be run in it, and the lock that keeps a second run out."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from beitzoo.errors import FileAccessError, UserError
 from beitzoo.files import remove_partial
-from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, read_resolved
-from beitzoo.training.state import saved_states
+
+if TYPE_CHECKING:  # it needs accelerate, and who only reads folders does not
+    from beitzoo.training.processes import Processes
 
 RECIPE, LOG, METRICS = "recipe.toml", "log.csv", "metrics.json"
 BEST, LAST = "best", "last"
@@ -18,6 +20,12 @@ _LOCK = ".lock"
 
 class RunError(UserError, FileExistsError):
     """A folder that another run is in."""
+
+
+def saved_states(directory: Path) -> list[Path]:
+    """Return the complete states in the folder of a run, oldest first."""
+    found = [(int(match[1]), path) for path in directory.glob("state-*") if (match := re.search(r"-(\d+)$", path.name))]
+    return [path for _, path in sorted(found)]
 
 
 def check_folder(directory: Path, recipe: Recipe) -> None:
@@ -41,7 +49,7 @@ def check_folder(directory: Path, recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def claimed(directory: Path, recipe: Recipe, processes: Processes) -> Iterator[None]:
+def claimed(directory: Path, recipe: Recipe, processes: "Processes") -> Iterator[None]:
     """Keep the folder of a run to this run while it is entered; a run that is killed lets go of it.
 
     Raises:

@@ -18,14 +18,13 @@ from beitzoo.models.kernels import cpu_has
 from beitzoo.training.choose import Rule, choose
 from beitzoo.training.data import load_images, split_images
 from beitzoo.training.first_probe import first_probe
-from beitzoo.training.folder import BEST, RECIPE, RunError, check_folder
+from beitzoo.training.folder import BEST, RECIPE, RunError, check_folder, saved_states
 from beitzoo.training.label_checks import check_labels
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, change_recipe, read_resolved, set_names
 from beitzoo.training.rehearsal import Rehearsal, measure_update, rehearse
 from beitzoo.training.sections import DataSection
 from beitzoo.training.situation import find_situation
-from beitzoo.training.state import saved_states
 from beitzoo.training.tasks.finetune import describe_images, prepare
 from beitzoo.training.tasks.finetune import finetune as train_by_recipe
 from beitzoo.zoo.checkpoints import Segment

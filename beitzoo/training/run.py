@@ -19,7 +19,7 @@ from beitzoo.files import full_path, write_text
 from beitzoo.images.splits import SPLIT_FILE, read_split, write_split
 from beitzoo.results import environment
 from beitzoo.training.failure import FAILED
-from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed
+from beitzoo.training.folder import BEST, METRICS, RECIPE, RunError, claimed, saved_states
 from beitzoo.training.loop import Run, fit
 from beitzoo.training.memory import check_weights_fit
 from beitzoo.training.norms import has_batch_norms
@@ -27,7 +27,7 @@ from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, dump_recipe
 from beitzoo.training.report import can_draw, describe_pictures, draw_run
 from beitzoo.training.sections import ModelSection, TrainSection
-from beitzoo.training.state import TrainState, restore_state, saved_states, start_state
+from beitzoo.training.state import TrainState, restore_state, start_state
 from beitzoo.training.task import Answering, Task
 from beitzoo.zoo.networks import BeitConfig, override
 

@@ -1,7 +1,6 @@
 """All that a run needs to go on after it was killed, and its folder on disk."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from beitzoo.errors import UserError
 from beitzoo.files import read_text, write_folder, write_text
+from beitzoo.training.folder import saved_states
 from beitzoo.training.generators import derive_seed, generator_states, restore_generators, seed_generators
 from beitzoo.training.norms import share_norms
 from beitzoo.training.optim import Schedule, freeze_unused, make_optimizer
@@ -125,12 +125,6 @@ def _seed_process(seed: int, processes: Processes, update: int) -> None:
     if processes.device.type != "cpu":
         module = torch.get_device_module(processes.device)
         module.manual_seed(derive_seed(seed, "device", processes.rank, update))
-
-
-def saved_states(directory: Path) -> list[Path]:
-    """Return the complete states in the folder of a run, oldest first."""
-    found = [(int(match[1]), path) for path in directory.glob("state-*") if (match := re.search(r"-(\d+)$", path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def save_state(

@@ -20,7 +20,7 @@ from beitzoo.evaluation.evaluate import Judging, evaluate, load_data
 from beitzoo.evaluation.label_answers import LabelAnswers, label_rows, write_label_answers, write_label_rows
 from beitzoo.evaluation.looks import Looks
 from beitzoo.evaluation.mistakes import draw_mistakes
-from beitzoo.evaluation.subjects import Subject, summarise
+from beitzoo.evaluation.subjects import Subject
 from beitzoo.images.files import open_image
 from beitzoo.images.image_set import ImageSet
 from beitzoo.zoo.checkpoints import Classify, PretrainedConfig
@@ -149,7 +149,6 @@ def test_evaluate_measures_several_labels(tmp_path: Path) -> None:
     assert evaluation.notes == [
         f"{name} tells 4 classes apart, the data has 3 of them; only their outputs are measured."
     ]
-    assert summarise([evaluation.row, evaluation.row], "map").startswith("map ")
 
 
 def test_evaluate_refuses_what_does_not_fit_several_labels(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import beitzoo
 from beitzoo import Beit
 from beitzoo.errors import InvalidValueError
 from beitzoo.evaluation.evaluate import COLUMNS, Judging, evaluate, load_data
-from beitzoo.evaluation.subjects import Subject, summarise
+from beitzoo.evaluation.subjects import Subject
 from beitzoo.images.datasets import digits, labelled_folder
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import SPLIT_FILE, Split, draw_split, write_split
@@ -176,11 +176,6 @@ def test_what_predict_lists_evaluate_lists(tmp_path: Path) -> None:
     row = evaluation.row
     assert (row["count"], row["failures"], row["top5"], row["top5_err"]) == (1, 3, None, None)
     assert model.training
-
-
-def test_summary_is_mean_and_sample_deviation() -> None:
-    rows = [{"top1": 97.0}, {"top1": 98.0}, {"top1": ""}, {"top1": "99.0"}]
-    assert summarise(rows, "top1") == "top1 98.00 ± 1.00 (mean ± sd of 3)"  # type: ignore[arg-type]
 
 
 def test_of_tables_the_parts_that_are_held_out_are_measured(shipped: Beit, tmp_path: Path) -> None:

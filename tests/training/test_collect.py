@@ -8,10 +8,14 @@ import pytest
 import torch
 from colours import colour_recipe, write_colours
 
+import beitzoo
 from beitzoo.errors import UserError
-from beitzoo.training.collect import COLUMNS, UnfinishedError, read_run, row_of, summarise
+from beitzoo.results import Row
+from beitzoo.training.collect import COLUMNS, UnfinishedError, read_run, row_of, summarise, summarise_models
 from beitzoo.training.recipe import Recipe, dump_recipe
 from beitzoo.training.tasks.finetune import finetune
+
+MODEL = "beit_nano_patch4_32.digits"
 
 
 def write_run(folder: Path, recipe: dict[str, Any], log: str, **metrics: Any) -> Path:
@@ -208,6 +212,38 @@ def test_methods_are_told_apart_and_not_averaged(chain: Path) -> None:
         f"{start}, from block 2, LoRA of rank 4 trained: top1 50.00 ± 0.00 (n=2)",
         f"{start}: top1 50.00 ± 0.00 (n=2)",
     ]
+
+
+def test_models_that_were_measured_are_averaged_over_the_seeds_of_one_experiment_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks, methods and precisions are told apart, and so are the best and the last weights of a run."""
+    network = beitzoo.create_model("test_beit", num_classes=2)
+    runs: dict[str, dict[str, Any]] = {
+        "plain-0": {},
+        "plain-1": {},
+        "larger-0": {"model": {"name": "beit_nano_patch4_32"}},
+        "mixed-0": {"task": {"kind": "finetune", "mixup": 0.2}},
+    }
+    for seed, (name, differs) in enumerate(runs.items()):
+        recipe = {"model": {"name": "test_beit"}, **differs}
+        folder = write_run(tmp_path / name, recipe, "line,loss\n", seed=seed, train_seconds=1)
+        for part in ("best", "last"):
+            beitzoo.save_pretrained(network, folder / part)
+    beitzoo.save_pretrained(network, tmp_path / "mine")
+
+    def line(*models: str) -> list[str]:
+        rows: list[Row] = [{"model": f"{tmp_path}/{name}", "top1": str(97.0 + n)} for n, name in enumerate(models)]
+        return summarise_models([*rows, {"model": MODEL, "top1": 50.0}, {"model": "gone", "error": "why"}], "top1")
+
+    asked = "digits, all labels, 10 updates from random"
+    spread = f"top1 97.50 ± 0.71 (mean ± sd of 2 runs that differ in seeds only: {asked})"
+    assert line("plain-0", "plain-1/best", "larger-0", "mixed-0", "mine") == [spread]
+    assert line("plain-0/last", "plain-1/best", "larger-0/best") == line("plain-0", "plain-0/best") == []
+    two = [{"model": str(tmp_path / f"plain-{n}"), "top1": 97.0, "dtype": dtype} for n, dtype in enumerate("ab")]
+    assert summarise_models(two, "top1") == []
+    monkeypatch.chdir(tmp_path / "plain-0")  # where the name of a checkpoint is no part of the run
+    assert summarise_models([{"model": MODEL, "top1": 50.0}, {"model": "../plain-1", "top1": 9.0}], "top1") == []
 
 
 def test_a_row_says_in_which_fields_a_network_differs_from_its_architecture(chain: Path) -> None:

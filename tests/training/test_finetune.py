@@ -28,12 +28,11 @@ from beitzoo.images.splits import read_split
 from beitzoo.models.beit import Beit
 from beitzoo.training import folder, loop
 from beitzoo.training.data import Batch
-from beitzoo.training.folder import RunError
+from beitzoo.training.folder import RunError, saved_states
 from beitzoo.training.loop import NonFiniteError
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe, RecipeError, read_resolved
 from beitzoo.training.signals import Interrupted
-from beitzoo.training.state import saved_states
 from beitzoo.training.tasks.finetune import FinetuneTask, _labels_of_same_classes, finetune, prepare
 from beitzoo.zoo.checkpoints import Classify, Mim, PretrainedConfig
 from beitzoo.zoo.labels import label_names

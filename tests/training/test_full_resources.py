@@ -11,9 +11,8 @@ from colours import colour_recipe, write_colours
 from beitzoo import files
 from beitzoo.errors import FileAccessError, OutOfMemoryError
 from beitzoo.factory import create_model
-from beitzoo.training.folder import METRICS
+from beitzoo.training.folder import METRICS, saved_states
 from beitzoo.training.log import Log
-from beitzoo.training.state import saved_states
 from beitzoo.training.tasks.finetune import FinetuneTask, finetune
 
 

@@ -10,10 +10,9 @@ from colours import colour_recipe, tokenizer_recipe, write_colours
 from commands import run
 
 from beitzoo.training.failure import NonFiniteError
-from beitzoo.training.folder import RunError
+from beitzoo.training.folder import RunError, saved_states
 from beitzoo.training.recipe import Recipe
 from beitzoo.training.replay import replay
-from beitzoo.training.state import saved_states
 from beitzoo.training.tasks.finetune import FinetuneTask, finetune, prepare
 from beitzoo.training.tasks.tokenizer import prepare as prepare_tokenizer
 from beitzoo.training.tasks.tokenizer import train_tokenizer
