@@ -17,6 +17,7 @@ from beitzoo.files import full_path
 from beitzoo.images.datasets import find_images, guess_source
 from beitzoo.images.image_set import ImageSet
 from beitzoo.inference.classify import check_classifier, eval_mode
+from beitzoo.inference.fastest import computed_by
 from beitzoo.inference.pipeline import Failure, Job, Loading, run_jobs
 from beitzoo.models.beit import Beit
 from beitzoo.results import ENVIRONMENT, Row, environment
@@ -43,6 +44,7 @@ _OWN_COLUMNS = (
     "failures",
     "ece",
     "dtype",
+    "computed_by",
     "crop",
     "sizes",
     "flip",
@@ -51,7 +53,7 @@ _OWN_COLUMNS = (
     "weights",
 )
 COLUMNS = [*_OWN_COLUMNS, *ENVIRONMENT, "error"]
-_LOOKS = ("dtype", "crop", "sizes", "flip", "outputs", "real_labels")
+_LOOKS = ("dtype", "computed_by", "crop", "sizes", "flip", "outputs", "real_labels")
 _ASKED = ("model", "weights", "data", "data_version", "split_seed", *_LOOKS)
 # What makes two rows the same measurement: what was asked for, and where; not when.
 KEY = (*_ASKED, *(name for name in ENVIRONMENT if name != "date"))
@@ -131,7 +133,7 @@ def evaluate(
     measured = _measure(model, images, truth, judging.looks.jobs(model, name), loading or Loading())
     row = {
         **environment(model.cls_token.device),
-        **asked(subject.origin, subject.dtype or _dtype_of(model), data, images, judging),
+        **asked(subject.origin, (subject.dtype or _dtype_of(model), computed_by(model)), data, images, judging),
         **_facts(model, judging.looks),
         **measured.scores(),
     }
@@ -145,16 +147,24 @@ def evaluate(
     )
 
 
-def asked(origin: Origin, dtype: str, data: str, images: ImageSet, judging: Judging) -> Row:
+def asked(origin: Origin, computing: tuple[str, str], data: str, images: ImageSet, judging: Judging) -> Row:
     """Return the columns that say what is measured, which are known before it is.
 
     `weights` is empty where they are those of a name, which do not change.
+
+    Args:
+        origin: Of the model.
+        computing: What it computes in, and whether the plain network or its inference copy does.
+        data: What the row calls the images.
+        images: The images.
+        judging: What the model sees, and what counts as right.
 
     Raises:
         InvalidValueError: The model was trained on all images, or on some that the seed holds out.
     """
     looks, labelling = judging.looks, judging.labelling
     indices, _ = images_for(origin, images, judging.split_seed)
+    dtype, computed = computing
     return {
         "model": origin.shown,
         "weights": origin.fingerprint(),
@@ -162,6 +172,7 @@ def asked(origin: Origin, dtype: str, data: str, images: ImageSet, judging: Judg
         "data_version": labelling.version(images, indices),
         "split_seed": judging.split_seed,
         "dtype": dtype,
+        "computed_by": computed,
         "crop": looks.crop,
         "sizes": " ".join(map(str, looks.sizes)) or None,
         "flip": looks.flip,

@@ -12,7 +12,7 @@ from beitzoo.evaluation.evaluate import ClassifierEvaluation, Dtype, Judging, as
 from beitzoo.evaluation.subjects import Evaluation, Origin, Subject, images_for
 from beitzoo.evaluation.truth import real_labels_of
 from beitzoo.images.image_set import ImageSet
-from beitzoo.inference.fastest import OPTIMIZED, batch_like, for_many_images
+from beitzoo.inference.fastest import COPY, OPTIMIZED, PLAIN, batch_like, for_many_images, pays
 from beitzoo.inference.pipeline import Loading
 from beitzoo.models.beit import Beit
 from beitzoo.models.optimize import InferenceBeit, optimize
@@ -141,7 +141,8 @@ class PlannedClassifier:
     def asked(self) -> Row:
         """Return the columns of its key; see `evaluate.asked`."""
         sweep = self.sweep
-        return {**self.known, **asked(self.origin, self.dtype, sweep.data, sweep.images, sweep.judging)}
+        computing = (self.dtype, COPY if self._by_copy() else PLAIN)
+        return {**self.known, **asked(self.origin, computing, sweep.data, sweep.images, sweep.judging)}
 
     def recall(self, row: Row) -> ClassifierEvaluation:
         """Return what a row says that is there already, or that failed."""
@@ -157,16 +158,21 @@ class PlannedClassifier:
             evaluation.notes.append(OPTIMIZED)
         return evaluation
 
+    def _by_copy(self) -> bool:
+        """Tell whether the inference copy computes: in int8 always, in float32 for many images, unless it may not."""
+        if self.dtype == "float32":
+            return self.sweep.optimized and pays(self._count(), self.sweep.device)
+        return self.sweep.optimized or self.dtype == "int8"
+
     def _computing(self, model: Beit) -> Beit:
         """Return what computes in the precision in the place of the model, which is not to be used again."""
         sweep, count = self.sweep, self._count()
+        if not self._by_copy():
+            return model.to(getattr(torch, self.dtype))
         if self.dtype == "float32":
-            return for_many_images(model, count, sweep.loading.batch_size, inplace=True) if sweep.optimized else model
-        if self.dtype == "int8" or sweep.optimized:
-            stored: torch.dtype | Literal["int8"] = "int8" if self.dtype == "int8" else getattr(torch, self.dtype)
-            images_like = batch_like(model, count, sweep.loading.batch_size)
-            return optimize(model, stored, inplace=True, images_like=images_like)
-        return model.to(getattr(torch, self.dtype))
+            return for_many_images(model, count, sweep.loading.batch_size, inplace=True)
+        stored: torch.dtype | Literal["int8"] = "int8" if self.dtype == "int8" else getattr(torch, self.dtype)
+        return optimize(model, stored, inplace=True, images_like=batch_like(model, count, sweep.loading.batch_size))
 
     def _count(self) -> int:
         """Return how many images the model is measured on."""

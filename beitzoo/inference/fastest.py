@@ -4,13 +4,18 @@ from collections.abc import Iterable
 from itertools import chain, islice
 from typing import TypeVar
 
+import torch
+from torch import nn
+
 from beitzoo.errors import UserError
 from beitzoo.models import kernels
 from beitzoo.models.beit import Beit
 from beitzoo.models.choices import ImagesLike
 from beitzoo.models.optimize import InferenceBeit, optimize
+from beitzoo.models.segmentation import Segmenter
 
 Item = TypeVar("Item")
+Network = TypeVar("Network", Beit, Segmenter)
 
 # What a user of a command is told.
 OPTIMIZED = "The optimized copy computes, the same to rounding; --no-optimize leaves it out."
@@ -18,8 +23,21 @@ OPTIMIZED = "The optimized copy computes, the same to rounding; --no-optimize le
 # five images, and the copy saves about a tenth of a pass: it has paid for itself after about fifty.
 HANDFUL = 50
 
+# What rows call what computed.
+PLAIN, COPY = "plain network", "inference copy"
 
-def for_many_images(model: Beit, count: int, batch_size: int, *, inplace: bool = False) -> Beit:
+
+def computed_by(model: nn.Module) -> str:
+    """Say, as rows do, whether a model, or the network in it, is the inference copy that `optimize` makes."""
+    return COPY if any(isinstance(module, InferenceBeit) for module in model.modules()) else PLAIN
+
+
+def pays(count: int, device: torch.device) -> bool:
+    """Tell whether a copy for so many images computes the rest faster than it takes to be made."""
+    return count > HANDFUL and device.type == "cpu"
+
+
+def for_many_images(model: Network, count: int, batch_size: int, *, inplace: bool = False) -> Network:
     """Return the network that computes so many images fastest, with the same outputs to rounding.
 
     On a CPU and for more than a handful of images it is the inference copy that `optimize` makes. Elsewhere or for
@@ -27,17 +45,18 @@ def for_many_images(model: Beit, count: int, batch_size: int, *, inplace: bool =
     network itself.
 
     Args:
-        model: The network.
+        model: The network, or the segmentation model.
         count: How many images there will be.
-        batch_size: Of the passes to come, for which the copy is chosen.
+        batch_size: Of the passes to come, for which the copy is chosen; of segmentation models windows.
         inplace: Put the copy in the place of the network, whose memory it takes; it is not to be used again.
     """
-    if count <= HANDFUL or model.cls_token.device.type != "cpu" or isinstance(model, InferenceBeit):
+    backbone = model.backbone if isinstance(model, Segmenter) else model
+    if not pays(count, backbone.cls_token.device) or isinstance(backbone, InferenceBeit):
         return model
     if any(map(kernels.is_hooked, model.modules())):
         return model
     try:
-        return optimize(model, inplace=inplace, images_like=batch_like(model, count, batch_size))
+        return optimize(model, inplace=inplace, images_like=batch_like(backbone, count, batch_size))
     except UserError:  # not of the plain network, which is no fault here
         return model
 

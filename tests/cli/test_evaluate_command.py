@@ -14,6 +14,7 @@ from beitzoo.cli.networks import names_with_weights
 from beitzoo.evaluation.subjects import Origin
 from beitzoo.inference import fastest
 from beitzoo.inference.fastest import OPTIMIZED
+from beitzoo.results import csv_text
 from beitzoo.zoo.checkpoints import Classify
 
 MODEL = "beit_nano_patch4_32.digits"
@@ -36,7 +37,7 @@ def test_evaluate_prints_and_appends_rows(data: Path, tmp_path: Path) -> None:
     names = (MODEL, "beit_nano_patch4_32", MODEL)
     result = run("evaluate", *names, "--data", str(data), "--results-file", str(table))
     assert result.exit_code == 0
-    assert "top1 100.00 ± 0.00 (mean ± sd of 2)" in result.stdout
+    assert "±" not in result.stdout  # nothing says that they are draws of one experiment
     assert result.stderr.count(f"{MODEL} tells 10 classes apart, the data has 3 of them") == 1
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [(row["count"], row["failures"], row["top1"]) for row in rows] == [("3", "0", "100.0")] * 2
@@ -124,18 +125,45 @@ def test_a_sweep_goes_on_where_it_was_and_measures_changed_data_anew(data: Path,
     assert [row["top1"] for row in rows_of(table)] == ["100.0", "100.0", "75.0", "100.0"]
 
 
-def test_many_images_are_measured_by_the_optimized_copy(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_measured_by_the_optimized_copy(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What computed is in the rows and part of their key."""
     monkeypatch.setattr(fastest, "HANDFUL", 5)
     for place in range(5):
         (data / "1" / f"{place}.png").write_bytes((SAMPLES / "digit_1.png").read_bytes())
     (data / "3" / "broken.png").unlink()
-    asked = ("evaluate", MODEL, "--data", str(data), "--json")
+    asked = ("evaluate", MODEL, "--data", str(data), "--json", "--results-file", str(tmp_path / "r.csv"))
     copied, plain = run(*asked), run(*asked, "--no-optimize")
     assert (copied.stderr.count(OPTIMIZED), plain.stderr.count(OPTIMIZED)) == (1, 0)
-    assert json.loads(copied.stdout) == json.loads(plain.stdout)
+    (by_copy,), (by_itself,) = json.loads(copied.stdout), json.loads(plain.stdout)
+    assert (by_copy.pop("computed_by"), by_itself.pop("computed_by")) == ("inference copy", "plain network")
+    assert by_copy == by_itself
     half = run(*asked, "--dtype", "bfloat16", "--no-optimize")
     (row,) = json.loads(half.stdout)
     assert (row["dtype"], row["top1"], OPTIMIZED in half.stderr) == ("bfloat16", 100.0, False)
+    for option in ("--optimize", "--no-optimize"):
+        assert f"{MODEL} float32: top1 100.0 in {tmp_path}/r.csv already" in run(*asked, option).stderr
+    monkeypatch.setattr(fastest, "HANDFUL", 100)  # then bfloat16 alone is of the copy
+    assert "already" in run(*asked, "--optimize").stderr
+    run(*asked, "--dtype", "bfloat16")
+    assert [(row["dtype"], row["computed_by"]) for row in rows_of(tmp_path / "r.csv")] == [
+        ("float32", "inference copy"),
+        ("float32", "plain network"),
+        ("bfloat16", "plain network"),
+        ("bfloat16", "inference copy"),
+    ]
+
+
+def test_rows_of_before_it_was_told_what_computed_stay_and_are_measured_anew(data: Path, tmp_path: Path) -> None:
+    (data / "3" / "broken.png").unlink()
+    asked = ("evaluate", MODEL, "--data", str(data), "--results-file", str(tmp_path / "r.csv"))
+    run(*asked)
+    (row,) = rows_of(tmp_path / "r.csv")
+    del row["computed_by"]
+    (tmp_path / "r.csv").write_text(csv_text([*row], [row]))
+    run(*asked)
+    assert [row["computed_by"] for row in rows_of(tmp_path / "r.csv")] == ["", "plain network"]
 
 
 def test_rows_of_other_weights_or_transforms_are_measured_anew(data: Path, tmp_path: Path) -> None:
