@@ -1,6 +1,7 @@
 """Atomic writes: readers see the old file or the new one, never a part, even after a power cut."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -23,17 +24,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         target = _followed(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Not made of the file's name, which may be as long as a name can be.
-        temporary = target.with_name(f".{secrets.token_hex(8)}.partial")
-        try:
-            mode = _create(temporary, like=target)
+        with _created(target) as temporary:
+            mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
             _fill(temporary, write)
             temporary.chmod(mode)  # safetensors replaces the file by one of its own
             _flush(temporary)
             temporary.replace(target)
             _flush(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
     except UserError:
         raise
     except OSError as error:
@@ -103,6 +100,19 @@ def remove_partial(directory: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of `write_atomically(path, ...)`, and nothing that one still writes.
+
+    For what stays open while it is written: `write` must neither replace its file nor close it for good. Where the
+    system or the folder has no locks, nobody can tell, and all stays.
+    """
+    target = _followed(path)
+    for partial in target.parent.glob(f".{_digest(target)}-*.partial"):
+        with contextlib.suppress(OSError), partial.open("rb") as file:
+            if _lock(file.fileno(), wait=False):
+                partial.unlink(missing_ok=True)
+
+
 def full_path(path: str | Path) -> Path:
     """Return a path with `~` replaced.
 
@@ -141,10 +151,42 @@ def _followed(path: Path) -> Path:
     return target
 
 
-def _create(temporary: Path, like: Path) -> int:
-    """Create the file and return its mode: that of the file it will replace, or else what the umask allows."""
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    return stat.S_IMODE((like if like.exists() else temporary).stat().st_mode)
+@contextlib.contextmanager
+def _created(target: Path) -> Iterator[Path]:
+    """Make a temporary file beside the target, locked as long as this is entered and this process lives."""
+    while True:
+        # Not made of the file's name, which may be as long as a name can be.
+        temporary = target.with_name(f".{_digest(target)}-{secrets.token_hex(8)}.partial")
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        _lock(handle, wait=True)
+        if temporary.exists():  # else somebody took it for abandoned before it was locked
+            break
+        os.close(handle)
+    if os.name != "posix":  # there no open file can be renamed, and there are no locks
+        os.close(handle)
+    try:
+        yield temporary
+    finally:
+        if os.name == "posix":
+            os.close(handle)
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(target: Path) -> str:
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock an open file; False if another has, or if there are no such locks here."""
+    try:
+        import fcntl  # not on Windows
+    except ModuleNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def _fill(temporary: Path, write: Callable[[Path], object]) -> None:

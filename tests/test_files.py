@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from beitzoo import files
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError
-from beitzoo.files import full_path, read_text, write_atomically, write_text
+from beitzoo.files import full_path, read_text, remove_abandoned, write_atomically, write_text
 
 
 @pytest.fixture
@@ -159,9 +159,17 @@ def test_killed_while_it_writes_the_old_file_stays(tmp_path: Path) -> None:
         os._exit(0)
     while not begun.exists():
         time.sleep(0.001)
+    partial, other = next(tmp_path.glob(".*.partial")), tmp_path / ".0123abcd-0.partial"
+    other.touch()  # of another file
+    remove_abandoned(path)
+    assert partial.read_text() == "half"  # as the other process still writes it
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     assert path.read_text() == "old"
+    write_text(path, "new")
+    assert partial.exists()  # of who killed it nobody asked yet
+    remove_abandoned(path)
+    assert {file.name for file in tmp_path.iterdir()} == {"file", "begun", other.name}
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 300])

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from beitzoo.errors import FileAccessError, InvalidValueError, MissingFileError, UnsupportedError, check
-from beitzoo.files import full_path, write_atomically
+from beitzoo.files import full_path, remove_abandoned, write_atomically
 from beitzoo.images.folder_classes import ImageClasses
 from beitzoo.inference.embed import Array, Pooling
 
@@ -128,7 +128,7 @@ def write_features(path: Path, rows: Iterable[FeatureRow], count: int, descripti
 
     npz and npy hold all rows in memory until they are written. In npy there are the features alone, in the order of the
     images; rows without are NaN. Parquet is written as rows come; rows without are null, and of file names that are not
-    UTF-8 the other bytes are escaped.
+    UTF-8 the other bytes are escaped. What a killed process left of the same file is removed.
 
     Args:
         path: Ends in .npz, .npy or .parquet.
@@ -150,6 +150,7 @@ def write_features(path: Path, rows: Iterable[FeatureRow], count: int, descripti
                 failed.append((row.path, row.status))
             yield row
 
+    remove_abandoned(path)
     write_atomically(path, lambda temporary: write(temporary, fitting(), count, description))
     return failed
 

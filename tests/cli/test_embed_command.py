@@ -9,6 +9,7 @@ import pytest
 from commands import SAMPLES, run
 
 import beitzoo
+from beitzoo.files import write_atomically
 from beitzoo.inference.feature_files import read_features
 
 MODEL = "beit_nano_patch4_32.digits"
@@ -93,6 +94,29 @@ def test_an_interrupted_run_leaves_what_was_there(ending: str, tmp_path: Path, m
     result = run("embed", *map(str, DIGITS), "-m", MODEL, "--out", str(out))
     assert result.exit_code != 0
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(out.name, b"of before")]
+
+
+def test_what_a_killed_run_left_of_the_same_file_is_removed(tmp_path: Path) -> None:
+    """A file that a living process writes stays, and so does what was left of another."""
+
+    left = {}
+    for name in ("f.npz", "g.npz"):
+
+        def copy(partial: Path, name: str = name) -> None:
+            left[name] = partial
+
+        write_atomically(tmp_path / name, copy)
+        left[name].write_bytes(b"half")
+    kept: list[bool] = []
+
+    def embed_too(partial: Path) -> None:
+        assert run("embed", str(DIGITS[0]), "-m", MODEL, "--out", str(tmp_path / "f.npz")).exit_code == 0
+        kept.append(partial.exists())
+
+    write_atomically(tmp_path / "f.npz", embed_too)
+    assert kept == [True]
+    assert not left["f.npz"].exists()
+    assert left["g.npz"].read_bytes() == b"half"
 
 
 @pytest.mark.parametrize(
