@@ -141,7 +141,7 @@ def embed(
     described = reading.describe(network)
     # Where both are given, the name is only that of the network.
     description = asked.description(str(running.checkpoint or name), network, classes)
-    (network,) = fastest([network], len(listed), running)
+    (network,) = fastest([network], len(listed), running.batch_size, running.optimized)
     embeddings = embed_each(network, (path for _, path in listed), reading, loading=running.loading)
     outcomes = ((one.features, one.error) for one in watch(embeddings, "image", len(listed)))
     rows = feature_rows(outcomes, (str(path) for _, path in listed), classes)

@@ -224,7 +224,10 @@ def evaluate_segmenters(
         def load() -> "Segmenter":
             return load_segmenter(name, running.checkpoint, where)[1]
 
-        return PlannedSegmenter(Origin(name, running.checkpoint), masked, data, options, running.workers, load, where)
+        origin = Origin(name, running.checkpoint)
+        return PlannedSegmenter(
+            origin, masked, data, options, running.workers, load, where, optimized=running.optimized
+        )
 
     evaluations: list[SegmenterEvaluation] = []
     sweep = run_sweep(

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beitzoo.cli.records import Running
 from beitzoo.errors import InvalidValueError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
+    from beitzoo.inference.fastest import Network
     from beitzoo.models.beit import Beit
     from beitzoo.models.segmentation import Segmenter
 
@@ -61,18 +61,17 @@ def load_backbone(name: str, checkpoint: Path | None, device: "torch.device") ->
     return backbone_of(_create(name, checkpoint, device))
 
 
-def fastest(networks: "Iterable[Beit]", count: int, running: Running) -> "list[Beit]":
+def fastest(networks: "Iterable[Network]", count: int, batch_size: int, optimized: bool) -> "list[Network]":
     """Return what computes so many images fastest in the place of each network, and say so on stderr.
 
     It is the network itself where --no-optimize was given. The networks are not to be used again.
     """
-    from beitzoo.inference.fastest import OPTIMIZED, for_many_images
-    from beitzoo.models.optimize import InferenceBeit
+    from beitzoo.inference.fastest import COPY, OPTIMIZED, computed_by, for_many_images
 
-    if not running.optimized:
+    if not optimized:
         return list(networks)
-    chosen = [for_many_images(network, count, running.batch_size, inplace=True) for network in networks]
-    if any(isinstance(network, InferenceBeit) for network in chosen):
+    chosen = [for_many_images(network, count, batch_size, inplace=True) for network in networks]
+    if any(computed_by(network) == COPY for network in chosen):
         print(OPTIMIZED, file=sys.stderr)
     return chosen
 

@@ -61,7 +61,8 @@ def predict_(
     paths: Iterable[Path] = (path for _, path in find_listed(images, left_out))
     # What is listed on stdin may come slowly, so nobody waits to count it.
     count, paths = (HANDFUL + 1, paths) if "-" in images else count_ahead(paths)
-    faster = dict(zip(networks, fastest(networks.values(), count, running), strict=True))
+    chosen = fastest(networks.values(), count, running.batch_size, running.optimized)
+    faster = dict(zip(networks, chosen, strict=True))
     tally = Tally(predict_each(faster, paths, topk=topk, loading=running.loading))
     unit = "image" if len(networks) == 1 else "row"
     rows_on_terminal = output is None and sys.stdout.isatty()

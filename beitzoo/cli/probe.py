@@ -182,7 +182,8 @@ def _networks(
         network, origin = model.backbone, Origin(name, checkpoint)
         if note := seen_in_training(origin, labelled):
             print(note, file=sys.stderr)
-        (network,) = fastest([network], len(split.train) + len(split.val) + len(split.test), running)
+        count = len(split.train) + len(split.val) + len(split.test)
+        (network,) = fastest([network], count, running.batch_size, running.optimized)
         yield of_network(network, origin, labelled, probing, keep), labelled
 
 

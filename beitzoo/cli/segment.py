@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from beitzoo.cli.inputs import count_listed, find_listed
-from beitzoo.cli.networks import load_segmenter
+from beitzoo.cli.networks import fastest, load_segmenter
 from beitzoo.cli.records import takes_records
 from beitzoo.errors import InvalidValueError
 
@@ -94,6 +94,9 @@ def segment(
     looking: Looking = Looking(),
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 2,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    optimized: Annotated[
+        bool, typer.Option("--optimize/--no-optimize", help="On a CPU, let the optimized copy compute many images.")
+    ] = True,
 ) -> None:
     """Name the class of each pixel of images.
 
@@ -103,6 +106,7 @@ def segment(
     row with the reason; the exit code is then 1.
     """
     from beitzoo.images.folders import LeftOut
+    from beitzoo.inference.fastest import HANDFUL, WINDOWS, count_ahead
     from beitzoo.inference.label_files import LabelFiles, check_folder, open_shares
     from beitzoo.inference.segment import segment_each
     from beitzoo.measure.options import usable_device
@@ -111,9 +115,13 @@ def segment(
     options = looking.options
     out = check_folder(out)
     _, network = load_segmenter(model, checkpoint, usable_device(device))
-    left_out, names = LeftOut(), _Named()
-    segmentations = segment_each(network, names.paths(find_listed(images, left_out)), options, workers=workers)
     classes = _classes(network)
+    left_out, names = LeftOut(), _Named()
+    paths: Iterable[Path] = names.paths(find_listed(images, left_out))
+    # What is listed on stdin may come slowly, so nobody waits to count it.
+    count, paths = (HANDFUL + 1, paths) if "-" in images else count_ahead(paths)
+    (faster,) = fastest([network], count, WINDOWS, optimized)
+    segmentations = segment_each(faster, paths, options, workers=workers)
     tally = _Tally()
     with warnings.catch_warnings(), open_shares(out) as shares:
         warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is listed

@@ -14,14 +14,16 @@ from beitzoo.images.files import ImageError
 from beitzoo.images.label_maps import IGNORE, LabelMap
 from beitzoo.images.masked_sets import MaskedSet
 from beitzoo.inference.classify import eval_mode
+from beitzoo.inference.fastest import COPY, OPTIMIZED, PLAIN, WINDOWS, computed_by, for_many_images, pays
 from beitzoo.inference.pipeline import Failure, Loading, run_jobs
 from beitzoo.inference.segment import SegmentOptions, segmentation
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.progress import watch
 from beitzoo.results import ENVIRONMENT, Row, environment
+from beitzoo.zoo import costs
 from beitzoo.zoo.labels import outputs_of
 
-_LOOKS = ("mode", "short_side", "stride", "scales", "flip")
+_LOOKS = ("computed_by", "mode", "short_side", "stride", "scales", "flip")
 _DATA = ("data", "data_version", "reduce_zero_label", "ignore")
 _FOUND = ("miou", "macc", "aacc", "param_count")
 COLUMNS = ("model", "img_size", *_LOOKS, *_FOUND, *_DATA, "count", "failures", "weights", *ENVIRONMENT, "error")
@@ -70,11 +72,11 @@ def evaluate_segmenter(
     scores = matrix.scores()
     row: Row = {
         **environment(matrix.counts.device),
-        **asked(subject.origin, masked, data, options),
+        **asked(subject.origin, masked, data, options, computed_by(model)),
         "img_size": max(model.backbone.config.img_size),
         **{name: round(getattr(scores, name), 3) for name in ("miou", "macc", "aacc")},
         # Of the whole, the auxiliary head too, as the published figures count.
-        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
+        "param_count": round(costs.parameters(model.backbone.config, model.config) / 1e6, 2),
         "count": count,
         "failures": len(failures),
     }
@@ -82,10 +84,17 @@ def evaluate_segmenter(
     return SegmenterEvaluation({name: row.get(name) for name in COLUMNS}, failures, notes, names, matrix=matrix)
 
 
-def asked(origin: Origin, masked: MaskedSet, data: str, options: SegmentOptions) -> Row:
+def asked(origin: Origin, masked: MaskedSet, data: str, options: SegmentOptions, computed: str) -> Row:
     """Return the columns that say what is measured, which are known before it is.
 
     `weights` is empty where they are those of a name, which do not change.
+
+    Args:
+        origin: Of the model.
+        masked: Images with masks.
+        data: What the row calls them.
+        options: How the model looks at images.
+        computed: Whether the plain network or its inference copy computes.
 
     Raises:
         InvalidValueError: The model was trained on all images.
@@ -98,6 +107,7 @@ def asked(origin: Origin, masked: MaskedSet, data: str, options: SegmentOptions)
         "data_version": masked.version_of(indices),
         "reduce_zero_label": masked.labels.reduce_zero_label,
         "ignore": " ".join(map(str, sorted(masked.labels.ignore))) or None,
+        "computed_by": computed,
         "mode": options.mode,
         "short_side": options.short_side,
         "stride": options.stride,
@@ -118,6 +128,7 @@ class PlannedSegmenter:
         workers: Threads that decode images and masks.
         load: Makes the model.
         device: Where it runs.
+        optimized: Let the inference copy compute where that is faster.
     """
 
     origin: Origin
@@ -127,6 +138,7 @@ class PlannedSegmenter:
     workers: int
     load: Callable[[], Segmenter]
     device: torch.device
+    optimized: bool = True
 
     @property
     def known(self) -> Row:
@@ -135,7 +147,8 @@ class PlannedSegmenter:
 
     def asked(self) -> Row:
         """Return the columns of its key; see the function `asked`."""
-        return {**self.known, **asked(self.origin, self.masked, self.data, self.options)}
+        computed = COPY if self.optimized and pays(self._count(), self.device) else PLAIN
+        return {**self.known, **asked(self.origin, self.masked, self.data, self.options, computed)}
 
     def recall(self, row: Row) -> SegmenterEvaluation:
         """Return what a row says that is there already, or that failed."""
@@ -143,8 +156,20 @@ class PlannedSegmenter:
 
     def measure(self) -> SegmenterEvaluation:
         """Load and measure the model."""
-        subject = Subject(self.load(), self.origin.name, self.origin.checkpoint)
-        return evaluate_segmenter(subject, self.masked, self.data, self.options, self.workers)
+        model = self.load()
+        if self.optimized:
+            model = for_many_images(model, self._count(), WINDOWS, inplace=True)
+        subject = Subject(model, self.origin.name, self.origin.checkpoint)
+        evaluation = evaluate_segmenter(subject, self.masked, self.data, self.options, self.workers)
+        if computed_by(model) == COPY:
+            evaluation.notes.append(OPTIMIZED)
+        return evaluation
+
+    def _count(self) -> int:
+        """Return how many images the model is measured on."""
+        images = self.masked.images
+        indices, _ = unseen_images(self.origin.name, images, self.origin.split(images))
+        return len(indices)
 
 
 def measure_segmenter(

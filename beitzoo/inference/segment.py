@@ -23,6 +23,7 @@ from beitzoo.errors import check
 from beitzoo.images.files import as_image
 from beitzoo.images.transforms import prepare, resolve_data_config
 from beitzoo.inference.classify import NOT_FINITE, eval_mode
+from beitzoo.inference.fastest import WINDOWS, count_ahead, for_many_images
 from beitzoo.inference.pipeline import Failure, Fitting, Loading, PartsJob, one_or_many, run_jobs
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.models.windows import NotFiniteError, Sliding, SlidingLogits, resize_rows, window_bytes
@@ -156,7 +157,7 @@ class ScaledView:
 
 
 def segment(
-    model: Segmenter, images: Any, options: SegmentOptions | None = None, *, workers: int = 2
+    model: Segmenter, images: Any, options: SegmentOptions | None = None, *, workers: int = 2, optimize: bool = True
 ) -> list[Segmentation]:
     """Segment images: return for each a map of the classes of its pixels, in order.
 
@@ -169,6 +170,8 @@ def segment(
             width) of uint8, of any sizes, or one of these. They are resized and normalised as the model expects.
         options: How the model looks at images.
         workers: Threads that decode and resize images ahead.
+        optimize: On a CPU, let an inference copy compute more than a handful of images, as `for_many_images` chooses;
+            the model stays as it is.
 
     Raises:
         InvalidValueError: The model tells no classes of pixels apart, has more than 255 of them, or takes images that
@@ -176,7 +179,11 @@ def segment(
         InvalidOptionError: An image is none of these.
         OutOfMemoryError: A single window does not fit beside the model.
     """
-    return list(segment_each(model, one_or_many(images), options, workers=workers))
+    images = one_or_many(images)
+    if optimize and isinstance(model, Segmenter):
+        count, images = count_ahead(images)
+        model = for_many_images(model, count, WINDOWS)
+    return list(segment_each(model, images, options, workers=workers))
 
 
 def segment_each(

@@ -7,6 +7,7 @@ from beitzoo.evaluation.probe import Probing, probe_blocks
 from beitzoo.factory import create_model
 from beitzoo.images.image_set import ImageSet
 from beitzoo.images.splits import Split
+from beitzoo.inference.fastest import COPY, computed_by, for_many_images
 from beitzoo.inference.pipeline import Loading
 from beitzoo.models.beit import Beit
 from beitzoo.training.processes import Processes
@@ -37,11 +38,13 @@ def first_probe(section: ModelSection, images: ImageSet, split: Split) -> str:
     depth = network.config.depth
     blocks = sorted({depth // 2 - 1, depth * 2 // 3 - 1, depth * 5 // 6 - 1, depth - 1} & set(range(depth)))
     probing = Probing(blocks, ("mean",), loading=Loading(), probes=("linear",))
+    network = for_many_images(network, len(train) + len(val), probing.loading.batch_size, inplace=True)
+    by_copy = " The optimized copy computed the features, the same to rounding." * (computed_by(network) == COPY)
     try:
         best = probe_blocks(network, images, Split(train, [], val), probing).best("linear")
     except UserError as error:
         return f"No probe: {error}"
     return (
         f"A linear probe on frozen features, fitted on {len(train):,} of the images, is right on {best.top1:.1f}% of "
-        f"{len(val):,} others (block {best.block}). Fine-tuning pays as far as it is better than that."
+        f"{len(val):,} others (block {best.block}). Fine-tuning pays as far as it is better than that.{by_copy}"
     )

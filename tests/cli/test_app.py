@@ -232,6 +232,7 @@ def test_the_options_are_frozen() -> None:
             "images",
             "mode",
             "model",
+            "optimized",
             "out",
             "overlays",
             "scales",

@@ -3,6 +3,7 @@
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 import beitzoo
 from beitzoo.cli import app
+from beitzoo.inference import fastest
+from beitzoo.inference.fastest import OPTIMIZED
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,34 @@ def test_segment_writes_label_maps_overlays_and_shares(model: str, tmp_path: Pat
     with Image.open(out / "overlays" / "chelsea.jpg") as overlay:
         assert (overlay.format, overlay.width > 896) == ("JPEG", True)
     assert sorted(path.name for path in out.iterdir()) == ["labels", "overlays", "shares.csv"]
+
+
+def test_many_images_are_segmented_by_the_optimized_copy(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastest, "HANDFUL", 1)
+    images = [str(SAMPLES / f"digit_{digit}.png") for digit in "37"]
+    asked = ("segment", *images, "-m", model, "--no-overlays", "--out")
+    copied, plain = run(*asked, str(tmp_path / "a")), run(*asked, str(tmp_path / "b"), "--no-optimize")
+    assert (copied.stderr, plain.stderr) == (f"{OPTIMIZED}\n", "")
+    for name in ("digit_3.png", "digit_7.png"):
+        ours, theirs = (np.array(Image.open(tmp_path / out / "labels" / name)) for out in "ab")
+        assert np.mean(ours == theirs) > 0.99  # but for ties
+    network = beitzoo.create_model(model, pretrained=True)
+    made: list[object] = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        made.append(beitzoo.optimize(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(fastest, "optimize", noted)
+    _, by_itself = beitzoo.segment(network, images, optimize=False)
+    assert not made
+    _, by_copy = beitzoo.segment(network, images)
+    assert (len(made), type(network.backbone)) == (1, beitzoo.Beit)
+    assert by_itself.labels is not None
+    assert (by_itself.labels == theirs).all()
+    assert np.mean(by_copy.labels == theirs) > 0.99
 
 
 def test_segment_takes_its_options(model: str, tmp_path: Path) -> None:

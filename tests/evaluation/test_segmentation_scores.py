@@ -22,6 +22,8 @@ from beitzoo.images.image_set import ImageSet
 from beitzoo.images.label_maps import MaskLabels
 from beitzoo.images.masked_sets import MaskedSet, find_masked_images
 from beitzoo.images.splits import SPLIT_FILE, Split, write_split
+from beitzoo.inference import fastest
+from beitzoo.inference.fastest import OPTIMIZED
 from beitzoo.inference.segment import SegmentOptions, label_pixels
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.zoo.checkpoints import Segment
@@ -173,6 +175,22 @@ def test_a_sweep_goes_on_and_measures_what_changed_anew(saved: Path, tmp_path: P
     assert len(rows()) == 6
     again = rows("--classes", ",".join(NAMES), "--ignore", "9")
     assert (len(again), again[-1]["ignore"], len({row["data_version"] for row in again})) == (8, "9", 3)
+
+
+def test_many_images_are_measured_by_the_optimized_copy(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What computed is in the rows and part of their key; what is counted is the same."""
+    monkeypatch.setattr(fastest, "HANDFUL", 3)
+    write_pairs(tmp_path / "data")
+    asked = ("evaluate", str(saved), "--data", str(tmp_path / "data"), "--results-file", str(tmp_path / "r.csv"))
+    copied, plain = run(*asked), run(*asked, "--no-optimize")
+    assert (copied.stderr.count(OPTIMIZED), plain.stderr.count(OPTIMIZED)) == (1, 0)
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert [row["computed_by"] for row in rows] == ["inference copy", "plain network"]
+    assert float(rows[0]["miou"]) == pytest.approx(float(rows[1]["miou"]), abs=0.5)
+    assert rows[0]["param_count"] == rows[1]["param_count"]
+    assert all("already" in run(*asked, option).stdout for option in ("--optimize", "--no-optimize"))
 
 
 def test_the_command_lists_bad_images_and_masks(saved: Path, tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def test_a_probe_says_what_frozen_features_reach() -> None:
     assert plan.recipe.model.pretrained
     said = first_probe(plan.recipe.model, plan.images, plan.split)
     assert said.startswith("A linear probe on frozen features, fitted on 400 of the images, is right on 9")
+    assert said.endswith("The optimized copy computed the features, the same to rounding.")
     assert "% of 200 others (block " in said
     random = load_recipe("digits").model
     assert first_probe(random, plan.images, plan.split).startswith("No probe: the weights start")
