@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -257,6 +258,12 @@ def with_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_has_onednn_products", lambda: True)
 
 
+@pytest.fixture
+def as_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_has_bfloat16_convolutions", lambda: True)
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 1)
+
+
 @needs_onednn
 @pytest.mark.usefixtures("with_onednn")
 @pytest.mark.parametrize("bias", [True, False])
@@ -276,9 +283,12 @@ def test_products_of_onednn_have_the_gradients_of_a_linear(bias: bool) -> None:
 
 
 @needs_onednn
-@pytest.mark.usefixtures("with_onednn")
-def test_products_of_onednn_can_be_differentiated_twice_and_for_several_outputs_at_once() -> None:
-    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+@pytest.mark.usefixtures("with_onednn", "as_convolutions")
+@pytest.mark.parametrize(("dtype", "exactness"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_products_of_onednn_can_be_differentiated_twice_and_for_several_outputs_at_once(
+    dtype: torch.dtype, exactness: float
+) -> None:
+    layer, x = nn.Linear(4, 3, dtype=dtype), torch.randn(5, 4, dtype=dtype)
 
     def slope(product: Callable[..., Tensor]) -> Tensor:
         """Return the gradient in the weight of the squared gradient in the inputs of a sum of squares."""
@@ -286,35 +296,91 @@ def test_products_of_onednn_can_be_differentiated_twice_and_for_several_outputs_
         (first,) = torch.autograd.grad(product(at, layer.weight, layer.bias).square().sum(), at, create_graph=True)
         return torch.autograd.grad(first.square().sum(), layer.weight)[0]
 
-    assert relative_error(slope(kernels.linear), slope(F.linear)) < 1e-5
+    assert relative_error(slope(kernels.linear), slope(F.linear)) < exactness
     at = x.clone().requires_grad_()
     y = kernels.linear(at, layer.weight, layer.bias)[0]
-    (rows,) = torch.autograd.grad(y, at, torch.eye(3), is_grads_batched=True)
+    (rows,) = torch.autograd.grad(y, at, torch.eye(3, dtype=dtype), is_grads_batched=True)
     assert relative_error(rows[:, 0], layer.weight) < 1e-6
 
 
-def test_onednn_is_taken_for_plain_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_taken_for_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_has_onednn_products", lambda: True)
     layer, x = wide(8, 8), torch.randn(3, 8)
     pays = kernels._onednn_pays
     assert pays(x, layer.weight, layer.bias)
     assert not pays(x.double(), layer.weight.double(), layer.bias.double())
     assert not pays(x, layer.weight.double(), layer.bias)
-    assert not pays(x[:0], layer.weight, layer.bias)
-    assert not pays(x[0], layer.weight, layer.bias)
     with torch.autocast("cpu", torch.bfloat16):
         assert not pays(x, layer.weight, layer.bias)
         assert kernels.linear(x, layer.weight, layer.bias).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("with_onednn", "as_convolutions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_row_and_no_row_are_left_to_the_standard_linear(dtype: torch.dtype) -> None:
+    layer = nn.Linear(8, 5, dtype=dtype)
+    for x in (torch.randn(8, dtype=dtype), torch.randn(0, 8, dtype=dtype)):
+        assert torch.equal(kernels.linear(x, layer.weight, layer.bias), layer(x))
+
+
+@pytest.mark.usefixtures("as_convolutions")
+@pytest.mark.parametrize("outputs", [12, 40], ids=["narrow", "wide"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions_are_a_linear_under_autocast(bias: bool, outputs: int) -> None:
+    """Outputs, and gradients in the precision of the parameters, are as near to exact ones as those of a linear."""
+    layer, x = nn.Linear(24, outputs, bias=bias), torch.randn(7, 2, 24).transpose(0, 1)
+    weights = torch.randn(2, 7, outputs)
+
+    def train(product: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        at, own = x.to(dtype, copy=True).requires_grad_(), copy.deepcopy(layer).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = product(at, own.weight, own.bias)
+        (y * weights).sum().backward()
+        return [y, *(tensor.grad for tensor in (at, *own.parameters()) if tensor.grad is not None)]
+
+    exact, standard = train(F.linear, torch.float64), train(F.linear, torch.float32)
+    found = train(kernels.linear, torch.float32)
+    for ours, theirs, right in zip(found, standard, exact, strict=True):
+        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+        assert relative_error(ours, right) < 1.5 * relative_error(theirs, right) + 1e-6
+
+
+def test_gradients_of_convolutions_are_those_of_finite_differences() -> None:
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 4), (3, 4), (3,)))
+    assert torch.autograd.gradcheck(kernels._Convolution.apply, (x, weight, bias), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(kernels._Convolution.apply, (x, weight, bias))
+
+
+def test_convolutions_are_taken_for_many_rows_of_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_has_bfloat16_convolutions", lambda: True)
+    layer, x = wide(8, 8), torch.randn(kernels.LEAST_ROWS, 8)
+    pays = kernels._convolution_pays
+    assert not pays(x, layer.weight, layer.bias)
+    for dtype, taken in ((torch.bfloat16, True), (torch.float16, False)):
+        with torch.autocast("cpu", dtype):
+            assert pays(x, layer.weight, layer.bias) == taken
+            assert not pays(x[1:], layer.weight)
+            assert not pays(x, layer.weight.double())
+    half = layer.weight.bfloat16()
+    assert pays(x.bfloat16(), half)
+    assert not pays(x, half)
+
+
 @pytest.mark.parametrize(
-    ("missing", "taken"), [(set(), True), ({"avx512"}, False), ({"-amx_tile"}, False), ({"operator"}, False)]
+    ("probe", "needed"),
+    [(kernels._has_onednn_products, "avx512"), (kernels._has_bfloat16_convolutions, "avx512_bf16")],
+    ids=["float32", "bfloat16"],
 )
-def test_where_onednn_is_taken(missing: set[str], taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    has = {"avx512"} - missing | {name.removeprefix("-") for name in missing if name.startswith("-")}
-    monkeypatch.setattr(kernels, "cpu_has", lambda feature: feature in has)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: "operator" not in missing)
-    assert kernels._has_onednn_products.__wrapped__() == taken
+def test_where_onednn_is_taken(probe: Any, needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, available, taken in (
+        ({needed}, True, True),
+        (set(), True, False),
+        ({needed, "amx_tile"}, True, False),
+        ({needed}, False, False),
+    ):
+        monkeypatch.setattr(kernels, "cpu_has", has.__contains__)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda available=available: available)
+        assert probe.__wrapped__() == taken
 
 
 def wide(inputs: int = 768, outputs: int = 1024, bias: bool = True) -> nn.Linear:
