@@ -396,15 +396,16 @@ def _convolution_pays(x: Tensor, *parameters: Tensor) -> bool:
 
 
 @functools.cache
-def _has_bfloat16_convolutions() -> bool:
-    return torch.backends.mkldnn.is_available() and cpu_has("avx512_bf16") and not cpu_has("amx_tile")
-
-
-@functools.cache
 def _has_onednn_products() -> bool:
     """Say whether they pay on this processor, and this PyTorch has the operator, which it does not promise to keep."""
     has_them = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_them and cpu_has("avx512") and not cpu_has("amx_tile")
+
+
+@functools.cache
+def _has_bfloat16_convolutions() -> bool:
+    """Say whether they pay on this processor."""
+    return torch.backends.mkldnn.is_available() and cpu_has("avx512_bf16") and not cpu_has("amx_tile")
 
 
 class _Product(torch.autograd.Function):
