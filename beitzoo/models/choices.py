@@ -30,11 +30,12 @@ class Choices:
 
     Attributes:
         qkv: The linear to queries, keys and values: `plain`, `packed`, `packed_for_tokens` (packed for one number of
-            tokens), `convolution` or `int8`.
+            tokens), `convolution`, `int8` (activations scaled per token) or `int8_image` (per image).
         proj: The one behind attention.
         fc1: The first one of the MLP with its GELU; also `packed_gelu_behind`.
         fc2: The second one.
-        attention: `fused`, or `blocked` (plain products, a few heads at a time).
+        attention: `fused`, or `blocked` (plain products, a few heads at a time), or between 8-bit linears
+            `blocked_bfloat16` (the same in that precision).
         images_at_a_time: How many images of a batch a block maps together, or `all`.
         block: `chosen`, or `plain` if the choices together were no faster than the plain block.
         network: Channels, heads, hidden channels of the MLP, and blocks.

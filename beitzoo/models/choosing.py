@@ -24,7 +24,7 @@ from beitzoo.models.choices import Choice, Choices, ImagesLike, dtype_name, netw
 from beitzoo.models.inference_block import Attend, InferenceBlock, Parts
 from beitzoo.models.inference_linear import InferenceLinear, MakeLinear
 from beitzoo.models.kernels import PositionBias
-from beitzoo.models.packed import linears_for
+from beitzoo.models.packed import has_bfloat16, linears_for
 
 Clock = Callable[[], float]
 Call = Callable[[], object]
@@ -38,7 +38,11 @@ SECONDS = 0.2  # for one choice, once every candidate had its fewest turns
 COLD_BYTES = 64 << 20  # of weights that are read in turn: more than the last cache that most cores share
 FEW_IMAGES = (1, 2, 4, 8)
 
-ATTENTIONS: dict[str, Attend] = {"fused": kernels.attend, "blocked": kernels.attend_blocked}
+ATTENTIONS: dict[str, Attend] = {
+    "fused": kernels.attend,
+    "blocked": kernels.attend_blocked,
+    "blocked_bfloat16": kernels.attend_blocked_bfloat16,
+}
 
 
 @torch.no_grad()
@@ -90,9 +94,10 @@ def parts_of(choices: Choices, model: Beit, dtype: Dtype) -> Parts:
                 f"{', '.join(linears)}. Leave them out to measure here."
             )
         made[name] = linears[taken]
-    if choices.attention.taken not in ATTENTIONS:
-        raise InvalidValueError(f"Got choices with attention={choices.attention.taken!r}; use {', '.join(ATTENTIONS)}.")
-    return Parts(**made, attend=ATTENTIONS[choices.attention.taken], images_at_a_time=_images_at_a_time(choices))
+    attentions = _attentions(dtype)
+    if choices.attention.taken not in attentions:
+        raise InvalidValueError(f"Got choices with attention={choices.attention.taken!r}; use {', '.join(attentions)}.")
+    return Parts(**made, attend=attentions[choices.attention.taken], images_at_a_time=_images_at_a_time(choices))
 
 
 class Trial:
@@ -127,7 +132,12 @@ class Trial:
         parts = self._random(self._images(choices), 3 * config.embed_dim).unflatten(-1, (3, config.num_heads, -1))
         qkv = parts.permute(2, 0, 3, 1, 4)  # (B, N, 3, H, D) -> (3, B, H, N, D)
         bias = self.bias.of(block.attn.relative_position_bias_table, qkv)
-        return race({name: [partial(attend, qkv, bias)] for name, attend in ATTENTIONS.items()}, self.clock)
+        calls: dict[str, list[Call]] = {}
+        for name, attend in _attentions(self.dtype).items():
+            returned = _returns(name) or qkv.dtype
+            given = None if bias is None else bias.to(returned)
+            calls[name] = [partial(attend, qkv.to(returned), given)]
+        return race(calls, self.clock)
 
     def linear(self, name: LinearName, choices: Choices) -> Choice:
         """Choose the kind of one linear, with what a block does behind it."""
@@ -223,8 +233,20 @@ def _plain(model: Beit, dtype: Dtype, images_like: ImagesLike) -> Choices:
 
 def _linears(choices: Choices, model: Beit, dtype: Dtype, name: LinearName) -> dict[str, MakeLinear]:
     grid = inputs.grid_of(torch.empty(choices.images_like, device="meta"), model.config)
-    images = _images_at_a_time(choices) or choices.images_like[0]
-    return linears_for(model.cls_token, dtype, images * (1 + grid[0] * grid[1]), behind_gelu=name == "fc2")
+    tokens = (_images_at_a_time(choices) or choices.images_like[0]) * (1 + grid[0] * grid[1])
+    returns = _returns(choices.attention.taken) if name == "qkv" else None
+    return linears_for(model.cls_token, dtype, tokens, name == "fc2", returns)
+
+
+def _attentions(dtype: Dtype) -> dict[str, Attend]:
+    """Return all ways of attention; bfloat16 among 8 bits only, and where the processor has it."""
+    halves = dtype == "int8" and has_bfloat16()
+    return {name: attend for name, attend in ATTENTIONS.items() if halves or _returns(name) is None}
+
+
+def _returns(attention: str) -> torch.dtype | None:
+    """Return the dtype in which queries, keys and values are wanted, where that is not that of the tokens."""
+    return torch.bfloat16 if attention == "blocked_bfloat16" else None
 
 
 def _images_at_a_time(choices: Choices) -> int | None:

@@ -47,7 +47,8 @@ class InferenceAttention(Attention):
         if attn.q_bias is not None and attn.v_bias is not None:
             bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         assert isinstance(attn.qkv, nn.Linear)
-        self.qkv = parts.qkv(attn.qkv.weight.detach(), bias)
+        qkv = parts.qkv(attn.qkv.weight.detach(), bias)
+        self.qkv, self.returns = qkv, qkv.returns
         self.q_bias = self.v_bias = None
         self.relative_position_bias_table = attn.relative_position_bias_table
         self.attend = parts.attend
@@ -55,6 +56,7 @@ class InferenceAttention(Attention):
 
     def make_ready(self, bias: PositionBias, like: Tensor) -> None:
         """Keep the bias of this block for one grid."""
+        like = like.new_empty(0, dtype=self.returns or like.dtype)
         self.ready = bias.grid, bias.of(self.relative_position_bias_table, like)
 
     def forward(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
@@ -67,7 +69,7 @@ class InferenceAttention(Attention):
 
     def weights(self, x: Tensor, bias: PositionBias | None = None) -> Tensor:
         """Return how much each token (query, rows) takes from each (key, columns), (B, H, N, N)."""
-        q, k, _ = self._project(x)
+        q, k, _ = self._project(x).to(x.dtype)
         return kernels.attention_weights(q, k, self.bias_for(x, bias))
 
     def bias_for(self, x: Tensor, bias: PositionBias | None) -> Tensor | None:

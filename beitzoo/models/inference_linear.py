@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +14,7 @@ class InferenceLinear(nn.Module):
     """A linear, and what a block does behind it."""
 
     in_graphs: ClassVar[bool] = True  # whether PyTorch can compile, export and trace it
+    returns: torch.dtype | None = None  # the dtype of its outputs, where that is not its inputs'
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

@@ -128,6 +128,11 @@ def attend_blocked(qkv: Tensor, bias: Tensor | None) -> Tensor:
     return mixed
 
 
+def attend_blocked_bfloat16(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """Do the same in bfloat16."""
+    return attend_blocked(qkv.bfloat16(), bias)
+
+
 def _steps_are_needed() -> bool:
     """Say whether the fused kernel lacks a rule: for transforms and forward-mode differentiation, and for ONNX."""
     if torch.compiler.is_exporting():

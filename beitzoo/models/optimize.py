@@ -66,7 +66,8 @@ def optimize(
         dtype: Of weights and outputs; the model's own if None. Outputs follow to rounding. `"int8"` is for CPUs
             and changes outputs: by 1.0 to 1.5 % of the largest logit for base and large models of random weights, with
             VNNI or without; it was not validated on trained weights. Linears of the blocks then compute in 8 bits,
-            scaled per token and per output channel; the rest stays as it is.
+            scaled per token or per image, whichever is faster, and per output channel; attention may be computed in
+            bfloat16, the rest stays as it is.
         inplace: Turn the model itself into its inference copy, and free its weights block by block.
         images_like: Batch, channels, height and width of the images that it will get; one image of its size if None.
         choices: Those of another copy (or `choices.to_dict()`), to be repeated without measuring.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from beitzoo.errors import InvalidValueError
 from beitzoo.models.inference_linear import InferenceLinear, MakeLinear
-from beitzoo.models.int8 import GELU_LEAST, Int8Linear
+from beitzoo.models.int8 import GELU_LEAST, Int8ImageLinear, Int8Linear
 
 MOST_REPACKS = 16  # of a convolution's weight
 
@@ -23,7 +23,11 @@ _ONE_BY_ONE = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation and group
 
 
 def linears_for(
-    like: Tensor, dtype: torch.dtype | Literal["int8"] | None, tokens: int | None = None, behind_gelu: bool = False
+    like: Tensor,
+    dtype: torch.dtype | Literal["int8"] | None,
+    tokens: int | None = None,
+    behind_gelu: bool = False,
+    returns: torch.dtype | None = None,
 ) -> dict[str, MakeLinear]:
     """Return every kind of linear that can be had for a dtype and the device of `like`, by name, the plainest first.
 
@@ -32,6 +36,7 @@ def linears_for(
         dtype: Of weights and outputs.
         tokens: Of one call, if they are known.
         behind_gelu: Whether the input is what GELU returns.
+        returns: The dtype of the outputs of 8-bit linears, where that is not their inputs'.
 
     Raises:
         ValueError: There is none for this dtype.
@@ -43,13 +48,17 @@ def linears_for(
                 f"Got dtype='int8' on {like.device} here; it needs a CPU and a PyTorch with oneDNN. "
                 "Move the model to the CPU first, or use torch.bfloat16."
             )
-        kind = functools.partial(Int8Linear, least=GELU_LEAST if behind_gelu else None)
-        return {"int8": functools.partial(_make, kind, torch.float32)}
+        by_token = functools.partial(Int8Linear, least=GELU_LEAST if behind_gelu else None, returns=returns)
+        by_image = functools.partial(Int8ImageLinear, returns=returns)
+        return {
+            "int8": functools.partial(_make, by_token, torch.float32),
+            "int8_image": functools.partial(_make, by_image, torch.float32),
+        }
     wanted = like.dtype if dtype is None else dtype
     if wanted not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise InvalidValueError(f"Got dtype={dtype!r}; use torch.bfloat16, float16, float32, float64, 'int8', or None.")
     assert isinstance(wanted, torch.dtype)
-    if on_cpu and wanted in (torch.bfloat16, torch.float16) and not _has_bfloat16():
+    if on_cpu and wanted in (torch.bfloat16, torch.float16) and not has_bfloat16():
         warnings.warn(f"This CPU has no arithmetic in {wanted}; torch.float32 is faster on it.", stacklevel=3)
     kinds = _kinds(wanted, tokens) if on_cpu else {"plain": InferenceLinear}
     return {name: functools.partial(_make, kind, wanted) for name, kind in kinds.items()}
@@ -58,7 +67,7 @@ def linears_for(
 def _kinds(dtype: torch.dtype, tokens: int | None) -> dict[str, MakeLinear]:
     """Return the kinds of linear that a CPU and this PyTorch have for a dtype."""
     kinds: dict[str, MakeLinear] = {"plain": InferenceLinear}
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16()):
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16()):
         if _has_operators("_reorder_linear_weight", "_linear_pointwise"):
             kinds["packed"] = PackedLinear
             kinds["packed_gelu_behind"] = PackedGeluBehind
@@ -205,5 +214,6 @@ def _has_operators(*names: str) -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
+    """Say whether this CPU has arithmetic in bfloat16, and this PyTorch uses it."""
     return _has_operators("_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -110,7 +110,7 @@ def test_kinds_of_linears_follow_what_pytorch_has(
     onednn: bool, bf16: bool, dtype: torch.dtype, kinds: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-    monkeypatch.setattr(packed, "_has_bfloat16", lambda: bf16)
+    monkeypatch.setattr(packed, "has_bfloat16", lambda: bf16)
     assert set(packed.linears_for(torch.empty(1), dtype, 51)) == kinds
 
 
