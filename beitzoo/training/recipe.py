@@ -80,7 +80,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = (), kind: str = "fin
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:
-        raise RecipeError(f"{path}: {describe_invalid(error, document)}.") from error
+        raise RecipeError(f"{path}: {_ended(describe_invalid(error, document))}") from error
 
 
 def find_recipe(name: str | Path, kind: str) -> Path:
@@ -112,7 +112,7 @@ def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         _set_all(document, settings)
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(f"{describe_invalid(error, document)}.") from error
+        raise RecipeError(_ended(describe_invalid(error, document))) from error
 
 
 def read_resolved(path: Path) -> Recipe:
@@ -150,6 +150,10 @@ def _tables(table: dict[str, Any], name: tuple[str, ...]) -> Iterator[str]:
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _tables(value, (*name, key))
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "?")) else f"{sentence}."
 
 
 def _key(key: str) -> str:

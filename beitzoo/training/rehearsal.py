@@ -19,6 +19,7 @@ from beitzoo.training.folder import check_folder
 from beitzoo.training.processes import Processes
 from beitzoo.training.recipe import Recipe
 from beitzoo.training.run import Prepare, prepare_task
+from beitzoo.training.sections import TrainSection
 from beitzoo.training.state import TrainState, start_state
 from beitzoo.training.task import Task, compute_loss
 
@@ -52,8 +53,11 @@ class Rehearsal:
         updates: Of the whole run.
         total_seconds: Of the whole run to its last update, with its validations and what it writes.
         may_end_early: Whether the run ends before that once validations find no better model.
-        memory: Bytes that were in use at most; None if that is not known.
+        memory: Bytes that were in use at most, with whole weights and moments; None if that is not known.
         disk: Bytes that the folder of the run takes at most, while a state is written.
+        shares: Of a run in shards, the bytes of gradients, moments and averages that its processes share out; of
+            weights each has all for a while, at the start and in validations.
+        processes: That the run has.
     """
 
     task: Task
@@ -63,19 +67,33 @@ class Rehearsal:
     may_end_early: bool
     memory: int | None
     disk: int
+    shares: int = 0
+    processes: int = 1
 
     def describe(self) -> str:
         """Say it in a line."""
-        memory = "" if self.memory is None else f", {self.memory / 1e9:.2g} GB of memory"
+        memory = "" if self.memory is None else f", {self.memory / 1e9:.2g} GB of memory{self._less_in_shards()}"
         early = " (less if it ends early, see train.patience)" if self.may_end_early else ""
         return (
             f"An update takes {self.seconds:.2g} s here, so that {self.updates:,} with their validations take about "
             f"{_spelled(self.total_seconds)}{early}{memory} and up to {self.disk / 1e9:.2g} GB of disk."
         )
 
+    def _less_in_shards(self) -> str:
+        """Say what a process of a run in shards needs of the memory that was used here by one alone."""
+        if not self.shares or self.memory is None:
+            return ""
+        if self.processes == 1:
+            return f" (in shards, {self.shares / 1e9:.2g} of them are shared out among the processes of a run)"
+        less = self.shares * (1 - 1 / self.processes)
+        return f" here, with all in one process; each of {self.processes} needs {less / 1e9:.2g} GB less"
+
 
 def rehearse(recipe: Recipe, prepare: Prepare, directory: Path) -> Rehearsal:
     """Train some updates of a run in this process alone; nothing is left, and the run itself begins anew.
+
+    A run in shards is rehearsed with whole weights and moments too: parts can only be computed with where all processes
+    do so. What a process of the run needs less is told.
 
     Args:
         recipe: The run. Of several processes, this one computes its share of an update.
@@ -96,6 +114,8 @@ def rehearse(recipe: Recipe, prepare: Prepare, directory: Path) -> Rehearsal:
     learned = _bytes(parameter for parameter in state.model.parameters() if parameter.requires_grad)
     saved = parameters * (1 + (state.ema is not None)) + 2 * learned  # a state: with two moments of what is trained
     disk = 2 * (saved + parameters)  # two of them while one is written, `best` and `last`
+    in_shards = recipe.run.sharding == "full"
+    shares = in_shards * learned * (3 + (state.ema is not None))  # gradients, two moments, the average
     writing = _try_disk(directory, disk)
     update = _measure(task, state, recipe, alone)
     workers, epochs = recipe.run.workers, recipe.train.count_epochs(task.updates_per_epoch)
@@ -107,7 +127,8 @@ def rehearse(recipe: Recipe, prepare: Prepare, directory: Path) -> Rehearsal:
     written = (epochs // recipe.run.save_epochs * saved + 2 * epochs * parameters) * writing
     total = updates * seconds + measured * forward + written
     early = 0 < patience < validations - 1  # the first is always the best so far
-    return Rehearsal(task, seconds, updates, total, early, _memory(alone.device), disk)
+    count = Processes.join().count
+    return Rehearsal(task, seconds, updates, total, early, _memory(alone.device), disk, shares, count)
 
 
 def measure_update(recipe: Recipe, prepare: Prepare) -> UpdateSeconds:
@@ -136,9 +157,13 @@ def _measure(task: Task, state: TrainState, recipe: Recipe, processes: Processes
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        whole = (
+            " It was tried with all weights and moments in one process; in shards each has a part of the moments, so "
+            "that the run itself may fit: train by the recipe without --dry-run."
+        ) * (recipe.run.sharding == "full")
         raise OutOfMemoryError(
             f"One update of {train.batch_size} images does not fit into memory. Set train.accumulation to "
-            f"{train.accumulation * 2}, which does it in parts, or train.grad_checkpointing to true."
+            f"{train.accumulation * 2}, which does it in parts, or train.grad_checkpointing to true.{whole}"
         ) from error
     later = taken[1:] or taken
     return UpdateSeconds(
@@ -161,6 +186,7 @@ def _update(task: Task, state: TrainState, recipe: Recipe, processes: Processes,
     model = state.model.train()
     started = time.perf_counter()
     batches = task.batches(number)
+    state.schedule.set(state.optimizer, number)
     loading, items = 0.0, 0.0
     for _ in range(train.accumulation):
         before = time.perf_counter()
@@ -169,21 +195,34 @@ def _update(task: Task, state: TrainState, recipe: Recipe, processes: Processes,
         loss, count, _ = compute_loss(task, model, batch, train.precision, processes.device)
         items += float(count)
         if not loss.isfinite():
-            raise InvalidValueError(
-                f"The loss is {loss.item()} before anything is trained, in {train.precision}. Look at the weights that "
-                "it starts from, or set train.precision to fp32."
-            )
+            raise InvalidValueError(f"The loss is {loss.item()} {_why_not_finite(state, train, number)}")
         state.scaler.scale(loss).backward()
     if not items:
         raise InvalidValueError(
             f"None of {train.batch_size} images to train on can be read; replace them, or leave them out."
         )
+    state.scaler.unscale_(state.optimizer)
+    if train.clip_grad:
+        nn.utils.clip_grad_norm_(state.model.parameters(), train.clip_grad)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
     if processes.device.type == "cuda":
         torch.cuda.synchronize()
     return UpdateSeconds(loading, time.perf_counter() - started - loading)
+
+
+def _why_not_finite(state: TrainState, train: TrainSection, number: int) -> str:
+    """Say when the loss was no number, and what to do."""
+    if number == 0:
+        return (
+            f"before anything is trained, in {train.precision}. Look at the weights that it starts from, or set "
+            "train.precision to fp32."
+        )
+    return (
+        f"after {number} of the updates that were tried, with a learning rate of {state.schedule.lr(number - 1):.3g}, "
+        f"in {train.precision}. Lower train.lr, or set a longer warm-up, train.clip_grad=1, or train.precision=fp32."
+    )
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

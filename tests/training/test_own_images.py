@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_data_that_cannot_be_trained_on(colours: Path, tmp_path: Path) -> None:
             make_plan("test_beit", data_at(tmp_path / data if data else empty))
     with pytest.raises(UnknownModelError, match="no model 'tset_beit'"):
         make_plan("tset_beit", data_at(colours))
-    with pytest.raises(RecipeError, match="leraning_rate"):
+    with pytest.raises(RecipeError, match=r"train: there is no key 'leraning_rate'; did you mean .*'\?$"):
         make_plan("test_beit", data_at(colours), ["train.leraning_rate=1"])
 
 
@@ -174,6 +175,11 @@ def test_images_none_of_which_can_be_read_and_a_loss_of_nothing_are_known_before
         for number in range(12):
             (tmp_path / name / f"{number}.png").write_bytes(b"broken")
     recipe = make_plan("test_beit", data_at(colours), SHORT).recipe
+    far = change_recipe(recipe, ["train.lr=1e30", "train.warmup_epochs=0"])
+    with pytest.raises(
+        InvalidValueError, match=r"nan after 1 of the updates .* of 1e\+30, in fp32. Lower train.lr, or"
+    ):
+        rehearse(far, prepare, tmp_path / "out")
     with pytest.raises(InvalidValueError, match="None of 4 images to train on can be read"):
         rehearse(change_recipe(recipe, [f"data.path={tmp_path}"]), prepare, tmp_path / "out")
     monkeypatch.setattr(rehearsal, "compute_loss", lambda *_: (torch.tensor(torch.nan), 4, {}))
@@ -199,3 +205,21 @@ def test_an_update_that_does_not_fit_says_what_takes_less(
     monkeypatch.setattr(rehearsal, "compute_loss", full)
     with pytest.raises(OutOfMemoryError, match=r"One update of 4 images does not fit .* train.accumulation to 4"):
         rehearse(recipe, prepare, tmp_path)
+    in_shards = change_recipe(recipe, ["run.sharding=full"])
+    with pytest.raises(OutOfMemoryError, match="in shards each has a part of the moments, so that the run itself may"):
+        rehearse(in_shards, prepare, tmp_path)
+
+
+def test_a_rehearsal_says_what_a_process_of_a_run_in_shards_needs_less(colours: Path, tmp_path: Path) -> None:
+    """Gradients, two moments and the average of what is trained; weights every process has for a while."""
+    settings = [*SHORT, "run.sharding=full", "train.ema_decay=0.9", "task.freeze_blocks=1"]
+    recipe = make_plan("test_beit", data_at(colours), settings).recipe
+    found, model = rehearse(recipe, prepare, tmp_path), prepare(recipe, Processes(0, 1, torch.device("cpu")))[1]
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert (found.shares, found.processes) == (4 * 4 * learned, 1)
+    assert rehearse(change_recipe(recipe, ["run.sharding=none"]), prepare, tmp_path).shares == 0
+    found = replace(found, memory=8_000_000_000, shares=4_000_000_000)
+    assert "8 GB of memory (in shards, 4 of them are shared out among the processes of a run) and" in found.describe()
+    assert "8 GB of memory here, with all in one process; each of 4 needs 3 GB less" in (
+        replace(found, processes=4).describe()
+    )
