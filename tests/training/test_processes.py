@@ -15,8 +15,10 @@ from squares import squares_recipe, write_squares
 
 from beitzoo.factory import create_model, create_tokenizer
 from beitzoo.saving import save_tokenizer
+from beitzoo.training.folder import saved_states
 from beitzoo.training.recipe import Recipe, dump_recipe
-from beitzoo.training.tasks.finetune import finetune
+from beitzoo.training.replay import Replay, replay
+from beitzoo.training.tasks.finetune import finetune, prepare
 from beitzoo.training.tasks.pretrain import pretrain
 from beitzoo.training.tasks.segment import train_segmenter
 
@@ -226,3 +228,28 @@ def test_two_processes_train_a_segmentation_model_as_one_does(tmp_path: Path, sh
 def pixel_numbers(run: Path, names: tuple[str, ...]) -> list[list[float]]:
     with (run / "log.csv").open() as file:
         return [[float(line[name] or 0) for name in names] for line in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_an_update_that_failed_in_shards_is_done_again_by_one_process(colours: Path, tmp_path: Path) -> None:
+    """What is kept of it is what processes with whole weights keep, and it fails in the same place."""
+    program = Path(__file__).parents[1] / "failed_in_two.py"
+    command = [sys.executable, str(program), str(colours), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert result.returncode == 0, result.stderr
+    kept = {}
+    for name in ("none", "full"):
+        (state,) = saved_states(tmp_path / name / "failed")
+        tensors = torch.load(state / "tensors.pt")
+        kept[name] = (state.name, {part: tensors[part] for part in ("model", "ema")})
+        replayed = replay(tmp_path / name, prepare)
+        assert isinstance(replayed, Replay)
+        assert (replayed.failed, f"state-{replayed.update - 1}") == (True, state.name)
+        assert replayed.module is not None
+    assert kept["none"][0] == kept["full"][0]
+    for part, tensors in kept["none"][1].items():
+        for name, theirs in tensors.items():
+            scale = theirs.abs().max().double().clamp(min=1)  # of numbers that are about to end
+            ours = kept["full"][1][part][name]
+            torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-6, msg=f"{part} {name}")
