@@ -1,5 +1,6 @@
 """What is said of labelled images before a run: sizes of classes, files that cannot be read, near duplicates."""
 
+from beitzoo.errors import some_of
 from beitzoo.images.duplicates import hash_images, near_duplicates
 from beitzoo.images.folders import LeftOut
 from beitzoo.images.image_set import ImageSet
@@ -42,9 +43,38 @@ def look_at_images(images: ImageSet, split: Split) -> list[str]:
             f"Of more than {_MOST_OPENED:,} images it is not looked beforehand which cannot be read, nor for near "
             "duplicates."
         ]
-    unreadable = LeftOut()
+    unreadable = _Unreadable()
     hashes = hash_images(images, indices, unreadable)
-    return [*unreadable.describe(), *_describe_duplicates(images, near_duplicates(images, hashes, split), split)]
+    return [
+        *unreadable.describe(),
+        *unreadable.describe_classes(images, split),
+        *_describe_duplicates(images, near_duplicates(images, hashes, split), split),
+    ]
+
+
+class _Unreadable(LeftOut):
+    """Images that cannot be read, all by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def add(self, reason: str, name: str) -> None:
+        super().add(reason, name)
+        self.names.add(name)
+
+    def describe_classes(self, images: ImageSet, split: Split) -> list[str]:
+        """Warn of classes of which most images to train on are damaged: they were counted by their files."""
+        sizes = images.class_sizes(split.train)
+        left = images.class_sizes(index for index in split.train if images.identity(index)[0] not in self.names)
+        damaged = [
+            f"{images.names[label]} ({left[label]:,} of {size:,})"
+            for label, size in sorted(sizes.items())
+            if 2 * left[label] < size
+        ]
+        if not damaged:
+            return []
+        return [f"Few images to train on can be read of these classes: {some_of(damaged)}. Replace the files."]
 
 
 def _describe_duplicates(images: ImageSet, pairs: list[tuple[int, int]], split: Split) -> list[str]:

@@ -21,6 +21,16 @@ def test_uneven_classes_are_said_from_five_times_as_many_images_on() -> None:
     ]
 
 
+def test_classes_of_mostly_broken_files_are_named(tmp_path: Path) -> None:
+    for number in range(8):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{number}.png")
+    for number in (0, 1, 4):
+        (tmp_path / f"{number}.png").write_bytes(b"broken")
+    images = ImageSet([tmp_path / f"{n}.png" for n in range(8)], [0] * 4 + [1] * 4, ("cat", "dog"), tmp_path)
+    said = look_at_images(images, Split([0, 1, 2, 4, 5, 6], [3], [7]))
+    assert said[1:] == ["Few images to train on can be read of these classes: cat (1 of 3). Replace the files."]
+
+
 def test_near_duplicates_and_broken_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         Image.effect_noise((32, 32), 80).convert("RGB").save(tmp_path / f"{number}.png")
