@@ -92,8 +92,7 @@ def attend(qkv: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
     """
     trained = bias is not None and _is_trained(qkv, bias)
     if trained and dropout == 0 and qkv.shape[2] * qkv.shape[3] ** 2 >= LEAST_SCORES:
-        # oneDNN, which multiplies halves, would copy each view; MKL reads them where they lie.
-        mixed: Tensor = _Attention.apply(qkv.contiguous() if qkv.itemsize == 2 else qkv, bias)
+        mixed: Tensor = _Attention.apply(_for_products(qkv), bias)
         return mixed
     q, k, v = qkv.unbind(0)
     if trained or _steps_are_needed():
@@ -183,7 +182,7 @@ class _Attention(torch.autograd.Function):
         to_bias = torch.zeros(bias.shape, dtype=torch.promote_types(bias.dtype, torch.float32))
         for image in range(batch):
             (q, k, v), (to_q, to_k, to_v) = qkv[:, image].unbind(0), to_qkv[:, image].unbind(0)
-            to_mixed = gradient[image].contiguous()
+            to_mixed = _for_products(gradient[image])
             to_weights = torch.bmm(to_mixed, v.transpose(1, 2))
             to_scores = torch._softmax_backward_data(to_weights, weights[image], -1, weights.dtype)
             to_bias += to_scores
@@ -191,6 +190,11 @@ class _Attention(torch.autograd.Function):
             torch.mul(torch.bmm(to_scores.transpose(1, 2), q), size**-0.5, out=to_k)
             to_v.copy_(torch.bmm(weights[image].transpose(1, 2), to_mixed))
         return to_qkv, to_bias.to(bias.dtype)
+
+
+def _for_products(tensor: Tensor) -> Tensor:
+    """Copy halves once: oneDNN would copy their views for each product. MKL reads views of float32 where they lie."""
+    return tensor.contiguous() if tensor.itemsize == 2 else tensor
 
 
 def _gradients_in_steps(qkv: Tensor, bias: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
