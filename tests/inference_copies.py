@@ -15,6 +15,7 @@ def made_of(model: Beit, linear: str, attention: str = "fused", images: str = "a
         fc1=taken,
         fc2=taken,
         attention=Choice(attention),
+        batch_parts=Choice("1"),
         images_at_a_time=Choice(images),
         block=Choice("chosen"),
         network=network_of(config),

@@ -222,9 +222,7 @@ class Beit(nn.Module):
             bool_masked_pos: (B, h w) or (B, h, w); True patches are replaced by the mask token.
         """
         x, bias = self.embed(images, bool_masked_pos)
-        for index in range(len(self.blocks)):
-            x = self.run_block(index, x, bias)
-        return self.norm(x)
+        return self.norm(self.run_blocks(x, bias, [len(self.blocks) - 1])[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, N, C) to logits, or with `pre_logits` to features (B, C) before the head.
@@ -263,11 +261,9 @@ class Beit(nn.Module):
             raise InvalidValueError(f"output_fmt={output_fmt!r}; there are {', '.join(get_args(FeatureFormat))}.")
         chosen = inputs.take_indices(indices, len(self.blocks))
         tokens, bias = self.embed(x)
-        found = []
-        for index in range(max(chosen) + 1 if stop_early else len(self.blocks)):
-            tokens = self.run_block(index, tokens, bias)
-            if index in chosen:
-                found.append(self._trained_norm(tokens) if norm else tokens)
+        last = max(chosen) if stop_early else len(self.blocks) - 1
+        *found, tokens = self.run_blocks(tokens, bias, [*sorted(set(chosen)), last])
+        found = [self._trained_norm(t) for t in found] if norm else found
         prefixes = [t[:, : self.num_prefix_tokens] for t in found]
         patches = [t[:, self.num_prefix_tokens :] for t in found]
         if output_fmt == "NCHW":
@@ -286,14 +282,12 @@ class Beit(nn.Module):
         """
         chosen = inputs.take_indices(blocks, len(self.blocks))
         x, bias = self.embed(images)
-        maps = {}
-        for index in range(max(chosen) + 1):
+        maps = []
+        for index, tokens in zip(chosen, self.run_blocks(x, bias, [index - 1 for index in chosen]), strict=True):
             block = self.blocks[index]
-            if index in chosen:
-                assert isinstance(block, Block)
-                maps[index] = block.attn.weights(block.norm1(x), bias)
-            x = self.run_block(index, x, bias)
-        return torch.stack([maps[index] for index in chosen], dim=1)
+            assert isinstance(block, Block)
+            maps.append(block.attn.weights(block.norm1(tokens), bias))
+        return torch.stack(maps, dim=1)
 
     def position_bias(self, grid: Pair) -> PositionBias:
         """Return what the blocks of one forward pass need to know about positions in this grid."""
@@ -316,6 +310,15 @@ class Beit(nn.Module):
             raise InvalidValueError("This model has no mask token; create it with use_mask_token=True.")
         masked = inputs.flat_mask(bool_masked_pos, patches)
         return torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
+
+    def run_blocks(self, x: Tensor, bias: PositionBias, blocks: Sequence[int]) -> list[Tensor]:
+        """Return the tokens behind each of these blocks, -1 for those that enter; what lies behind all does not run."""
+        outputs = {-1: x}
+        for index in range(max(blocks) + 1):
+            x = self.run_block(index, x, bias)
+            if index in blocks:
+                outputs[index] = x
+        return [outputs[index] for index in blocks]
 
     def run_block(self, index: int, x: Tensor, bias: PositionBias, kept: Tensor | None = None) -> Tensor:
         """Map tokens through one block (see `Block`), recomputed in the backward pass if that was asked for."""

@@ -36,7 +36,8 @@ class Choices:
         fc2: The second one.
         attention: `fused`, or `blocked` (plain products, a few heads at a time), or between 8-bit linears
             `blocked_bfloat16` (the same in that precision).
-        images_at_a_time: How many images of a batch a block maps together, or `all`.
+        batch_parts: In how many parts a batch is computed at the same time, each with its share of the threads.
+        images_at_a_time: How many images of a batch, or of such a part, a block maps together, or `all`.
         block: `chosen`, or `plain` if the choices together were no faster than the plain block.
         network: Channels, heads, hidden channels of the MLP, and blocks.
         dtype: Of the weights: `float32`, `bfloat16`, `int8`, ...
@@ -50,6 +51,7 @@ class Choices:
     fc1: Choice
     fc2: Choice
     attention: Choice
+    batch_parts: Choice
     images_at_a_time: Choice
     block: Choice
     network: tuple[int, int, int, int]

@@ -6,11 +6,11 @@ the machine does disturbs all of them alike. A plainer candidate is left only fo
 """
 
 import copy
-import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from beitzoo.errors import InvalidValueError
 from beitzoo.models import inputs, kernels
+from beitzoo.models.at_once import at_once
 from beitzoo.models.beit import Beit, Block
 from beitzoo.models.choices import Choice, Choices, ImagesLike, dtype_name, network_of
 from beitzoo.models.inference_block import Attend, InferenceBlock, Parts
@@ -37,6 +38,9 @@ FEWEST_TURNS, MOST_TURNS = 2, 12
 SECONDS = 0.2  # for one choice, once every candidate had its fewest turns
 COLD_BYTES = 64 << 20  # of weights that are read in turn: more than the last cache that most cores share
 FEW_IMAGES = (1, 2, 4, 8)
+# In the linears of a block, for each thread: five images of a base network. More at a time are not tried, as they would
+# be no faster for each image, and linears are measured with no more than half of them, so that it takes no longer.
+MOST_PRODUCTS = 7_500_000_000
 
 ATTENTIONS: dict[str, Attend] = {
     "fused": kernels.attend,
@@ -62,8 +66,7 @@ def choose(model: Beit, dtype: Dtype, images_like: ImagesLike | None, clock: Clo
         return choices
     trial = Trial(model, dtype, images_like, clock)
     packed = Choice("packed" if "packed" in names else names[0])
-    choices = replace(choices, qkv=packed, proj=packed, fc1=packed, fc2=packed)
-    choices = replace(choices, images_at_a_time=trial.images_at_a_time(choices))
+    choices = trial.cut(replace(choices, qkv=packed, proj=packed, fc1=packed, fc2=packed))
     choices = replace(choices, attention=trial.attention(choices))
     choices = replace(
         choices,
@@ -75,7 +78,8 @@ def choose(model: Beit, dtype: Dtype, images_like: ImagesLike | None, clock: Clo
     block = trial.block(choices)
     if block.taken == "chosen":
         return replace(choices, block=block)
-    return replace(_plain(model, dtype, images_like), images_at_a_time=choices.images_at_a_time)
+    plain = _plain(model, dtype, images_like)
+    return replace(plain, batch_parts=choices.batch_parts, images_at_a_time=choices.images_at_a_time)
 
 
 def parts_of(choices: Choices, model: Beit, dtype: Dtype) -> Parts:
@@ -112,31 +116,60 @@ class Trial:
         self.bias: PositionBias = kernels.position_bias(grid, model.config, self.like, model.rel_pos_bias)
         self.generator = torch.Generator().manual_seed(0)
 
-    def images_at_a_time(self, choices: Choices) -> Choice:
-        """Choose how many images of the batch a block maps together."""
-        counts = {"all": self.batch} | {str(n): n for n in reversed(FEW_IMAGES) if n < self.batch}
+    def cut(self, choices: Choices) -> Choices:
+        """Choose how a batch is cut: in parts for threads of their own or not, and in how many images at a time."""
+        if self.batch == 1:
+            return choices
         size = self.like.element_size() * sum(weight.numel() for weight in self.model.blocks[0].parameters())
-        blocks = self._blocks(choices, 1 + math.ceil(COLD_BYTES / size)) if len(counts) > 1 else []
-        calls: dict[str, list[Call]] = {}
-        for place, (name, n) in enumerate(counts.items()):
-            x = self._random(n, self.model.config.embed_dim)
-            # Each call, of whichever candidate, gets the next block: none finds its weights in the cache.
-            turns = [blocks[(place + turn * len(counts)) % len(blocks)] for turn in range(len(blocks))]
-            calls[name] = [partial(block, x, self.bias) for block in turns]
-        return race(calls, self.clock, counts)
+        blocks = self._blocks(choices, 1 + math.ceil(COLD_BYTES / size))
+
+        def run(candidates: Mapping[str, Choices], noise: float) -> Choice:
+            calls: dict[str, list[Call]] = {}
+            for place, (name, each) in enumerate(candidates.items()):
+                x = self._random(_images_in_a_part(each), self.model.config.embed_dim)
+                # Each call, of whichever candidate, gets the next block: none finds its weights in the cache.
+                turns = [blocks[(place + turn * len(candidates)) % len(blocks)] for turn in range(len(blocks))]
+                calls[name] = [_in_parts(each, partial(block, x, self.bias)) for block in turns]
+            work = {name: _parts(each) * _images_in_a_part(each) for name, each in candidates.items()}
+            return race(calls, self.clock, work, noise)
+
+        cuts = {str(n): self._counts(replace(choices, batch_parts=Choice(str(n)))) for n in self._possible_parts()}
+        parts = run({name: next(iter(counts.values())) for name, counts in cuts.items()}, noise=0.0)
+        images = run(cuts[parts.taken], NOISE)
+        return replace(choices, batch_parts=parts, images_at_a_time=images)
+
+    def _possible_parts(self) -> list[int]:
+        return sorted({1, math.gcd(torch.get_num_threads(), self.batch)})
+
+    def _counts(self, choices: Choices) -> dict[str, Choices]:
+        """Return choices with each count of images that a block may map together, the most first, by name."""
+        images, most = self.batch // _parts(choices), self._most_images(choices)
+        names = ["all"] if images <= most else []
+        names += [str(n) for n in reversed(FEW_IMAGES) if n < images and n <= most]
+        return {name: replace(choices, images_at_a_time=Choice(name)) for name in names}
+
+    def _most_images(self, choices: Choices, products: int = MOST_PRODUCTS) -> int:
+        weights = sum(weight.numel() for weight in self.model.blocks[0].parameters())
+        return max(1, products * choices.threads // (_parts(choices) * self.tokens * weights))
+
+    def _measured_images(self, choices: Choices) -> int:
+        """Return with how many images of a part what lies inside a block is measured; the real number where few."""
+        return min(_images_in_a_part(choices), self._most_images(choices, MOST_PRODUCTS // 2))
 
     def attention(self, choices: Choices) -> Choice:
         """Choose how values are mixed."""
         config, block = self.model.config, self.model.blocks[0]
         assert isinstance(block, Block)
-        parts = self._random(self._images(choices), 3 * config.embed_dim).unflatten(-1, (3, config.num_heads, -1))
+        parts = self._random(self._measured_images(choices), 3 * config.embed_dim).unflatten(
+            -1, (3, config.num_heads, -1)
+        )
         qkv = parts.permute(2, 0, 3, 1, 4)  # (B, N, 3, H, D) -> (3, B, H, N, D)
         bias = self.bias.of(block.attn.relative_position_bias_table, qkv)
         calls: dict[str, list[Call]] = {}
         for name, attend in _attentions(self.dtype).items():
             returned = _returns(name) or qkv.dtype
             given = None if bias is None else bias.to(returned)
-            calls[name] = [partial(attend, qkv.to(returned), given)]
+            calls[name] = [_in_parts(choices, partial(attend, qkv.to(returned), given))]
         return race(calls, self.clock)
 
     def linear(self, name: LinearName, choices: Choices) -> Choice:
@@ -147,12 +180,12 @@ class Trial:
         weights = [_linear_of(block, name) for block in self.model.blocks]
         size = self.like.element_size() * weights[0].weight.numel() * len(kinds)
         weights = weights[: max(FEWEST_TURNS, math.ceil(COLD_BYTES / size))]
-        x = self._random(self._images(choices), weights[0].in_features)
-        residual = self._random(self._images(choices), weights[0].out_features)
+        x = self._random(self._measured_images(choices), weights[0].in_features)
+        residual = self._random(self._measured_images(choices), weights[0].out_features)
         calls: dict[str, list[Call]] = {}
         for kind, make in kinds.items():
             made = [make(linear.weight.detach(), weights[0].bias) for linear in weights]
-            calls[kind] = [_use(name, linear, x, residual) for linear in made]
+            calls[kind] = [_in_parts(choices, _use(name, linear, x, residual)) for linear in made]
         for call in calls.get("convolution", []):
             call()  # packs its weight
         return race(calls, self.clock)
@@ -163,20 +196,19 @@ class Trial:
         By however little: each part was clearly faster by itself.
         """
         plain = _plain(self.model, self.dtype, choices.images_like)
-        x = self._random(self._images(choices), self.model.config.embed_dim)
+        x = self._random(self._measured_images(choices), self.model.config.embed_dim)
         candidates = {"plain": self._blocks(plain, 1), "chosen": self._blocks(choices, 1)}
-        calls = {name: [partial(block, x, self.bias) for block in blocks] for name, blocks in candidates.items()}
-        for call in itertools.chain(*calls.values()):
-            call()  # packs and looks up what it has not yet
+        calls: dict[str, list[Call]] = {}
+        for name, blocks in candidates.items():
+            calls[name] = [_in_parts(choices, partial(block, x, self.bias)) for block in blocks]
+        if "convolution" in _taken_linears(choices):
+            calls["chosen"][0]()  # packs its weights
         return race(calls, self.clock, noise=0.0)
 
     def _blocks(self, choices: Choices, count: int) -> list[InferenceBlock]:
         parts = parts_of(choices, self.model, self.dtype)
         blocks = [copy.deepcopy(block) for block in self.model.blocks[:count] if isinstance(block, Block)]
         return [InferenceBlock(block, parts).to(self.like.dtype).eval() for block in blocks]
-
-    def _images(self, choices: Choices) -> int:
-        return _images_at_a_time(choices) or self.batch
 
     def _random(self, images: int, channels: int) -> Tensor:
         return torch.randn(images, self.tokens, channels, generator=self.generator).to(self.like.dtype)
@@ -205,12 +237,37 @@ def race(
             break
         for name in running:
             call = candidates[name][turn % len(candidates[name])]
-            begin = clock()
-            call()
-            times[name] = min(times[name], (clock() - begin) / (work[name] if work else 1))
+            times[name] = min(times[name], _seconds(call, clock) / (work[name] if work else 1))
     plain, shortest = next(iter(times.values())), min(times.values())
     taken = next(name for name, seconds in times.items() if seconds <= shortest * (1 + noise))
     return Choice(taken, round(plain / times[taken], 3) if len(candidates) > 1 else 1.0)
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A call that does the same in each part of a batch, at the same time."""
+
+    call: Call
+    parts: int
+    threads: int  # of each
+
+    def __call__(self) -> list[object]:
+        """Return what each part returns."""
+        return at_once([self.call] * self.parts, self.threads)
+
+
+def _in_parts(choices: Choices, call: Call) -> Call:
+    parts = _parts(choices)
+    return call if parts == 1 else InParts(call, parts, choices.threads // parts)
+
+
+def _seconds(call: Call, clock: Clock) -> float:
+    """Return what a call takes; in parts, the mean, as in a forward pass they wait for each other only at the end."""
+    if isinstance(call, InParts):
+        return statistics.fmean(InParts(partial(_seconds, call.call, clock), call.parts, call.threads)())
+    begin = clock()
+    call()
+    return clock() - begin
 
 
 def _plain(model: Beit, dtype: Dtype, images_like: ImagesLike) -> Choices:
@@ -221,6 +278,7 @@ def _plain(model: Beit, dtype: Dtype, images_like: ImagesLike) -> Choices:
         fc1=plain,
         fc2=plain,
         attention=Choice("fused"),
+        batch_parts=Choice("1"),
         images_at_a_time=Choice("all"),
         block=Choice("plain"),
         network=network_of(model.config),
@@ -233,7 +291,7 @@ def _plain(model: Beit, dtype: Dtype, images_like: ImagesLike) -> Choices:
 
 def _linears(choices: Choices, model: Beit, dtype: Dtype, name: LinearName) -> dict[str, MakeLinear]:
     grid = inputs.grid_of(torch.empty(choices.images_like, device="meta"), model.config)
-    tokens = (_images_at_a_time(choices) or choices.images_like[0]) * (1 + grid[0] * grid[1])
+    tokens = _images_in_a_part(choices) * (1 + grid[0] * grid[1])
     returns = _returns(choices.attention.taken) if name == "qkv" else None
     return linears_for(model.cls_token, dtype, tokens, name == "fc2", returns)
 
@@ -252,6 +310,19 @@ def _returns(attention: str) -> torch.dtype | None:
 def _images_at_a_time(choices: Choices) -> int | None:
     taken = choices.images_at_a_time.taken
     return None if taken == "all" else int(taken)
+
+
+def _parts(choices: Choices) -> int:
+    return int(choices.batch_parts.taken)
+
+
+def _images_in_a_part(choices: Choices) -> int:
+    """Return how many images a block maps together in each part of a batch."""
+    return _images_at_a_time(choices) or choices.images_like[0] // _parts(choices)
+
+
+def _taken_linears(choices: Choices) -> set[str]:
+    return {getattr(choices, name).taken for name in get_args(LinearName)}
 
 
 def _linear_of(block: nn.Module, name: LinearName) -> nn.Linear:

@@ -5,7 +5,7 @@ PyTorch are made, which all that traces, transforms, compiles or counts them kno
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -246,6 +246,10 @@ class PositionBias:
         own = position.bias(table, self._index_for(table), like.dtype)
         return own if shared is None else own + shared
 
+    def beside(self) -> "PositionBias":
+        """Return the same for another thread, with a workspace of its own."""
+        return self if self.workspace is None else replace(self, workspace=self.workspace.fresh())
+
     def _index_for(self, table: Tensor) -> Tensor:
         if self.index is None:
             return position.relative_position_index(self.grid, table.device)
@@ -294,6 +298,10 @@ class Workspace:
         padding = -tokens % position.ROW_MULTIPLE
         scores = like.new_empty((heads, tokens, tokens + padding), dtype=dtype)
         return cls(scores, _strip_rows(grid, like.device))
+
+    def fresh(self) -> "Workspace":
+        """Return another one."""
+        return replace(self, scores=torch.empty_like(self.scores))
 
     def takes(self, table: Tensor, dtype: torch.dtype) -> bool:
         """Say whether a bias from this table can be written here."""
@@ -352,6 +360,11 @@ def is_hooked(module: nn.Module) -> bool:
     """Say whether more happens in a call of this module than its own forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
+
+
+def is_any_hooked(model: nn.Module) -> bool:
+    """Say whether that is so of any module in it."""
+    return _all_modules_are_hooked() or any(is_hooked(module) for module in model.modules())
 
 
 def _all_modules_are_hooked() -> bool:

@@ -6,7 +6,8 @@ the processor wants to read them. The copy is still a `Beit`, with its blocks re
 
 import copy
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from beitzoo.errors import InvalidValueError, UnsupportedError
 from beitzoo.models import choosing, kernels
+from beitzoo.models.at_once import at_once
 from beitzoo.models.beit import Attention, Beit, Block, DropPath, Mlp
 from beitzoo.models.choices import Choices, ImagesLike, dtype_name
 from beitzoo.models.inference_block import InferenceBlock, Parts
@@ -47,10 +49,13 @@ def optimize(
     """Return an inference copy of a model: the same outputs, faster.
 
     What its blocks are made of is chosen by measuring on this machine, with the threads that PyTorch has now. On two
-    cores that took a second for a base network and one image, and 5 for 32 images or a large network. `choices` of the
-    copy (of its `backbone`, where a model holds one) says what was taken and how much faster that was. Other batches
-    and sizes than were measured give the same outputs, but something else might be faster for them: name the batch
-    that will be used.
+    cores that took a second for a base network and one image, 3 for 8 images and for 32, and 4 for a large network at
+    512 pixels. `choices` of the copy (of its `backbone`, where a model holds one) says what was taken and how much
+    faster that was. Other batches and sizes than were measured give the same outputs, but something else might be
+    faster for them: name the batch that will be used.
+
+    A batch is computed in parts at the same time, by threads that have a share of PyTorch's each, where that was
+    faster; as a whole while gradients or autocast are on, blocks are hooked, or `torch.get_num_threads()` is another.
 
     The copy is a snapshot: it can be run, copied and pickled, but neither trained, moved nor saved as weights, and
     what later becomes of the model does not reach it. Compile or export the model itself: on a CPU, `torch.compile`
@@ -177,6 +182,29 @@ class InferenceBeit(Beit):
     def attention_maps(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the attention weights of chosen blocks."""
         return super().attention_maps(*args, **kwargs)
+
+    def run_blocks(self, x: Tensor, bias: PositionBias, blocks: Sequence[int]) -> list[Tensor]:
+        """Map a batch, see `Beit.run_blocks`, in as many parts at the same time as were chosen, or fewer if they fit.
+
+        As a whole where the threads are not those that this was measured with, and where somebody would see the parts.
+        """
+        parts = math.gcd(int(self.choices.batch_parts.taken), len(x)) if self._can_be_cut(x) else 1
+        if parts == 1:
+            return super().run_blocks(x, bias, blocks)
+        run = super().run_blocks
+        calls = [functools.partial(run, part, bias.beside(), blocks) for part in x.chunk(parts)]
+        outputs = at_once(calls, self.choices.threads // parts)
+        return [torch.cat(of_a_block) for of_a_block in zip(*outputs, strict=True)]
+
+    def _can_be_cut(self, x: Tensor) -> bool:
+        return (
+            self.choices.batch_parts.taken != "1"
+            and len(x) > 0
+            and torch.get_num_threads() == self.choices.threads
+            and kernels.is_plain_inference(x)
+            and not torch.is_autocast_enabled("cpu")
+            and not kernels.is_any_hooked(self.blocks)
+        )
 
     def position_bias(self, grid: Pair) -> PositionBias:
         """Return what blocks need to know about positions; nothing more than the grid if their biases are ready."""

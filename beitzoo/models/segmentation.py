@@ -202,16 +202,11 @@ class Segmenter(nn.Module):
         blocks = self.config.out_indices
         assert blocks is not None
         x, bias = self.backbone.embed(images)
-        outputs = {-1: x}
-        for index in range(max(blocks) + 1):
-            x = self.backbone.run_block(index, x, bias)
-            if index in blocks:
-                outputs[index] = x
         prefix = self.backbone.num_prefix_tokens
         maps = [
             # Whole in memory as a map, as convolutions of a view are slower.
-            outputs[block][:, prefix:].transpose(1, 2).unflatten(2, bias.grid).contiguous()
-            for block in blocks
+            tokens[:, prefix:].transpose(1, 2).unflatten(2, bias.grid).contiguous()
+            for tokens in self.backbone.run_blocks(x, bias, blocks)
         ]
         return maps if self.neck is None else self.neck(maps)
 

@@ -169,10 +169,11 @@ def test_choices_together_are_held_against_the_plain_block(monkeypatch: pytest.M
 
     monkeypatch.setattr(choosing.Trial, "linear", lambda *_: choosing.Choice("packed", 9.0))
     monkeypatch.setattr(packed.PackedLinear, "add", slow_add)
-    monkeypatch.setattr(choosing.Trial, "images_at_a_time", lambda *_: choosing.Choice("1", 2.0))
+    one = choosing.Choice("1", 2.0)
+    monkeypatch.setattr(choosing.Trial, "cut", lambda _, choices: replace(choices, images_at_a_time=one))
     choices = choosing.choose(build(), torch.float32, (2, 3, 64, 64), clock)
     assert (choices.block.taken, choices.fc2.taken, choices.fc2.speedup) == ("plain", "plain", 1.0)
-    assert choices.images_at_a_time == choosing.Choice("1", 2.0)  # in which both were measured
+    assert choices.images_at_a_time == one  # in which both were measured
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 12])
