@@ -263,7 +263,7 @@ class Beit(nn.Module):
         tokens, bias = self.embed(x)
         last = max(chosen) if stop_early else len(self.blocks) - 1
         *found, tokens = self.run_blocks(tokens, bias, [*sorted(set(chosen)), last])
-        found = [self._trained_norm(t) for t in found] if norm else found
+        found = list(map(self._trained_norm, found)) if norm else found
         prefixes = [t[:, : self.num_prefix_tokens] for t in found]
         patches = [t[:, self.num_prefix_tokens :] for t in found]
         if output_fmt == "NCHW":

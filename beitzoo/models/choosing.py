@@ -264,7 +264,7 @@ def _in_parts(choices: Choices, call: Call) -> Call:
 def _seconds(call: Call, clock: Clock) -> float:
     """Return what a call takes; in parts, the mean, as in a forward pass they wait for each other only at the end."""
     if isinstance(call, InParts):
-        return statistics.fmean(InParts(partial(_seconds, call.call, clock), call.parts, call.threads)())
+        return statistics.fmean(at_once([partial(_seconds, call.call, clock)] * call.parts, call.threads))
     begin = clock()
     call()
     return clock() - begin

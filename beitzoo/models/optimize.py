@@ -29,9 +29,10 @@ Module = TypeVar("Module", bound=nn.Module)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Of biases kept ready, for all blocks together; beyond it (large networks at 512 pixels take 1.6 GB) they are written
+# Of biases kept ready, for all blocks together: a base network at 384 pixels takes 183 MB of them in float32, and passes
+# that do not write them anew are 1.1 times as fast. Beyond it (large networks at 512 pixels take 1.6 GB) they are written
 # into the workspace of each forward pass as in any other network.
-READY_BYTES = 64 << 20
+READY_BYTES = 192 << 20
 
 _KNOWN = {nn.ModuleList, Block, Attention, Mlp, DropPath, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 

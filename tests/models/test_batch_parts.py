@@ -17,6 +17,7 @@ from beitzoo import Beit, optimize
 from beitzoo.models import choosing, kernels
 from beitzoo.models import optimize as optimize_module
 from beitzoo.models.choices import Choice, Choices
+from beitzoo.models.inference_block import InferenceBlock
 from beitzoo.models.mim import MaskedImageModel
 from beitzoo.models.segmentation import Segmenter
 from beitzoo.zoo.architectures import ARCHITECTURES
@@ -108,7 +109,9 @@ def test_where_one_could_tell_a_batch_is_whole(parts: list[int]) -> None:
     fast, x = optimize(model, choices=cut(model)), torch.randn(4, 3, 64, 64)
     expected = fast(x)  # gradients are on
     batches: list[int] = []
-    handle = fast.blocks[0].norm1.register_forward_hook(lambda *a: batches.append(len(a[2])))
+    block = fast.blocks[0]
+    assert isinstance(block, InferenceBlock)
+    handle = block.norm1.register_forward_hook(lambda *a: batches.append(len(a[2])))
     with torch.inference_mode():
         fast(x)
     handle.remove()
