@@ -157,20 +157,24 @@ class Trial:
         return min(_images_in_a_part(choices), self._most_images(choices, MOST_PRODUCTS // 2))
 
     def attention(self, choices: Choices) -> Choice:
-        """Choose how values are mixed."""
-        config, block = self.model.config, self.model.blocks[0]
-        assert isinstance(block, Block)
-        parts = self._random(self._measured_images(choices), 3 * config.embed_dim).unflatten(
-            -1, (3, config.num_heads, -1)
-        )
-        qkv = parts.permute(2, 0, 3, 1, 4)  # (B, N, 3, H, D) -> (3, B, H, N, D)
-        bias = self.bias.of(block.attn.relative_position_bias_table, qkv)
+        """Choose how values are mixed; each call gets other queries, keys and values, and another block's bias."""
+        tables = [block.attn.relative_position_bias_table for block in self.model.blocks if isinstance(block, Block)]
+        given_to = [self._attended(choices, table) for table in tables[: 2 * FEWEST_TURNS]]
         calls: dict[str, list[Call]] = {}
         for name, attend in _attentions(self.dtype).items():
-            returned = _returns(name) or qkv.dtype
-            given = None if bias is None else bias.to(returned)
-            calls[name] = [_in_parts(choices, partial(attend, qkv.to(returned), given))]
+            calls[name] = []
+            for qkv, bias in given_to:
+                returned = _returns(name) or qkv.dtype
+                given = None if bias is None else bias.to(returned)
+                calls[name].append(_in_parts(choices, partial(attend, qkv.to(returned), given)))
         return race(calls, self.clock)
+
+    def _attended(self, choices: Choices, table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return queries, keys and values for one call, (3, B, H, N, D), and the bias of a block with this table."""
+        config = self.model.config
+        tokens = self._random(self._measured_images(choices), 3 * config.embed_dim)
+        qkv = tokens.unflatten(-1, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)  # from (B, N, 3, H, D)
+        return qkv, self.bias.beside().of(table, qkv)
 
     def linear(self, name: LinearName, choices: Choices) -> Choice:
         """Choose the kind of one linear, with what a block does behind it."""

@@ -29,8 +29,8 @@ Module = TypeVar("Module", bound=nn.Module)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Of biases kept ready, for all blocks together: a base network at 384 pixels takes 183 MB of them in float32, and passes
-# that do not write them anew are 1.1 times as fast. Beyond it (large networks at 512 pixels take 1.6 GB) they are written
+# Of biases kept ready, for all blocks together: those of a base network at 384 pixels are 192 MB in float32, and passes
+# that need not write them are 1.1 times as fast. Beyond it (large networks at 512 pixels take 1.6 GB) they are written
 # into the workspace of each forward pass as in any other network.
 READY_BYTES = 192 << 20
 
