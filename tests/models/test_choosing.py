@@ -14,7 +14,7 @@ from oracles import randomise, relative_error
 from torch import Tensor
 
 from beitzoo import Beit, optimize
-from beitzoo.models import choosing, kernels, packed
+from beitzoo.models import choosing, int8, kernels, packed
 from beitzoo.models.choices import Choices
 from beitzoo.models.inference_linear import InferenceLinear
 from beitzoo.zoo.architectures import ARCHITECTURES
@@ -129,6 +129,8 @@ def _kind_of(linear: InferenceLinear) -> str:
         InferenceLinear: "plain",
         packed.PackedGeluBehind: "packed_gelu_behind",
         packed.ConvolutionLinear: "convolution",
+        int8.Int8Linear: "int8",
+        int8.Int8ImageLinear: "int8_image",
     }
     return names[type(linear)]
 
@@ -157,6 +159,28 @@ def test_each_part_is_chosen_by_the_clock_and_gives_the_models_outputs(
     with torch.inference_mode():
         assert relative_error(copy(x), model(x)) <= 1e-5
         assert torch.equal(copy(x), copy(x))
+
+
+@pytest.mark.parametrize(
+    "fast",
+    [
+        {"qkv": "int8", "proj": "int8_image", "fc1": "int8", "fc2": "int8_image", "attention": "blocked_bfloat16"},
+        {"qkv": "int8_image", "proj": "int8", "fc1": "int8_image", "fc2": "int8", "attention": "fused"},
+    ],
+    ids=lambda fast: "-".join(fast.values()),
+)
+def test_kinds_of_8_bits_are_chosen_by_the_clock_too(
+    fast: dict[str, str], made_slow: Callable[[dict[str, str]], Clock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fast["attention"] == "blocked_bfloat16" and not packed.has_bfloat16():
+        pytest.skip("this CPU has no bfloat16 arithmetic")
+    clock = made_slow(fast)
+    monkeypatch.setattr(choosing.Trial, "block", lambda *_: choosing.Choice("chosen", 1.5))
+    model, x = build(), torch.randn(3, 3, 64, 64)
+    copy = optimize(model, "int8", choices=choosing.choose(model, "int8", (3, 3, 64, 64), clock))
+    assert {name: getattr(copy.choices, name).taken for name in fast} == fast
+    with torch.inference_mode():
+        assert relative_error(copy(x), model(x)) <= (0.02 if kernels.cpu_has("vnni") else 0.04)
 
 
 def test_choices_together_are_held_against_the_plain_block(monkeypatch: pytest.MonkeyPatch) -> None:
