@@ -101,14 +101,22 @@ class Int8Linear(_RoundedWeight):
         return y.unflatten(0, x.shape[:-1]), scale
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Return x / scale + zero in unsigned 8 bits, a scale per token, and zero."""
+        """Return x / scale + zero in unsigned 8 bits, a scale per token, and zero.
+
+        Image by image, in memory for one: finding fresh memory for many takes longer than filling it.
+        """
         levels = activation_levels()
         if self.least is None:
             scale = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
-            scale = scale.clamp_min_(SMALLEST).div_(levels)
-            return _in_8_bits(x * scale.reciprocal(), levels + 1), scale, levels + 1
-        scale = x.amax(-1, keepdim=True).sub_(self.least).clamp_min_(SMALLEST).div_(2 * levels + 1)
-        return _in_8_bits((x - self.least).mul_(scale.reciprocal()), 0), scale, 0
+            scale, zero = scale.clamp_min_(SMALLEST).div_(levels), levels + 1
+        else:
+            scale = x.amax(-1, keepdim=True).sub_(self.least).clamp_min_(SMALLEST).div_(2 * levels + 1)
+            zero = 0
+        rounded, steps = torch.empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[1:])
+        for image, steps_per_unit, to in zip(x, scale.reciprocal(), rounded, strict=True):
+            above = image if self.least is None else torch.sub(image, self.least, out=steps)
+            _round_to(to, torch.mul(above, steps_per_unit, out=steps), zero)
+        return rounded, scale, zero
 
 
 class Int8ImageLinear(_RoundedWeight):
@@ -150,7 +158,8 @@ class Int8ImageLinear(_RoundedWeight):
         least, largest = min(least, 0.0), max(largest, 0.0)
         scale = max(largest - least, SMALLEST) / (2 * activation_levels() + 1)
         zero = round(-least / scale) if math.isfinite(least / scale) else 0  # what is not finite stays so by the scale
-        return _in_8_bits(x * (1 / scale), zero), scale, zero, self.weight, self.scale, self.zero_points
+        rounded = torch.empty(x.shape, dtype=torch.uint8)
+        return _round_to(rounded, x * (1 / scale), zero), scale, zero, self.weight, self.scale, self.zero_points
 
 
 def _images(x: Tensor) -> tuple[Tensor, ...]:
@@ -165,13 +174,13 @@ def _together(images: list[Tensor], x: Tensor, outputs: int) -> Tensor:
     return torch.stack(images) if images else x.new_empty((*x.shape[:-1], outputs), dtype=torch.float32)
 
 
-def _in_8_bits(steps: Tensor, zero: int) -> Tensor:
-    """Return steps + zero, rounded, in unsigned 8 bits; the steps are overwritten.
+def _round_to(rounded: Tensor, steps: Tensor, zero: int) -> Tensor:
+    """Write steps + zero, rounded, to unsigned 8 bits; the steps are overwritten.
 
     In two passes that PyTorch does for many numbers at a time: a sum as large as this has no bits for fractions, and
     its last byte is the integer. Its own conversion of floats to unsigned integers takes six times as long.
     """
-    return steps.add_(ROUNDED + zero).view(torch.int32).to(torch.uint8)
+    return rounded.copy_(steps.add_(ROUNDED + zero).view(torch.int32))
 
 
 def activation_levels() -> int:
