@@ -103,7 +103,7 @@ class Int8Linear(_RoundedWeight):
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return x / scale + zero in unsigned 8 bits, a scale per token, and zero.
 
-        Image by image, in memory for one: finding fresh memory for many takes longer than filling it.
+        Image by image, in memory for one, so that the steps between stay in the cache.
         """
         levels = activation_levels()
         if self.least is None:
