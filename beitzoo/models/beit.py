@@ -221,8 +221,7 @@ class Beit(nn.Module):
             images: (B, in_chans, height, width).
             bool_masked_pos: (B, h w) or (B, h, w); True patches are replaced by the mask token.
         """
-        x, bias = self.embed(images, bool_masked_pos)
-        return self.norm(self.run_blocks(x, bias, [len(self.blocks) - 1])[0])
+        return self.norm(*self.run_blocks(*self.embed(images, bool_masked_pos), [len(self.blocks) - 1]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, N, C) to logits, or with `pre_logits` to features (B, C) before the head.
@@ -312,7 +311,7 @@ class Beit(nn.Module):
         return torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
 
     def run_blocks(self, x: Tensor, bias: PositionBias, blocks: Sequence[int]) -> list[Tensor]:
-        """Return the tokens behind each of these blocks, -1 for those that enter; what lies behind all does not run."""
+        """Return the tokens behind each of these blocks, -1 for those that enter; blocks behind the last do not run."""
         outputs = {-1: x}
         for index in range(max(blocks) + 1):
             x = self.run_block(index, x, bias)
