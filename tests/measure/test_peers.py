@@ -196,6 +196,18 @@ def test_shares_of_a_rate_that_bounds_nothing_are_left_out() -> None:
     assert publishable(whole) == whole
 
 
+@pytest.mark.parametrize("error", ["0.7444", "nan"])
+def test_a_side_that_computes_something_else_has_no_ratio(error: str) -> None:
+    row = {"ratio": "1.08", "ratio_low": "1.07", "ratio_high": "1.13", "subject_error": "3e-07", "peer_error": error}
+    kept = publishable(row)
+    assert [kept[name] for name in ("ratio", "ratio_low", "ratio_high")] == [None] * 3
+    share = f"{float(error):.1%}"
+    assert kept["error"] == (
+        f"outputs are off by more than 20% of the largest one, the peer's by {share}: it computes something else"
+    )
+    assert publishable({**row, "peer_error": "0.19"})["ratio"] == "1.08"
+
+
 def test_the_results_of_this_repository_are_publishable() -> None:
     for row in read_rows(Path("results/comparison.csv")):
         assert {k: v or "" for k, v in publishable(row).items()} == row
