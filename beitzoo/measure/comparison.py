@@ -106,8 +106,8 @@ def publishable(row: Row) -> Row:
     """Return a row of a comparison without the figures that bound nothing.
 
     A ratio whose interval is too wide is an error, to be measured again, and so is one between sides of which one
-    computed something else. Shares of the rate of torch.mm are left out where either side exceeds that rate by far: such
-    as in bfloat16 on a processor without the instructions for it.
+    computed something else. Shares of the rate of torch.mm are left out where either side exceeds that rate by far:
+    such as in bfloat16 on a processor without the instructions for it.
     """
     kept = _without_wrong_outputs(steps.without_wide_interval(row))
     if any(float(kept.get(name) or 0) > _BOUND for name in ("gemm_share", "peer_gemm_share")):
