@@ -71,9 +71,10 @@ def optimize(
             adapters or hooks inside its blocks.
         dtype: Of weights and outputs; the model's own if None. Outputs follow to rounding. `"int8"` is for CPUs
             and changes outputs: by 1.0 to 1.5 % of the largest logit for base and large models of random weights, with
-            VNNI or without; it was not validated on trained weights. Linears of the blocks then compute in 8 bits,
-            scaled per token or per image, whichever is faster, and per output channel; attention may be computed in
-            bfloat16, the rest stays as it is.
+            VNNI or without. Of trained weights, those of `beit_nano_patch4_32.digits` alone were tried: 1.1 % with a
+            scale per token and 2.6 % with one per image, and 1 of 1,797 answers changed. Linears of the blocks then
+            compute in 8 bits, scaled per token or per image, whichever is faster, and per output channel; attention may
+            be computed in bfloat16, the rest stays as it is.
         inplace: Turn the model itself into its inference copy, and free its weights block by block.
         images_like: Batch, channels, height and width of the images that it will get; one image of its size if None.
         choices: Those of another copy (or `choices.to_dict()`), to be repeated without measuring.

@@ -100,7 +100,13 @@ def test_the_user_is_told_what_the_user_can_correct(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "arguments", [["list", "--pretrained"], ["predict", "--no-optimize", "-mbeit_nano_patch4_32", *[str(SAMPLES)] * 20]]
+    "arguments",
+    [
+        ["list", "--pretrained"],
+        pytest.param(
+            ["predict", "--no-optimize", "-mbeit_nano_patch4_32", *[str(SAMPLES)] * 20], marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_closed_pipe_is_quiet(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "beitzoo", *arguments]

@@ -238,6 +238,7 @@ def test_selective_checkpointing_recomputes_only_those_blocks() -> None:
     assert not model.grad_checkpointing
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break_and_trains() -> None:
     model = build(depth=1, use_shared_rel_pos_bias=True, use_abs_pos_emb=True)
     x = images()
