@@ -50,7 +50,7 @@ def optimize(
     """Return an inference copy of a model: the same outputs, faster.
 
     What its blocks are made of is chosen by measuring on this machine, with the threads that PyTorch has now. On two
-    cores that took a second for a base network and one image, 3 for 8 images and for 32, and 4 for a large network at
+    cores that took a second for a base network and one image, 3 for 8 images, 4 for 32, and 4 for a large network at
     512 pixels. `choices` of the copy (of its `backbone`, where a model holds one) says what was taken and how much
     faster that was. Other batches and sizes than were measured give the same outputs, but something else might be
     faster for them: name the batch that will be used.
