@@ -88,6 +88,7 @@ def parts_of(choices: Choices, model: Beit, dtype: Dtype) -> Parts:
     Raises:
         ValueError: Something was chosen that cannot be had here.
     """
+    _check_counts(choices)
     made: dict[str, MakeLinear] = {}
     for name in get_args(LinearName):
         linears = _linears(choices, model, dtype, name)
@@ -102,6 +103,20 @@ def parts_of(choices: Choices, model: Beit, dtype: Dtype) -> Parts:
     if choices.attention.taken not in attentions:
         raise InvalidValueError(f"Got choices with attention={choices.attention.taken!r}; use {', '.join(attentions)}.")
     return Parts(**made, attend=attentions[choices.attention.taken], images_at_a_time=_images_at_a_time(choices))
+
+
+def _check_counts(choices: Choices) -> None:
+    parts, images = choices.batch_parts.taken, choices.images_at_a_time.taken
+    if not (_is_count(parts) and choices.threads % int(parts) == 0):
+        raise InvalidValueError(
+            f"Got choices with batch_parts={parts!r}; use a number that divides their {choices.threads} threads."
+        )
+    if not (images == "all" or _is_count(images)):
+        raise InvalidValueError(f"Got choices with images_at_a_time={images!r}; use 'all' or a number of images.")
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 class Trial:

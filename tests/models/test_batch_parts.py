@@ -199,3 +199,17 @@ def test_parts_are_taken_where_they_are_measured_to_be_faster(
     choices = choosing.choose(build(), torch.float32, (batch, 3, 64, 64), clock)
     assert choices.batch_parts.taken == taken
     assert choices.batch_parts.speedup == (pytest.approx(2 * whole / part, rel=1e-3) if taken == "2" else 1.0)
+
+
+@pytest.mark.parametrize("field", ["batch_parts", "images_at_a_time"])
+@pytest.mark.parametrize("taken", ["two", "0", "-1"])
+def test_counts_that_are_none_are_refused(field: str, taken: str) -> None:
+    model = build()
+    with pytest.raises(ValueError, match=f"{field}='{taken}'; use"):
+        optimize(model, choices=replace(cut(model), **{field: Choice(taken)}))  # type: ignore[arg-type]
+
+
+def test_parts_that_do_not_divide_the_threads_are_refused() -> None:
+    model = build()
+    with pytest.raises(ValueError, match="divides their 2 threads"):
+        optimize(model, choices=cut(model, parts=4))
